@@ -1,0 +1,44 @@
+"""Errors for people: one line that says what is wrong, where, and what to do about it."""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterable
+
+
+class InputError(ValueError):
+    """The user's input cannot be used. The message is the whole explanation: what, where, what to do."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown ``name``: the known names closest to it, or all of them if none is close."""
+    known = sorted(set(known))
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    shown = ", ".join(known[:12])
+    return f"known are: {shown}{', ...' if len(known) > 12 else ''}"
+
+
+def listed(items: Iterable[object], most: int = 5) -> str:
+    """``a, b, c, d, e and 7 more``."""
+    items = [str(item) for item in items]
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + more
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run an entry point; turn what a user can mend into one line and exit code 2, an interrupt into exit code 130."""
+    rank = int(os.environ.get("RANK", "0"))
+    where = f"[process {rank}] " if rank else ""
+    try:
+        main()
+    except InputError as error:
+        print(f"{where}error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{where}interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
+    except BrokenPipeError:  # `... | head` closed the pipe: nothing is wrong
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

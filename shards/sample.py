@@ -1,0 +1,153 @@
+"""THE contract: what a sample is, on disk and in memory.
+
+A sample is one WebDataset record, members that share a key:
+
+    <key>.jpg | .png   the radiograph, 8 bit, one channel
+    <key>.json         {"findings": ["Effusion"], "boxes": [{"finding": "Effusion", "xyxy": [x0, y0, x1, y1]}], ...}
+    <key>.mask.png     the lungs, 0 or 255, same size as the radiograph (only where they are known)
+
+Lesion boxes are pixels of the stored radiograph, ends exclusive. Other entries of the JSON are kept and ignored.
+"""
+
+import io
+import json
+import re
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from shards.errors import InputError
+
+NO_FINDING = "No Finding"
+EFFUSION = "Effusion"
+PNEUMOTHORAX = "Pneumothorax"
+SUBCUTANEOUS_EMPHYSEMA = "Subcutaneous Emphysema"
+FINDINGS = (NO_FINDING, EFFUSION, PNEUMOTHORAX, SUBCUTANEOUS_EMPHYSEMA)
+
+SPLITS = ("train", "val", "test")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+MAX_PIXELS = 2**27  # 134 million: beyond any detector, far below what exhausts a machine
+JPEG_QUALITY = 95
+
+
+@dataclass
+class LesionBox:
+    """A lesion: its finding and its box in pixels of the stored image, ``x0 y0 x1 y1``, ends exclusive."""
+
+    finding: str
+    xyxy: tuple[float, float, float, float]
+
+
+@dataclass
+class Sample:
+    """One radiograph. ``image`` and ``mask`` are uint8 ``[H, W]``; ``mask`` is 0 or 255, or None where unknown."""
+
+    key: str
+    image: np.ndarray
+    findings: tuple[str, ...] = ()
+    mask: np.ndarray | None = None
+    boxes: list[LesionBox] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def check_key(key: str, where: str) -> str:
+    """Return ``key``; refuse one that could leave a folder or that WebDataset would cut differently."""
+    if not key or key.startswith("/") or ".." in key.split("/") or "\\" in key or "\0" in key:
+        raise InputError(f"{where}: the sample key {key!r} is not a plain relative name; rename the file")
+    return key
+
+
+def clean_key(name: str) -> str:
+    """A file name as a key: WebDataset ends a key at the first dot, so only letters, digits, ``_`` and ``-`` stay."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", name).strip("_") or "image"
+
+
+def decode_image(data: bytes, where: str) -> np.ndarray:
+    """Decode any image file to grayscale uint8 ``[H, W]``.
+
+    Colour becomes luminance, an alpha channel is dropped, and more than 8 bits are scaled down from the smallest even
+    bit depth that holds the image's maximum (12-bit data in a 16-bit file does not come out black).
+
+    Raises:
+        InputError: not an image, truncated, or more than ``MAX_PIXELS`` pixels. ``where`` names it.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
+            image = Image.open(io.BytesIO(data))
+        if image.width * image.height > MAX_PIXELS:
+            raise InputError(f"{where}: {image.width} x {image.height} pixels is beyond the limit of {MAX_PIXELS} pixels")
+        if image.mode.startswith(("I", "F")):
+            return _to_8_bit(np.asarray(image))
+        return np.asarray(image if image.mode == "L" else image.convert("L"))
+    except InputError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        size = f"{len(data)} bytes"
+        raise InputError(f"{where}: cannot be decoded as an image ({size}; {error}); replace or remove it") from error
+
+
+def _to_8_bit(values: np.ndarray) -> np.ndarray:
+    values = values.astype(np.float64)
+    top = values.max(initial=0.0)
+    depth = max(8, 2 * int(np.ceil(np.log2(top + 1) / 2)))
+    return np.clip(np.rint(values * (255.0 / (2.0**depth - 1))), 0, 255).astype(np.uint8)
+
+
+def load_image(path: Path) -> np.ndarray:
+    """Read an image file as grayscale uint8 ``[H, W]``; InputError names the file."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    return decode_image(data, str(path))
+
+
+def fit(image: np.ndarray, size: int, *, mask: bool = False) -> np.ndarray:
+    """Stretch to ``size`` x ``size`` as published, by area (a mask: by area, then half or more is lung)."""
+    if image.shape == (size, size):
+        return image
+    shrinks = image.shape[0] >= size and image.shape[1] >= size
+    how = Image.Resampling.BOX if shrinks else Image.Resampling.BILINEAR
+    fitted = np.asarray(Image.fromarray(image).resize((size, size), how))
+    return np.where(fitted >= 128, 255, 0).astype(np.uint8) if mask else fitted
+
+
+def encode(sample: Sample, form: str = "jpg") -> dict[str, Any]:
+    """The members of a sample as ``webdataset.TarWriter`` takes them; ``form`` is ``jpg`` or ``png``."""
+    record: dict[str, Any] = {"__key__": check_key(sample.key, "packing"), form: encode_image(sample.image, form)}
+    meta = sample.extra | {
+        "findings": list(sample.findings),
+        "boxes": [{"finding": box.finding, "xyxy": [float(v) for v in box.xyxy]} for box in sample.boxes],
+    }
+    record["json"] = json.dumps(meta, sort_keys=True).encode()
+    if sample.mask is not None:
+        record["mask.png"] = encode_image(sample.mask, "png")
+    return record
+
+
+def encode_image(image: np.ndarray, form: str) -> bytes:
+    """uint8 ``[H, W]`` to the bytes of a JPEG (quality 95) or PNG."""
+    buffer = io.BytesIO()
+    if form == "jpg":
+        Image.fromarray(image).save(buffer, "JPEG", quality=JPEG_QUALITY)
+    else:
+        Image.fromarray(image).save(buffer, "PNG", compress_level=3)
+    return buffer.getvalue()
+
+
+def parse_meta(data: bytes, where: str) -> dict[str, Any]:
+    """The JSON member, checked: ``findings`` is a list of names, ``boxes`` a list of LesionBox."""
+    try:
+        meta = json.loads(data)
+        findings = meta.get("findings", [])
+        boxes = [LesionBox(str(b["finding"]), tuple(float(v) for v in b["xyxy"])) for b in meta.get("boxes", [])]
+        if not all(isinstance(f, str) for f in findings) or any(len(b.xyxy) != 4 for b in boxes):
+            raise ValueError("findings must be names and boxes must have four numbers")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{where}: its JSON is not a sample's ({error}); see shards/sample.py for the contract") from error
+    return meta | {"findings": findings, "boxes": boxes}
