@@ -1,0 +1,122 @@
+"""One sampled transform for an image and what belongs to it (box, mask), on the device. Hides Kornia.
+
+Legend: images float [B,1,H,W] in [0,1]; boxes int64 [B,4] x0 y0 x1 y1, ends exclusive, pixels of these images.
+
+Random numbers are a function of (seed, epoch, position of the sample), so an image is transformed alike whichever
+process, batch or loader worker it comes through.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import kornia
+import numpy as np
+import torch
+
+DRAWS = 12  # random numbers that one image uses
+
+
+@dataclass(frozen=True)
+class Strength:
+    """How far each part of the transform may go; 0 leaves it out."""
+
+    rotate: float = 0.0
+    """Degrees to either side."""
+    scale: float = 0.0
+    """Relative change of size, 0.1 for 0.9 to 1.1 times."""
+    shift: float = 0.0
+    """Share of the image's side."""
+    flip: float = 0.0
+    """Probability of a left-right flip. A flipped chest has its heart on the wrong side."""
+    contrast: float = 0.0
+    """Relative change of contrast about the mean."""
+    brightness: float = 0.0
+    """Absolute change of brightness, in units of the full range."""
+    gamma: float = 0.0
+    """Exponent from 1 / (1 + gamma) to 1 + gamma."""
+    noise: float = 0.0
+    """Largest standard deviation of Gaussian noise, in units of the full range."""
+    invert: float = 0.0
+    """Probability of black for white."""
+
+
+class Augmented(NamedTuple):
+    """What comes out, each like what went in."""
+
+    images: torch.Tensor
+    boxes: torch.Tensor | None
+    masks: torch.Tensor | None
+
+
+def draw(seed: int, epoch: int, index: Sequence[int] | torch.Tensor) -> torch.Tensor:
+    """Random numbers for each sample: float32 [B, DRAWS] in [0, 1)."""
+    rows = [np.random.default_rng([seed, epoch, int(i)]).random(DRAWS, np.float32) for i in index]
+    return torch.from_numpy(np.stack(rows))
+
+
+def augment(
+    images: torch.Tensor,
+    draws: torch.Tensor,
+    strength: Strength,
+    *,
+    boxes: torch.Tensor | None = None,
+    masks: torch.Tensor | None = None,
+) -> Augmented:
+    """Transform images float [B,1,H,W], boxes int64 [B,4] and masks bool [B,H,W] by the same sampled maps.
+
+    A box becomes the rectangle around its transformed corners, cut at the image. What comes in from outside is black.
+    """
+    d = draws.to(images.device)
+    signed = 2 * d - 1
+    height, width = images.shape[-2:]
+    centre = torch.tensor([(width - 1) / 2, (height - 1) / 2], device=images.device).expand(len(images), 2)
+    shift = signed[:, :2] * strength.shift * torch.tensor([width, height], device=images.device)
+    zoom = (1 + strength.scale * signed[:, 2:3]).expand(-1, 2)
+    matrix = kornia.geometry.transform.get_affine_matrix2d(shift, centre, zoom, strength.rotate * signed[:, 3])
+    mirror = torch.eye(3, device=images.device).repeat(len(images), 1, 1)
+    flipped = d[:, 4] < strength.flip
+    mirror[flipped, 0, 0], mirror[flipped, 0, 2] = -1.0, width - 1.0
+    matrix = matrix @ mirror
+
+    if strength.shift or strength.scale or strength.rotate or strength.flip:
+        size = (height, width)
+        warp = kornia.geometry.transform.warp_affine
+        images = warp(images, matrix[:, :2], size, align_corners=True)
+        if masks is not None:
+            masks = warp(masks[:, None].float(), matrix[:, :2], size, align_corners=True)[:, 0] >= 0.5
+        if boxes is not None:
+            boxes = _move_boxes(boxes, matrix, width, height)
+    return Augmented(_expose(images, d, signed, strength), boxes, masks)
+
+
+def _move_boxes(boxes: torch.Tensor, matrix: torch.Tensor, width: int, height: int) -> torch.Tensor:
+    edges = boxes.float() - 0.5  # pixel i covers i - 0.5 .. i + 0.5 in the coordinates of the matrix
+    x0, y0, x1, y1 = edges.unbind(1)
+    corners = torch.stack([x0, y0, x1, y0, x1, y1, x0, y1], 1).view(-1, 4, 2)
+    moved = kornia.geometry.linalg.transform_points(matrix, corners) + 0.5
+    low, high = moved.amin(1).round(), moved.amax(1).round()
+    limit = torch.tensor([width, height], device=boxes.device)
+    low = torch.minimum(low.clamp(min=0), limit - 1.0)
+    high = torch.maximum(torch.minimum(high, limit.float()), low + 1)
+    return torch.cat([low, high], 1).long()
+
+
+def _expose(images: torch.Tensor, d: torch.Tensor, signed: torch.Tensor, strength: Strength) -> torch.Tensor:
+    def per_image(values: torch.Tensor) -> torch.Tensor:
+        return values[:, None, None, None]
+
+    if strength.contrast or strength.brightness:
+        mean = images.mean((1, 2, 3), keepdim=True)
+        images = (images - mean) * per_image(1 + strength.contrast * signed[:, 5]) + mean
+        images = (images + per_image(strength.brightness * signed[:, 6])).clamp(0, 1)
+    if strength.gamma:
+        images = images.clamp(1e-6, 1) ** per_image((1 + strength.gamma) ** signed[:, 7])
+    if strength.noise:
+        # One generator a batch, seeded by its images' draws: still the same for the same images in the same batch.
+        generator = torch.Generator(images.device).manual_seed(int(d[:, 9].double().sum().item() * 2**32))
+        noise = torch.randn(images.shape, generator=generator, device=images.device)
+        images = (images + noise * per_image(strength.noise * d[:, 8])).clamp(0, 1)
+    if strength.invert:
+        images = torch.where(per_image(d[:, 10] < strength.invert), 1 - images, images)
+    return images

@@ -1,0 +1,59 @@
+"""The run folder on disk: claiming it, atomic checkpoints, resuming everything."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from shards.errors import InputError
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a text file that is whole or not there."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def claim(accelerator: Accelerator, out: Path, config: str) -> None:
+    """Make the run folder with its config.yaml; InputError on every process if it already holds something."""
+    taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    accelerator.wait_for_everyone()  # all have looked before anybody writes
+    if taken:
+        what = "another run" if (out / "config.yaml").is_file() else "other files"
+        raise InputError(f"--out {out}: already holds {what}; choose another folder, remove it, or go on with that run by --resume")
+    if accelerator.is_main_process:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            write_atomic(out / "config.yaml", config)
+        except OSError as error:
+            raise InputError(f"--out {out}: cannot be written ({error.strerror})") from error
+    accelerator.wait_for_everyone()
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write tensors, numbers, strings, lists and dicts; the file is whole or not there."""
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    torch.save(state, partial)
+    partial.replace(path)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read what `save` wrote, without executing anything in it."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint; was the run stopped before its first one? Start it again without --resume")
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged or hostile file
+        raise InputError(f"{path}: is not a checkpoint of this trainer ({type(error).__name__}); remove it or restore it") from error
+    return state
+
+
+def rewind(path: Path, step: int) -> None:
+    """Drop the lines of a metrics.jsonl that come after ``step``: a resumed run writes them again."""
+    if path.is_file():
+        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        write_atomic(path, "".join(line + "\n" for line in lines))

@@ -1,0 +1,296 @@
+"""Configuration: one dataclass per section, which become the command line, the YAML, the help and the errors.
+
+``--config FILE`` is applied before all other flags, wherever it stands. Precision is the launcher's
+(`accelerate_config.yaml`, `accelerate launch --mixed_precision ...`) and is not configured here.
+"""
+
+import dataclasses
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import jsonargparse
+import yaml
+
+from shards.errors import InputError, nearest
+from trainer.augment import Strength
+from trainer.regions import task_findings
+
+Form = Literal["published", "coverage", "energy"]
+Policy = Literal["fixed", "published", "ratio"]
+T = TypeVar("T")
+
+
+@dataclass
+class AttentionConfig:
+    """What the attention loss asks of the CAM."""
+
+    form: Form = "energy"
+    """published: the hard count, gradient zero; coverage: its differentiable form; energy: share of CAM energy in the region."""
+    threshold: float = 0.5
+    """CAM values above it are hot, in [0, 1]: for the forms published and coverage, and for the coverage that is reported."""
+    layer: str = ""
+    """Module whose output gives the CAM, such as stages.3; empty: the last feature map of the backbone."""
+    mode: Literal["train", "eval"] = "train"
+    """train: the CAM of the training forward, which costs nothing; eval: of a second forward in eval mode, as published."""
+
+
+@dataclass
+class BalanceConfig:
+    """Lambda, the weight of cross-entropy; attention gets 1 - lambda."""
+
+    policy: Policy = "fixed"
+    """fixed: lam; published: max(0.2, 1 - 0.023 epoch), the published isAdaptive; ratio: A / (CE + A) of running means."""
+    lam: float = 0.5
+    """Lambda of the policy fixed, in [0, 1]; 1 is plain cross-entropy and pays nothing for attention."""
+    low: float = 0.2
+    """Lower clamp of the policy ratio."""
+    high: float = 0.95
+    """Upper clamp of the policy ratio."""
+
+
+@dataclass
+class OptimConfig:
+    """Optimizer and schedule; the defaults are the published ones."""
+
+    name: Literal["adam", "adamw"] = "adam"
+    """Optimizer."""
+    lr: float = 1e-5
+    """Learning rate."""
+    weight_decay: float = 0.0
+    """Weight decay (adamw: decoupled)."""
+    schedule: Literal["plateau", "cosine"] = "plateau"
+    """plateau: times 0.1 after 10 epochs without a better validation loss, down to 1e-10; cosine: to 0 over the run."""
+    warmup: int = 0
+    """Steps of linear warm-up, for cosine."""
+    watch: Literal["classification", "weighted"] = "classification"
+    """What plateau watches: validation cross-entropy, or (published) lambda-weighted with attention."""
+    clip: float = 1.0
+    """Largest norm of the gradient; 0: no clipping, as published."""
+
+
+@dataclass
+class LungsConfig:
+    """The lung segmenter."""
+
+    weights: str = ""
+    """File of trainer.train_lungs (or its run folder). Not needed for plain cross-entropy."""
+
+
+@dataclass
+class Config:
+    """Train a classifier that looks where the finding is."""
+
+    shards: str
+    """Folder of packed shards with train and val (and test)."""
+    out: str
+    """Run folder to make."""
+    task: str = "ne"
+    """ne, np, ns, nep, neps, or names of findings separated by commas; the first is class 0."""
+    backbone: str = "pvt"
+    """pvt, vgg, resnet (the published ones) or any timm model."""
+    pretrained: str = "true"
+    """true: ImageNet weights from the hub; false: none; or a file, safetensors or a state dict."""
+    size: int = 224
+    """Pixels of a side of the classifier's input."""
+    batch: int = 32
+    """Images per process and forward."""
+    accumulate: int = 1
+    """Batches per optimizer step; the step is that of one batch as large as all of them."""
+    epochs: int = 100
+    """Passes over the training images, at most."""
+    seed: int = 0
+    """Of weights, order and augmentation."""
+    patience: int = 30
+    """Stop after so many epochs in a row without a better model."""
+    best: Literal["accuracy", "auc", "loss"] = "accuracy"
+    """What the best model is best in, on val (loss: validation cross-entropy)."""
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    augment: Strength = field(default_factory=Strength)
+    lungs: LungsConfig = field(default_factory=LungsConfig)
+    tracker: Literal["none", "wandb", "tensorboard"] = "wandb"
+    """wandb is offline unless you are logged in."""
+    workers: int = 2
+    """Loader processes per process; 0: read in the training process."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl and of the tracker."""
+    save_every: int = 500
+    """Steps between checkpoints within an epoch; one is written at the end of every epoch anyway."""
+    resume: bool = False
+    """Go on with the run in --out; other flags are then taken from its config.yaml unless given again."""
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with the values, each naming its flag."""
+        found = [
+            f"--{name} {value}: must lie in [0, 1]"
+            for name, value in (
+                ("attention.threshold", self.attention.threshold),
+                ("balance.lam", self.balance.lam),
+                ("balance.low", self.balance.low),
+                ("balance.high", self.balance.high),
+                ("augment.flip", self.augment.flip),
+                ("augment.invert", self.augment.invert),
+            )
+            if not 0 <= value <= 1
+        ]
+        if self.balance.low > self.balance.high:
+            found.append(f"--balance.low {self.balance.low}: is above --balance.high {self.balance.high}")
+        least = {"size": 32, "batch": 1, "accumulate": 1, "epochs": 1, "patience": 1, "workers": 0, "log_every": 1, "save_every": 1, "seed": 0}
+        found += [f"--{n} {getattr(self, n)}: must be at least {low}" for n, low in least.items() if getattr(self, n) < low]
+        if not self.optim.lr > 0:
+            found.append(f"--optim.lr {self.optim.lr}: must be above 0")
+        for name in ("weight_decay", "clip", "warmup"):
+            if getattr(self.optim, name) < 0:
+                found.append(f"--optim.{name} {getattr(self.optim, name)}: must not be negative")
+        if not 0 <= self.augment.scale < 1:
+            found.append(f"--augment.scale {self.augment.scale}: must lie in [0, 1)")
+        try:
+            task_findings(self.task)
+        except InputError as error:
+            found.append(str(error))
+        return found
+
+    @property
+    def attends(self) -> bool:
+        """Whether attention is trained at all: lambda = 1 is plain cross-entropy."""
+        return not (self.balance.policy == "fixed" and self.balance.lam == 1.0)
+
+
+@dataclass
+class LungsTrainConfig:
+    """Train a lung segmenter from shards with lung masks."""
+
+    shards: str
+    """Folder of packed shards with lung masks (python -m shards masks, or phantom)."""
+    out: str
+    """Run folder to make; lung_unet.safetensors goes there."""
+    width: int = 16
+    """Width of the U-Net: 16 is light (1.9 M parameters), 64 the published one (31.04 M)."""
+    size: int = 256
+    """Working size in pixels, a multiple of 16: 256 is light, 512 the published one."""
+    batch: int = 8
+    """Images per process."""
+    epochs: int = 30
+    """Passes over the training images."""
+    lr: float = 2e-3
+    """Largest learning rate of AdamW with a one-cycle schedule."""
+    seed: int = 0
+    """Of weights, order and augmentation."""
+    augment: Strength = field(
+        default_factory=lambda: Strength(rotate=15, scale=0.2, shift=0.08, contrast=0.4, brightness=0.15, gamma=0.5, noise=0.05, invert=0.1)
+    )
+    workers: int = 2
+    """Loader processes per process."""
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with the values, each naming its flag."""
+        found = [f"--{n} {getattr(self, n)}: must be at least 1" for n in ("width", "batch", "epochs") if getattr(self, n) < 1]
+        if self.size < 32 or self.size % 16:
+            found.append(f"--size {self.size}: must be a multiple of 16, at least 32")
+        if not self.lr > 0:
+            found.append(f"--lr {self.lr}: must be above 0")
+        if self.workers < 0 or self.seed < 0:
+            found.append("--workers and --seed must not be negative")
+        return found
+
+
+class _Parser(jsonargparse.ArgumentParser):
+    def error(self, message: str, *_: Any) -> None:  # type: ignore[override]
+        raise InputError(" ".join(str(message).replace("Parser key", "flag").split()) + "; see --help")
+
+
+def parse(kind: type[T], argv: list[str] | None = None, *, prog: str = "") -> T:
+    """Build ``kind`` from the command line; InputError names every problem at once."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = _Parser(prog=prog or None, description=kind.__doc__, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file with any of these settings; flags override it.")
+    parser.add_class_arguments(kind)
+    argv, files = _split_config(argv)
+    flags = [option for action in parser._actions for option in action.option_strings]
+    argv = _bare_switches(kind, argv)
+    for token in argv:
+        name = token.partition("=")[0]
+        if name.startswith("--") and name not in flags:
+            raise InputError(f"unknown flag {name}; {nearest(name, flags)}")
+    for file in files:
+        _check_yaml(kind, Path(file))
+    namespace = parser.parse_args([part for file in files for part in ("--config", file)] + argv)
+    config = kind(**_sections(kind, namespace))
+    problems = config.problems()  # type: ignore[attr-defined]
+    if problems:
+        raise InputError("; ".join(problems))
+    return config
+
+
+def _sections(kind: type, namespace: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for item in dataclasses.fields(kind):
+        value = namespace[item.name]
+        values[item.name] = item.type(**vars(value)) if dataclasses.is_dataclass(item.type) else value  # type: ignore[operator]
+    return values
+
+
+def _split_config(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Take every ``--config FILE`` out of ``argv``."""
+    rest, files = [], []
+    tokens = iter(argv)
+    for token in tokens:
+        if token == "--config":
+            file = next(tokens, None)
+            if file is None:
+                raise InputError("--config: expected a YAML file after it")
+            files.append(file)
+        elif token.startswith("--config="):
+            files.append(token.partition("=")[2])
+        else:
+            rest.append(token)
+    return rest, files
+
+
+def _bare_switches(kind: type, argv: list[str]) -> list[str]:
+    """``--resume`` alone means ``--resume true``."""
+    switches = {f"--{item.name}" for item in dataclasses.fields(kind) if item.type is bool}
+    done = []
+    for i, token in enumerate(argv):
+        done.append(token)
+        if token in switches and (i + 1 == len(argv) or argv[i + 1].startswith("--")):
+            done.append("true")
+    return done
+
+
+def _check_yaml(kind: type, path: Path) -> None:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise InputError(f"--config {path}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"--config {path}: is not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"--config {path}: expected settings as `name: value` lines")
+    _check_names(kind, content, path, "")
+
+
+def _check_names(kind: type, content: dict[str, Any], path: Path, prefix: str) -> None:
+    known = {item.name: item.type for item in dataclasses.fields(kind)}
+    for name, value in content.items():
+        if name not in known:
+            raise InputError(f"--config {path}: unknown setting {prefix}{name}; {nearest(str(name), known)}")
+        section = known[name]
+        if dataclasses.is_dataclass(section) and isinstance(section, type):
+            if not isinstance(value, dict):
+                raise InputError(f"--config {path}: {prefix}{name} is a section; expected `name: value` lines under it")
+            _check_names(section, value, path, f"{prefix}{name}.")
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved configuration as YAML that ``--config`` takes."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
+def from_yaml(kind: type[T], path: Path) -> T:
+    """Read back what `to_yaml` wrote."""
+    return parse(kind, ["--config", str(path)])
