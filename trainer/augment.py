@@ -13,6 +13,7 @@ from typing import NamedTuple
 import kornia
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 DRAWS = 12  # random numbers that one image uses
 
@@ -47,6 +48,14 @@ class Augmented(NamedTuple):
     images: torch.Tensor
     boxes: torch.Tensor | None
     masks: torch.Tensor | None
+
+
+def resize(images: torch.Tensor, size: int) -> torch.Tensor:
+    """uint8 [B,1,H,W] -> float [B,1,size,size] in [0,1], bilinear with antialiasing."""
+    images = images.float() / 255
+    if images.shape[-2:] == (size, size):
+        return images
+    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
 
 
 def draw(seed: int, epoch: int, index: Sequence[int] | torch.Tensor) -> torch.Tensor:

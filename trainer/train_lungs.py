@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from shards.errors import InputError, run
 from shards.stream import EpochPlan, Split
-from trainer.augment import augment, draw
+from trainer.augment import augment, draw, resize
 from trainer.checkpoint import claim
 from trainer.config import LungsTrainConfig, parse, to_yaml
 from trainer.launching import Accelerator, start
@@ -40,11 +40,9 @@ def bce_dice(logits: torch.Tensor, masks: torch.Tensor, weight: torch.Tensor) ->
 
 def to_size(images: torch.Tensor, masks: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """uint8 [B,1,H,W] and bool [B,H,W] -> float [B,1,size,size] in [0,1] and bool [B,size,size]."""
-    images = images.float() / 255
-    if images.shape[-2:] != (size, size):
-        images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+    if masks.shape[-2:] != (size, size):
         masks = F.interpolate(masks[:, None].float(), (size, size), mode="bilinear", antialias=True)[:, 0] >= 0.5
-    return images, masks
+    return resize(images, size), masks
 
 
 @torch.no_grad()

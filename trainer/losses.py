@@ -1,0 +1,63 @@
+"""Classification and attention terms. Losses come as (sum, count), so that processes can be added before dividing.
+
+Legend: logits float [B,K]; labels int64 [B]; weight float [B], 0 for stand-ins; cam float [B,S,S] in [0,1];
+region bool [B,S,S]; term float [B] in [0,1].
+"""
+
+import torch
+from torch.nn import functional as F
+
+SHARPNESS = 0.1  # width of the sigmoid that softens "cam > threshold" in `coverage`
+TINY = 1e-6  # a map whose total is below this is no map
+
+
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """Half precision becomes float32; float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def classification(logits: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy as (sum, count): scalars."""
+    losses = F.cross_entropy(at_least_float32(logits), labels, reduction="none")
+    return (losses * weight).sum(), weight.sum()
+
+
+def attention_term(cam: torch.Tensor, region: torch.Tensor, threshold: float, form: str) -> torch.Tensor:
+    """How far a CAM is from its region, per image, before the label mask: 0 is best, 1 worst.
+
+    Args:
+        cam: [B,S,S] in [0,1], any float type; computed in at least float32.
+        region: bool [B,S,S].
+        threshold: in [0,1].
+        form: ``published``: 1 - share of the region with cam > threshold (Wu et al. 2026; its gradient is zero);
+            ``coverage``: the same with sigmoid((cam - threshold) / 0.1) for the comparison;
+            ``energy``: 1 - sum of cam in the region / sum of cam.
+
+    Returns:
+        float [B]. An empty region gives 0; an all-zero CAM gives 1 (``coverage``: nearly); both with gradient 0.
+    """
+    cam = at_least_float32(cam)
+    inside = region.to(cam.dtype)
+    area = inside.sum((1, 2))
+    total = cam.sum((1, 2))
+    if form == "published":
+        hot = (cam > threshold).to(cam.dtype)
+        # "+ 0 * total" keeps the term in the graph: its gradient is zero, not missing.
+        term = 1 - (hot * inside).sum((1, 2)) / area.clamp(min=1) + 0 * total
+    elif form == "coverage":
+        soft = torch.sigmoid((cam - threshold) / SHARPNESS)
+        alive = (total > TINY)[:, None, None]
+        soft = torch.where(alive, soft, soft.detach())
+        term = 1 - (soft * inside).sum((1, 2)) / area.clamp(min=1)
+    elif form == "energy":
+        alive = total > TINY
+        share = (cam * inside).sum((1, 2)) / torch.where(alive, total, 1.0)
+        term = 1 - torch.where(alive, share, 0.0)
+    else:
+        raise ValueError(f"unknown attention form {form!r}, expected published, coverage or energy")
+    return torch.where(area > 0, term, torch.zeros_like(term))
+
+
+def attention(term: torch.Tensor, counted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Terms [B] and which of them count (float [B]) as (sum, count): scalars."""
+    return (term * counted).sum(), counted.sum()

@@ -1,0 +1,361 @@
+"""What a person gets: report.json, the published text report, curves and panel as PNG, report.html with all of it.
+
+python -m trainer.report RUN [RUN ...] --out FILE.html: several finished runs side by side.
+"""
+
+import base64
+import html
+import io
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from sklearn.metrics import roc_curve
+
+from shards.errors import InputError, run
+from shards.stream import Split
+from trainer.augment import resize
+from trainer.checkpoint import write_atomic
+from trainer.classifier import FocusClassifier, normalize_cam
+from trainer.config import Config, parse
+from trainer.launching import Accelerator
+from trainer.lungs import LungBoxes
+from trainer.regions import finding_regions
+
+if TYPE_CHECKING:
+    from trainer.evaluate import Outcome
+
+TILES = 12
+BOX, REGION, LESION = "#00e5ff", "#7CFC00", "#ff4040"
+
+
+@dataclass
+class Tile:
+    """One image of a panel: image and cam float [S,S] in [0,1]; region and lesion bool [S,S]; box x0 y0 x1 y1 or None."""
+
+    title: str
+    image: np.ndarray
+    cam: np.ndarray
+    region: np.ndarray
+    lesion: np.ndarray
+    box: list[int] | None
+
+
+def tiles(accelerator: Accelerator, model: FocusClassifier, split: Split, lungs: LungBoxes | None, config: Config) -> list[Tile]:
+    """Up to 12 images of a split, the first ones of each class in turn, with the CAM of their label's class."""
+    from trainer.evaluate import lesion_regions
+
+    per_class = [np.flatnonzero(split.labels == k) for k in range(len(split.classes))]
+    chosen = [c[i] for i in range(max(map(len, per_class))) for c in reversed(per_class) if i < len(c)][:TILES]
+    index = torch.as_tensor(np.array(chosen))
+    device, size = accelerator.device, config.size
+    raw = torch.from_numpy(np.stack([split.image(p) for p in chosen]))[:, None].to(device)
+    labels = torch.as_tensor(split.labels[chosen]).to(device)
+    names = [split.classes[k] for k in labels.tolist()]
+    training = model.training
+    with torch.no_grad(), accelerator.autocast():
+        images = resize(raw, size)
+        logits, cam = model.eval()(images, labels, cam=True)
+        boxes = lungs(raw, index) if lungs else None
+    model.train(training)
+    assert cam is not None
+    cams = normalize_cam(cam, size).cpu().numpy()
+    probability = torch.softmax(logits.float(), 1).cpu()
+    regions = finding_regions(boxes, names, size).cpu().numpy() if boxes is not None else np.zeros_like(cams, bool)
+    lesions = lesion_regions(split, index, size).numpy()
+    result = []
+    for b, name in enumerate(names):
+        guess = int(probability[b].argmax())
+        title = f"{name}\npredicted {split.classes[guess]} {probability[b, guess]:.2f}"
+        box = boxes[b].tolist() if boxes is not None else None
+        result.append(Tile(title, images[b, 0].float().cpu().numpy(), cams[b], regions[b], lesions[b], box))
+    return result
+
+
+def panel(shown: list[Tile], columns: int = 4) -> Figure:
+    """Each image beside itself with its CAM; lung box cyan, expected region green, lesion boxes red."""
+    columns = min(columns, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    figure = Figure(figsize=(3.7 * columns, 2.35 * rows + 0.3), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax, tile in zip(axes.flat, shown, strict=False):
+        draw(ax, tile)
+    for ax in axes.flat:
+        ax.axis("off")
+    figure.supxlabel("cyan: lung box   green: expected region   red: lesion box   right half: Grad-CAM of the label's class", fontsize=9)
+    return figure
+
+
+def draw(ax: Any, tile: Tile) -> None:
+    """The tile's image and, to its right, the same with the CAM over it."""
+    size = tile.image.shape[0]
+    gray = np.repeat(tile.image[..., None], 3, 2)
+    heat = matplotlib.colormaps["inferno"](tile.cam)[..., :3]
+    alpha = 0.65 * tile.cam[..., None]
+    ax.imshow(np.concatenate([gray, (1 - alpha) * gray + alpha * heat], 1), vmin=0, vmax=1)
+    for shift in (0, size):
+        if tile.box is not None:
+            x0, y0, x1, y1 = tile.box
+            ax.plot(np.array([x0, x1, x1, x0, x0]) + shift - 0.5, np.array([y0, y0, y1, y1, y0]) - 0.5, color=BOX, lw=0.8)
+        for mask, colour in ((tile.region, REGION), (tile.lesion, LESION)):
+            if mask.any():
+                ax.contour(np.arange(size) + shift, np.arange(size), mask, levels=[0.5], colors=[colour], linewidths=0.9)
+    ax.set_title(tile.title, fontsize=8)
+
+
+def curves(history: list[dict[str, Any]], outcomes: dict[str, "Outcome"]) -> Figure:
+    """Losses, lambda and validation figures by epoch, and the ROC of each split."""
+    figure = Figure(figsize=(13, 3.2), layout="constrained")
+    axes = figure.subplots(1, 4)
+    epochs = [line for line in history if "val_loss" in line]
+    steps = [line for line in history if "ce" in line]
+    axes[0].set_title("cross-entropy")
+    axes[1].set_title("attention loss and lambda")
+    axes[2].set_title("validation")
+    axes[3].set_title("ROC")
+    axes[0].plot([line["position"] for line in steps], [line["ce"] for line in steps], lw=0.8, label="train")
+    axes[0].plot([line["epoch"] + 1 for line in epochs], [line["val_loss"] for line in epochs], "o-", ms=3, label="val")
+    attended = [line for line in steps if line.get("attention") is not None]
+    axes[1].plot([line["position"] for line in attended], [line["attention"] for line in attended], lw=0.8, label="attention, train")
+    axes[1].plot([line["position"] for line in steps], [line["lambda"] for line in steps], lw=0.8, label="lambda")
+    for name in ("val_accuracy", "val_auc", "val_energy"):
+        known = [line for line in epochs if line.get(name) is not None]
+        if known:
+            axes[2].plot([line["epoch"] + 1 for line in known], [line[name] for line in known], "o-", ms=3, label=name[4:])
+    for split, outcome in outcomes.items():
+        scores = torch.softmax(outcome.logits.double(), 1)
+        for k in range(1, scores.shape[1]):
+            if 0 < (outcome.labels == k).sum() < len(outcome.labels):
+                fpr, tpr, _ = roc_curve((outcome.labels == k).numpy(), scores[:, k].numpy())
+                axes[3].plot(fpr, tpr, lw=1, label=split if scores.shape[1] == 2 else f"{split}, class {k}")
+    for ax, label in zip(axes, ("epoch", "epoch", "epoch", "1 - specificity"), strict=True):
+        ax.set_xlabel(label)
+        ax.grid(alpha=0.3)
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(fontsize=7)
+    return figure
+
+
+def text_name(config: Config, dataset: str) -> str:
+    """``<backbone>_<dataset>_<task>_la<lambda>_t<threshold>.txt`` as published; the published schedule is ``laa``."""
+    lam = {"fixed": f"{config.balance.lam:g}", "published": "a"}.get(config.balance.policy, config.balance.policy)
+    task = config.task.replace(",", "-").replace(" ", "").replace("/", "-")
+    return f"{config.backbone}_{dataset}_{task}_la{lam}_t{config.attention.threshold:g}.txt"
+
+
+def text_report(content: dict[str, Any]) -> str:
+    """The published text report, then what it lacks."""
+    lines = [f"Execution Time: {content['training'].get('minutes', 0):.2f} minutes"]
+    shown = [(split, content[split]) for split in ("val", "test") if split in content]
+    for number, (split, figures) in enumerate(shown):
+        if number or split == "test":
+            lines += ["-" * 30, "Metrics of unseen test data:"]
+        lines += [_classification_table(figures, content["findings"]), f"AUC Score: {figures['auc']:.4f}"]
+        if "binary" in figures:
+            b = figures["binary"]
+            lines += [
+                f"Best Threshold: {b['best_threshold']:.4f}",
+                f"Specificity: {b['specificity']:.4f}",
+                f"False Discovery Rate (FDR): {b['fdr']:.4f}",
+                f"False Omission Rate (FOR): {b['for']:.4f}",
+            ]
+    for split, figures in shown:
+        lines += ["-" * 30, f"Beyond the published report, {split}:"]
+        if "binary" in figures:
+            b = figures["binary"]
+            lines += [f"Sensitivity: {b['sensitivity']:.4f}", f"Positive Predictive Value (PPV): {b['ppv']:.4f}"]
+            lines += [f"Youden's Index: {b['youden']:.4f}", f"Discriminant Power: {b['dp']:.4f}"]
+        for kind, what in (("expected", "expected region"), ("lesion", "lesion boxes")):
+            found = figures["localization"][kind]["all"]
+            if found is None:
+                lines.append(f"Localization, {what}: no ground truth")
+                continue
+            lines.append(f"Localization, {what} ({found['images']} images):")
+            for name, words in LOCALIZATION_WORDS.items():
+                low, high = found[f"{name}_95"]
+                lines.append(f"  {words}: {found[name]:.4f} [{low:.4f}, {high:.4f}]")
+    for split, count in content["lungs_not_found"].items():
+        lines.append(f"No lungs found, whole image used ({split}): {count}")
+    return "\n".join(lines) + "\n"
+
+
+LOCALIZATION_WORDS = {
+    "energy": "CAM energy inside",
+    "lift": "CAM energy inside minus area",
+    "pointing": "Pointing hit",
+    "coverage": "Coverage at the threshold",
+}
+
+
+def _classification_table(figures: dict[str, Any], findings: list[str]) -> str:
+    """Laid out as scikit-learn's classification_report with 3 digits, which the published code prints."""
+    width = max(12, *map(len, findings))
+    lines = [f"{'':>{width}} {'precision':>9} {'recall':>9} {'f1-score':>9} {'support':>9}", ""]
+    rows = figures["per_class"]
+    total = sum(row["support"] for row in rows)
+    for name, row in zip(findings, rows, strict=True):
+        lines.append(f"{name:>{width}} {row['precision']:>9.3f} {row['recall']:>9.3f} {row['f1']:>9.3f} {row['support']:>9}")
+    lines += ["", f"{'accuracy':>{width}} {'':>9} {'':>9} {figures['accuracy']:>9.3f} {total:>9}"]
+    macro = [figures["macro_precision"], figures["macro_recall"], figures["macro_f1"]]
+    weighted = [sum(row[n] * row["support"] for row in rows) / total for n in ("precision", "recall", "f1")]
+    for name, average in (("macro avg", macro), ("weighted avg", weighted)):
+        lines.append(f"{name:>{width}} " + " ".join(f"{value:>9.3f}" for value in average) + f" {total:>9}")
+    return "\n".join(lines) + "\n"
+
+
+def write_run(out: Path, content: dict[str, Any], outcomes: dict[str, "Outcome"], shown: list[Tile], splits: dict[str, Split]) -> None:
+    """Write report.json, the text report, predictions, panel.png, curves.png and report.html into the run folder."""
+    config = Config(**{**content["config"], **_sections(content["config"])})
+    history_file = out / "metrics.jsonl"
+    history = [json.loads(line) for line in history_file.read_text().splitlines()] if history_file.is_file() else []
+    pictures = {"panel": _png(panel(shown)), "curves": _png(curves(history, outcomes))}
+    for name, data in pictures.items():
+        (out / f"{name}.png").write_bytes(data)
+    for name, outcome in outcomes.items():
+        write_atomic(out / f"predictions_{name}.jsonl", _predictions(outcome, splits[name]))
+    text = text_report(content)
+    write_atomic(out / text_name(config, content["dataset"]), text)
+    write_atomic(out / "report.html", _page(out.resolve().name, {out.resolve().name: content}, {out.resolve().name: pictures}, text))
+    write_atomic(out / "report.json", json.dumps(finite(content), indent=1))
+
+
+def _predictions(outcome: "Outcome", split: Split) -> str:
+    """One JSON line an image: key, label, probabilities, localization."""
+    probability = torch.softmax(outcome.logits.double(), 1)
+    lines = []
+    for i in range(len(split)):
+        line: dict[str, Any] = {"key": split.key(i), "label": split.classes[split.labels[i]]}
+        line["probability"] = {name: round(p, 6) for name, p in zip(split.classes, probability[i].tolist(), strict=True)}
+        for kind, table in (("expected", outcome.expected), ("lesion", outcome.lesion)):
+            if not table[i, 0].isnan():
+                line[kind] = {n: round(v, 6) for n, v in zip(LOCALIZATION_WORDS, table[i].tolist(), strict=True)}
+        lines.append(json.dumps(line) + "\n")
+    return "".join(lines)
+
+
+def _sections(config: dict[str, Any]) -> dict[str, Any]:
+    kinds = {name: field.type for name, field in Config.__dataclass_fields__.items()}
+    return {name: kinds[name](**value) for name, value in config.items() if isinstance(value, dict)}  # type: ignore[operator,misc]
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+SUMMARY = ("accuracy", "AUC", "energy in region", "lift over area", "pointing hit", "energy in lesion", "pointing at lesion")
+
+
+def summary(content: dict[str, Any]) -> list[float | None]:
+    """The figures of `SUMMARY` on test (on val, where there is no test)."""
+    figures = content.get("test") or content["val"]
+    expected, lesion = (figures["localization"][kind]["all"] or {} for kind in ("expected", "lesion"))
+    return [
+        figures["accuracy"],
+        figures["auc"],
+        expected.get("energy"),
+        expected.get("lift"),
+        expected.get("pointing"),
+        lesion.get("energy"),
+        lesion.get("pointing"),
+    ]
+
+
+def table(runs: dict[str, dict[str, Any]]) -> str:
+    """Runs side by side as text."""
+    width = max(18, *(len(name) for name in SUMMARY))
+    columns = [max(10, len(name)) for name in runs]
+    lines = [f"{'':{width}}  " + "  ".join(f"{name:>{c}}" for name, c in zip(runs, columns, strict=True))]
+    values = [summary(content) for content in runs.values()]
+    for i, name in enumerate(SUMMARY):
+        cells = ["-" if row[i] is None else f"{row[i]:.3f}" for row in values]
+        lines.append(f"{name:{width}}  " + "  ".join(f"{cell:>{c}}" for cell, c in zip(cells, columns, strict=True)))
+    return "\n".join(lines)
+
+
+def picture(figure: Figure) -> np.ndarray:
+    """A figure as uint8 [H,W,3]."""
+    from PIL import Image
+
+    return np.asarray(Image.open(io.BytesIO(_png(figure))).convert("RGB"))
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1280px;margin:2em auto;padding:0 1em;color:#222}
+table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em 1em;border-bottom:1px solid #ddd;text-align:right}
+td:first-child,th:first-child{text-align:left}img{max-width:100%}pre{background:#f6f6f6;padding:1em;overflow:auto;font-size:12px}"""
+
+
+def _page(title: str, runs: dict[str, dict[str, Any]], pictures: dict[str, dict[str, bytes]], text: str = "") -> str:
+    """One HTML file that needs nothing beside it."""
+    first = next(iter(runs.values()))
+    what = "test" if "test" in first else "val"
+    parts = [f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>"]
+    parts.append(f"<p>{html.escape(', '.join(first['findings']))} on {html.escape(first['dataset'])}; figures of the {what} split.</p>")
+    parts.append("<table><tr><th></th>" + "".join(f"<th>{html.escape(name)}</th>" for name in runs) + "</tr>")
+    values = [summary(content) for content in runs.values()]
+    for i, name in enumerate(SUMMARY):
+        cells = "".join(f"<td>{'&ndash;' if row[i] is None else f'{row[i]:.3f}'}</td>" for row in values)
+        parts.append(f"<tr><td>{name}</td>{cells}</tr>")
+    parts.append("</table>")
+    for name, images in pictures.items():
+        for kind, data in images.items():
+            code = base64.b64encode(data).decode()
+            heading = {"panel": "Where the model looks", "curves": "Curves"}[kind]
+            parts.append(f"<h2>{heading}: {html.escape(name)}</h2><img alt='{kind}' src='data:image/png;base64,{code}'>")
+    if text:
+        parts.append(f"<h2>Text report</h2><pre>{html.escape(text)}</pre>")
+    for name, content in runs.items():
+        settings = json.dumps({"training": content["training"], "config": content["config"]}, indent=1)
+        parts.append(f"<details><summary>Settings: {html.escape(name)}</summary><pre>{html.escape(settings)}</pre></details>")
+    return "\n".join(parts)
+
+
+@dataclass
+class ReportConfig:
+    """Finished runs side by side."""
+
+    runs: list[str]
+    """Run folders, as a list: --runs '[a, b]'."""
+    out: str
+    """HTML file to write."""
+
+    def problems(self) -> list[str]:
+        """Nothing beyond the types."""
+        return [] if self.runs else ["--runs: name at least one run folder"]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the table, write the page."""
+    options = parse(ReportConfig, argv, prog="trainer.report")
+    runs, pictures = {}, {}
+    for name in options.runs:
+        folder = Path(name)
+        if not (folder / "report.json").is_file():
+            raise InputError(f"--runs {folder}: has no report.json; is it a finished run?")
+        runs[folder.name] = json.loads((folder / "report.json").read_text())
+        pictures[folder.name] = {kind: (folder / f"{kind}.png").read_bytes() for kind in ("panel", "curves") if (folder / f"{kind}.png").is_file()}
+    out = Path(options.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(out, _page("cxr-focus", runs, pictures))
+    print(table(runs))
+    print(f"\nreport: {out.resolve()}")
+
+
+if __name__ == "__main__":
+    run(main)

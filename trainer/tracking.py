@@ -1,0 +1,84 @@
+"""wandb, TensorBoard or nothing, through Accelerate's trackers: best effort, never in the way of the run."""
+
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+
+PROJECT = "cxr-focus"
+WANDB_SECONDS = 60.0  # well below the time after which waiting processes give up
+
+
+class Tracking:
+    """Log scalars and pictures. Whatever fails becomes one warning, and tracking ends; the run goes on.
+
+    Args:
+        accelerator: made with ``log_with`` of the same kind.
+        kind: none, wandb or tensorboard.
+        run: the run folder; offline data goes there.
+        config: the resolved configuration.
+    """
+
+    def __init__(self, accelerator: Accelerator, kind: str, run: Path, config: dict[str, Any]) -> None:
+        self.accelerator, self.kind = accelerator, kind
+        self.alive = kind != "none" and accelerator.is_main_process
+        self._attempt(lambda: self._start(run, config))
+
+    def _start(self, run: Path, config: dict[str, Any]) -> None:
+        options: dict[str, Any] = {}
+        if self.kind == "wandb":
+            import wandb
+
+            mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
+            settings = wandb.Settings(init_timeout=WANDB_SECONDS, silent=True)
+            options = {"wandb": {"mode": mode, "dir": str(run), "name": run.name, "settings": settings}}
+        self.accelerator.init_trackers(PROJECT, config=_flat(config), init_kwargs=options)
+        if not self.accelerator.trackers:
+            raise ModuleNotFoundError(f"{self.kind} is not installed")
+
+    def log(self, figures: dict[str, Any], step: int) -> None:
+        """Scalars; anything else is left out."""
+        numbers = {name: value for name, value in figures.items() if isinstance(value, int | float)}
+        self._attempt(lambda: self.accelerator.log(numbers, step=step))
+
+    def picture(self, name: str, image: np.ndarray, step: int) -> None:
+        """uint8 [H,W,3]."""
+
+        def send() -> None:
+            for tracker in self.accelerator.trackers:
+                if self.kind == "tensorboard":
+                    tracker.log_images({name: image[None]}, step=step, dataformats="NHWC")
+                else:
+                    tracker.log_images({name: [image]}, step=step)
+
+        self._attempt(send)
+
+    def finish(self) -> None:
+        """Close what is open."""
+        self._attempt(self.accelerator.end_training)
+
+    def _attempt(self, action: Callable[[], object]) -> None:
+        if not self.alive:
+            return
+        try:
+            action()
+        except Exception as error:  # a tracker may fail in any way; none of them is worth a run
+            self.alive = False
+            warnings.warn(f"tracking with {self.kind} ended ({type(error).__name__}: {error}); the run goes on without it", stacklevel=2)
+
+
+def _logged_in() -> bool:
+    import wandb
+
+    return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat

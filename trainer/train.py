@@ -1,0 +1,435 @@
+"""python -m trainer.train: train a classifier that looks where the finding is.
+
+Legend: B images of a process and micro-batch, W processes, K classes, S pixels of a side, h x w positions of the CAM.
+A step is `accumulate` micro-batches; its losses are divided by the counts of the whole step over all processes, so W
+processes and any accumulation give the gradient of one big batch.
+"""
+
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast
+from tqdm import tqdm
+
+from shards.errors import InputError, listed, run
+from shards.stream import Batch, EpochPlan, Split, read_index
+from trainer import checkpoint
+from trainer.augment import augment, draw, resize
+from trainer.balance import Balance
+from trainer.classifier import FocusClassifier, normalize_cam
+from trainer.config import Config, OptimConfig, parse, to_yaml
+from trainer.evaluate import LUNGS, MODEL, Outcome, evaluate, finish, open_run, save_model
+from trainer.launching import Accelerator, start
+from trainer.losses import attention, attention_term, classification
+from trainer.lungs import LungBoxes, load_segmenter
+from trainer.regions import finding_regions, task_findings, without_rule
+from trainer.tracking import Tracking
+
+
+@dataclass
+class State:
+    """Where the run is. All of it is saved and restored."""
+
+    epoch: int = 0
+    position: int = 0  # samples of the epoch that were trained on
+    step: int = 0
+    best: float = -math.inf
+    best_epoch: int = -1
+    since_best: int = 0  # epochs in a row without a better model
+    seconds: float = 0.0  # of training, without evaluation and pauses
+    images: int = 0  # trained on in those seconds
+    finished: bool = False
+
+
+@dataclass
+class Prepared:
+    """A micro-batch on the device: images float [B,1,S,S]; labels int64 [B]; region bool [B,S,S]; weight, positive float [B]."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    region: torch.Tensor
+    weight: torch.Tensor
+    positive: torch.Tensor  # what counts for attention
+
+
+@dataclass
+class Trainer:
+    """Everything a run consists of. The loop is `train`."""
+
+    config: Config
+    accelerator: Accelerator
+    splits: dict[str, Split]
+    model: FocusClassifier
+    net: Any  # the model as Accelerate prepared it
+    optimizer: Any
+    schedule: Any
+    balance: Balance
+    lungs: dict[str, LungBoxes]
+    tracking: Tracking
+    state: State = field(default_factory=State)
+
+    def train(self) -> None:
+        """Epochs until they are done or patience ends."""
+        c, acc, state = self.config, self.accelerator, self.state
+        split = self.splits["train"]
+        plan = EpochPlan(split.shard_sizes(), c.seed)
+        rank, world = acc.process_index, acc.num_processes
+        bar = tqdm(
+            total=c.epochs * len(plan),
+            initial=state.epoch * len(plan) + state.position,
+            unit="img",
+            disable=not acc.is_main_process,
+            mininterval=1.0 if sys.stderr.isatty() else 15.0,
+            dynamic_ncols=True,
+        )
+        while state.epoch < c.epochs and state.since_best < c.patience:
+            self.net.train()
+            logged = _Logged(acc.device)
+            clock = time.monotonic()
+            loader = split.loader(plan, state.epoch, state.position, batch=c.batch, rank=rank, world=world, workers=c.workers)
+            for group in _groups(loader, c.accumulate):
+                lam = self.balance.value(state.epoch)
+                attend = lam < 1.0  # lambda = 1 is plain cross-entropy and pays nothing for attention
+
+                # Where the lungs are, and so where each finding is expected. New images are segmented, known ones looked up.
+                batches = [self.prepare(batch, attend) for batch in group]
+
+                # How many images and positives the whole step has, over all processes.
+                own = torch.stack([torch.stack([b.weight.sum(), b.positive.sum()]) for b in batches]).sum(0)
+                images, positives = acc.reduce(own, "sum").clamp(min=1)
+
+                # One forward gives logits and CAM; the CAM's gradient goes through the head into the backbone.
+                sums = torch.zeros(2, dtype=torch.float64, device=acc.device)
+                for i, b in enumerate(batches):
+                    with contextlib.nullcontext() if i == len(batches) - 1 else acc.no_sync(self.net):
+                        classes = None if c.attention.form == "published" else b.labels
+                        differentiable = c.attention.form != "published"
+                        logits, cam = self.net(b.images, classes, cam=attend, mode=c.attention.mode, differentiable=differentiable)
+                        ce, _ = classification(logits, b.labels, b.weight)
+                        loss, term = lam * ce / images, torch.zeros_like(ce)
+                        if attend:
+                            per_image = attention_term(normalize_cam(cam, c.size), b.region, c.attention.threshold, c.attention.form)
+                            term, _ = attention(per_image, b.positive if differentiable else b.weight)
+                            loss = loss + (1 - lam) * term / (positives if differentiable else images)
+                        acc.backward(loss * world)  # Accelerate averages gradients over processes; the sum is wanted
+                    sums += torch.stack([ce, term]).detach().double()
+
+                if c.optim.clip:
+                    acc.clip_grad_norm_(self.net.parameters(), c.optim.clip)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                if c.optim.schedule == "cosine":
+                    self.schedule.step()
+                step_sums = torch.cat([sums, own.double()])
+                if self.balance.follows_losses:
+                    self.balance.update(acc.reduce(step_sums, "sum").cpu())
+
+                # Once in a while: log, save.
+                taken = min(len(group) * c.batch * world, len(plan) - state.position)
+                state.position += taken
+                state.step += 1
+                state.images += taken
+                logged.add(step_sums)
+                bar.update(taken)
+                if state.step % c.log_every == 0 or state.position == len(plan):
+                    state.seconds += time.monotonic() - clock
+                    clock = time.monotonic()
+                    self.log(logged, bar, lam, state.epoch + state.position / len(plan))
+                if state.step % c.save_every == 0 and state.position < len(plan):
+                    state.seconds += time.monotonic() - clock
+                    self.save()
+                    clock = time.monotonic()
+
+            # Once an epoch: share the boxes, validate, keep the best, save.
+            self.end_epoch(bar)
+        bar.close()
+
+    def prepare(self, batch: Batch, attend: bool) -> Prepared:
+        """A batch on the device: resized, augmented together with its lung box, with the region of its finding."""
+        c, device, findings = self.config, self.accelerator.device, self.splits["train"].classes
+        raw = batch.image.to(device, non_blocking=True)
+        labels, weight = batch.label.to(device, non_blocking=True), batch.weight.to(device, non_blocking=True)
+        with self.accelerator.autocast():
+            boxes = self.lungs["train"](raw, batch.index) if attend else None
+        draws = draw(c.seed, self.state.epoch, batch.index)
+        images, boxes, _ = augment(resize(raw, c.size), draws, c.augment, boxes=boxes)
+        if boxes is None:
+            nothing = torch.zeros(len(images), 1, 1, dtype=torch.bool, device=device)
+            return Prepared(images, labels, nothing, weight, torch.zeros_like(weight))
+        region = finding_regions(boxes, [findings[k] for k in batch.label.tolist()], c.size)
+        return Prepared(images, labels, region, weight, weight * region.flatten(1).any(1))
+
+    def log(self, logged: "_Logged", bar: Any, lam: float, position: float) -> None:
+        """A line of metrics.jsonl and of the tracker; stops the run at a loss that is not finite."""
+        ce, term, images, positives = self.accelerator.reduce(logged.take(), "sum").tolist()
+        state = self.state
+        if not math.isfinite(ce + term):
+            raise InputError(
+                f"the loss is not finite in one of the steps up to {state.step}; lower --optim.lr, set --optim.clip 1, "
+                "or launch with --mixed_precision bf16 or no"
+            )
+        counted = images if self.config.attention.form == "published" else positives
+        line = {
+            "step": state.step,
+            "epoch": state.epoch,
+            "position": position,
+            "ce": ce / images,
+            "attention": term / counted if counted and lam < 1 else None,
+            "lambda": lam,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "images_per_s": state.images / max(state.seconds, 1e-9),
+        }
+        bar.set_postfix({"ce": f"{line['ce']:.3f}", "att": "-" if line["attention"] is None else f"{line['attention']:.3f}", "epoch": state.epoch + 1}, refresh=False)
+        self.write(line)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append to metrics.jsonl and send to the tracker, on the main process."""
+        if self.accelerator.is_main_process:
+            with (Path(self.config.out) / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            self.tracking.log({k: v for k, v in line.items() if k != "step"}, line["step"])
+
+    def end_epoch(self, bar: Any) -> None:
+        """Validation, the schedule, the best model, the checkpoint."""
+        c, acc, state = self.config, self.accelerator, self.state
+        for buffer in self.model.buffers():
+            broadcast(buffer)  # each process kept its own BatchNorm statistics since the last forward
+        outcome = evaluate(acc, self.model, self.splits["val"], self.lungs.get("val"), c, look=c.attends)
+        figures = validation_figures(outcome, self.balance.value(state.epoch), c)
+        if c.optim.schedule == "plateau":
+            self.schedule.step(figures["val_weighted" if c.optim.watch == "weighted" else "val_loss"])
+        score = -figures["val_loss"] if c.best == "loss" else figures[f"val_{c.best}"]
+        state.since_best += 1
+        if score > state.best:
+            state.best, state.best_epoch, state.since_best = score, state.epoch, 0
+            if acc.is_main_process:
+                stored = self.splits["train"].image(0).shape[0]
+                save_model(Path(c.out) / MODEL, self.model, c, stored, state.epoch)
+        self.write({"step": state.step, "epoch": state.epoch, **figures})
+        state.epoch, state.position = state.epoch + 1, 0
+        self.save()
+        if acc.is_main_process:
+            told = "  ".join(f"{name[4:]} {value:.3f}" for name, value in figures.items() if value is not None)
+            bar.write(f"epoch {state.epoch}/{c.epochs}: {told}{'  *' if not state.since_best else ''}", file=sys.stderr)
+
+    def save(self) -> None:
+        """The checkpoint that `--resume` goes on from. Every process takes part: boxes are shared first."""
+        for boxes in self.lungs.values():
+            share_boxes(self.accelerator, boxes)
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            content = {
+                "identity": identity(self.config, self.splits),
+                "state": asdict(self.state),
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+                "scaler": scaler.state_dict() if scaler is not None else None,
+                "balance": self.balance.state_dict(),
+                "boxes": {name: boxes.memory.state_dict() for name, boxes in self.lungs.items()},
+            }
+            checkpoint.save(Path(self.config.out) / "checkpoints" / "last.pt", content)
+        self.accelerator.wait_for_everyone()
+
+    def restore(self) -> None:
+        """Model, optimizer, schedule, scaler, lambda, boxes, position; then the log is cut back to that step."""
+        out = Path(self.config.out)
+        content = checkpoint.load(out / "checkpoints" / "last.pt")
+        mine = identity(self.config, self.splits)
+        other = [name for name, value in mine.items() if content["identity"].get(name) != value]
+        if other:
+            was = content["identity"].get(other[0])
+            raise InputError(f"--resume {out}: the run was made with another {listed(other)} (--{other[0]} {was}); start a new run instead")
+        self.model.load_state_dict(content["model"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.schedule.load_state_dict(content["schedule"])
+        if content["scaler"] is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(content["scaler"])
+        self.balance.load_state_dict(content["balance"])
+        for name, boxes in self.lungs.items():
+            if name in content["boxes"] and not boxes.memory.load_state_dict(content["boxes"][name]):
+                self.accelerator.print(f"the boxes of {name} belong to another segmenter; they are found again")
+        self.state = State(**content["state"])
+        if self.accelerator.is_main_process:
+            checkpoint.rewind(out / "metrics.jsonl", self.state.step)
+        self.accelerator.print(f"resumed after step {self.state.step}: epoch {self.state.epoch + 1}, image {self.state.position}")
+
+
+class _Logged:
+    """Sums since the last line: ce, attention, images, positives, on the device so that no step waits for the host."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
+
+    def add(self, sums: torch.Tensor) -> None:
+        self.sums += sums
+
+    def take(self) -> torch.Tensor:
+        taken, self.sums = self.sums, torch.zeros_like(self.sums)
+        return taken
+
+
+def _groups(loader: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """Micro-batches by the step; the last step of an epoch may have fewer."""
+    group: list[Batch] = []
+    for batch in loader:
+        group.append(batch)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def validation_figures(outcome: Outcome, lam: float, config: Config) -> dict[str, Any]:
+    """Accuracy, AUC, cross-entropy; with attention also its term, the weighted loss and the energy in the region."""
+    report = outcome.report(tuple(task_findings(config.task)))
+    figures = {"val_accuracy": report["accuracy"], "val_auc": report["auc"], "val_loss": report["loss"]}
+    known = ~outcome.term.isnan()
+    if known.any():
+        term = outcome.term[known].sum() / (len(known) if config.attention.form == "published" else known.sum())
+        figures |= {"val_attention": float(term), "val_energy": report["localization"]["expected"]["all"]["energy"]}
+    figures["val_weighted"] = lam * figures["val_loss"] + (1 - lam) * figures.get("val_attention", 0.0)
+    return figures
+
+
+def share_boxes(accelerator: Accelerator, boxes: LungBoxes) -> None:
+    """What one process has segmented, all know afterwards."""
+    if accelerator.num_processes > 1:
+        table = boxes.memory.table.to(accelerator.device)
+        torch.distributed.all_reduce(table, torch.distributed.ReduceOp.MAX)  # -1 is unknown
+        boxes.memory.table = table.cpu()
+
+
+def identity(config: Config, splits: dict[str, Split]) -> dict[str, Any]:
+    """What may not change when a run is resumed."""
+    own = {"task": config.task, "backbone": config.backbone, "size": config.size, "seed": config.seed, "attention.layer": config.attention.layer}
+    return own | {"optim.name": config.optim.name, "optim.schedule": config.optim.schedule, "shards": splits["train"].fingerprint}
+
+
+def make_optimizer(model: torch.nn.Module, o: OptimConfig, steps: int) -> tuple[torch.optim.Optimizer, Any]:
+    """Optimizer and schedule; ``steps`` is the length of the run, for cosine."""
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[o.name]
+    optimizer = kind(model.parameters(), lr=o.lr, weight_decay=o.weight_decay)
+    if o.schedule == "plateau":
+        return optimizer, torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=10, min_lr=1e-10)
+
+    def factor(step: int) -> float:
+        if step < o.warmup:
+            return (step + 1) / (o.warmup + 1)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - o.warmup) / max(1, steps - o.warmup))))
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def resolve(argv: list[str] | None) -> Config:
+    """The configuration; with --resume, that of the run folder with the flags given now on top."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    out = next((argv[i + 1] for i, t in enumerate(argv[:-1]) if t == "--out"), None) or next((t[6:] for t in argv if t.startswith("--out=")), None)
+    switch = next((i for i, t in enumerate(argv) if t.partition("=")[0] == "--resume"), None)
+    resuming = switch is not None and "false" not in (argv[switch].lower() + " " + " ".join(argv[switch + 1 : switch + 2]).lower()).replace("=", " ").split()
+    if resuming and out is not None:
+        saved = Path(out) / "config.yaml"
+        if not saved.is_file():
+            raise InputError(f"--resume: {out} holds no run (no config.yaml); start it without --resume")
+        argv = ["--config", str(saved), *argv]
+    return parse(Config, argv, prog="trainer.train")
+
+
+def build(config: Config) -> Trainer:
+    """Check everything that can be checked, say what will happen, claim the run folder, make the parts."""
+    trackers = None if config.tracker == "none" else config.tracker
+    accelerator = start(config.seed, log_with=trackers, project_dir=config.out)
+    shards, out, findings = Path(config.shards), Path(config.out), task_findings(config.task)
+    index = read_index(shards)
+    splits = {name: Split(shards, name, findings) for name in ("train", "val", "test") if name in index["splits"] or name != "test"}
+    total, world = len(splits["train"]), accelerator.num_processes
+    per_step = config.batch * world * config.accumulate
+    if per_step > total:
+        raise InputError(
+            f"--batch {config.batch} x {world} processes x --accumulate {config.accumulate} = {per_step} images a step, but the train "
+            f"split has {total}; lower --batch to at most {max(1, total // (world * config.accumulate))}"
+        )
+    segmenter = load_segmenter(config.lungs.weights or None) if config.attends or config.lungs.weights else None
+    model = FocusClassifier(config.backbone, len(findings), size=config.size, pretrained=config.pretrained, layer=config.attention.layer)
+    if config.resume:
+        if accelerator.is_main_process:
+            checkpoint.write_atomic(out / "config.yaml", to_yaml(config))
+    else:
+        checkpoint.claim(accelerator, out, to_yaml(config))
+    if segmenter is not None and accelerator.is_main_process:
+        segmenter.save(out / LUNGS)
+
+    accelerator.print(
+        f"{config.batch} images x {world} processes x {config.accumulate} accumulated = {per_step} a step; "
+        f"{total} training images, {-(-total // per_step)} steps an epoch; {accelerator.device.type}, {accelerator.mixed_precision}"
+    )
+    for name, split in splits.items():
+        left = f"; {split.left_out} others left out (not exactly one finding of the task)" if split.left_out else ""
+        accelerator.print(f"{name}: {', '.join(f'{n} {finding}' for finding, n in split.counts().items())}{left}")
+    if config.attends and without_rule(findings):
+        accelerator.print(f"no region is known for {listed(without_rule(findings))}: classification only, no attention loss for them")
+    if segmenter is None:
+        accelerator.print("no lung segmenter (--lungs.weights): the report will have no localization against expected regions")
+
+    lungs = {}
+    if segmenter is not None:
+        segmenter.to(accelerator.device, memory_format=torch.channels_last)
+        key = segmenter.fingerprint()
+        lungs = {name: LungBoxes(segmenter, config.size, len(s), s.fingerprint, key) for name, s in splits.items()}
+    raw, schedule = make_optimizer(model, config.optim, config.epochs * -(-total // per_step))
+    net, optimizer = accelerator.prepare(model, raw)
+    balance = Balance(config.balance.policy, config.balance.lam, config.balance.low, config.balance.high)
+    tracking = Tracking(accelerator, config.tracker, out, asdict(config))
+    trainer = Trainer(config, accelerator, splits, accelerator.unwrap_model(net), net, optimizer, schedule, balance, lungs, tracking)
+    if config.resume:
+        trainer.restore()
+    return trainer
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, build, train, evaluate the best model, close."""
+    if "OMP_NUM_THREADS" not in os.environ and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        torch.set_num_threads(max(1, os.cpu_count() or 1))
+    trainer = build(resolve(argv))
+    trainer.train()
+    acc, config, state, out = trainer.accelerator, trainer.config, trainer.state, Path(trainer.config.out)
+    acc.wait_for_everyone()
+    _, best, _, _ = open_run(out)
+    trainer.model.load_state_dict(best.state_dict())
+    training = {
+        "minutes": state.seconds / 60,
+        "epochs": state.epoch,
+        "best_epoch": state.best_epoch + 1,
+        "best": config.best,
+        "images_per_s": state.images / max(state.seconds, 1e-9),
+        "processes": acc.num_processes,
+        "precision": acc.mixed_precision,
+        "device": torch.cuda.get_device_name() if acc.device.type == "cuda" else acc.device.type,
+    }
+    content = finish(acc, trainer.model, config, trainer.splits, trainer.lungs, training, out)
+    if acc.is_main_process:
+        from PIL import Image
+
+        from trainer import report
+
+        with Image.open(out / "panel.png") as panel:
+            trainer.tracking.picture("panel", report.np.asarray(panel.convert("RGB")), state.step)
+        print(report.table({out.name: content}))
+        print(f"report: {(out / 'report.html').resolve()}")
+    trainer.tracking.finish()
+    if acc.num_processes > 1:
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run(main)
