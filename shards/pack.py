@@ -62,8 +62,8 @@ def pack(
         work = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({error.strerror}); choose a folder that can") from error
+    writer = _Writer(work, form, per_shard)
     try:
-        writer = _Writer(work, form, per_shard)
         for split, sample in tqdm(samples, total=total, desc=f"packing {out.name}", unit="img", mininterval=1.0):
             writer.write(split, sample)
         writer.close()
@@ -76,6 +76,7 @@ def pack(
     except OSError as error:
         raise InputError(f"--out {out}: packing stopped ({error.strerror or error}); nothing was left there") from error
     finally:
+        writer.close()
         shutil.rmtree(work, ignore_errors=True)
 
 
@@ -109,8 +110,8 @@ class _Writer:
         self.written[split] += 1
 
     def close(self) -> None:
-        for writer in self.open.values():
-            writer.close()
+        while self.open:
+            self.open.popitem()[1].close()
 
 
 def build_index(root: Path, *, dataset: str, classes: Sequence[str] | None = None) -> dict[str, Any]:

@@ -55,10 +55,14 @@ def phantoms(
         for i in range(sizes[number]):
             rng = np.random.default_rng([seed, number, i])
             finding = findings[i % len(findings)]
-            marker = None
+            sample = phantom(f"{split}-{i:06d}", finding, rng, size)
             if shortcut is not None and agreement is not None:
-                marker = _marker_class(rng, i % len(findings), len(findings), agreement)
-            yield split, phantom(f"{split}-{i:06d}", finding, rng, size, marker)
+                # Its own random numbers: apart from the marker the image is the one without it.
+                of_marker = np.random.default_rng([seed, number, i, 1])
+                marker = _marker_class(of_marker, i % len(findings), len(findings), agreement)
+                _stamp(sample.image, marker, of_marker)
+                sample.extra["marker"] = marker
+            yield split, sample
 
 
 def split_sizes(count: int) -> tuple[int, int, int]:
@@ -73,7 +77,7 @@ def _marker_class(rng: np.random.Generator, k: int, classes: int, correlation: f
     return int(rng.integers(classes))
 
 
-def phantom(key: str, finding: str, rng: np.random.Generator, size: int, marker: int | None = None) -> Sample:
+def phantom(key: str, finding: str, rng: np.random.Generator, size: int) -> Sample:
     """One radiograph uint8 [size, size] with its lung mask (both lungs, without the heart) and lesion boxes."""
     chest = _Chest.draw(rng, size)
     image, lungs = chest.image, chest.lungs
@@ -88,12 +92,9 @@ def phantom(key: str, finding: str, rng: np.random.Generator, size: int, marker:
             lesions = _emphysema(chest, image, rng)
         elif finding != NO_FINDING:
             raise ValueError(f"no phantom of {finding!r}")
-    if marker is not None:
-        _stamp(image, marker, rng)
     image = _expose(image, rng)
     boxes = [LesionBox(finding, _bounds(lesion)) for lesion in lesions]
-    extra = {} if marker is None else {"marker": marker}
-    return Sample(key, image, (finding,), np.where(lungs, 255, 0).astype(np.uint8), boxes, extra)
+    return Sample(key, image, (finding,), np.where(lungs, 255, 0).astype(np.uint8), boxes)
 
 
 @dataclass
@@ -288,9 +289,10 @@ def _emphysema(chest: _Chest, image: np.ndarray, rng: np.random.Generator) -> li
     lesions = []
     for side in sides:
         top, bottom = chest.apex - rng.uniform(0.02, 0.06), rng.uniform(0.45, 0.68)
-        field = chest.body & (side * chest.u > 0) & (chest.v > top) & (chest.v < bottom) & (chest.wall > 1.03)
-        field |= chest.body & (side * chest.u > 0.09) & (chest.v > chest.apex - 0.09) & (chest.v < chest.apex - 0.015)
-        field &= ~chest.lungs
+        tissue = chest.body & ~chest.lungs & (side * chest.u > 0)
+        beside = tissue & (chest.v > top) & (chest.v < bottom) & (chest.wall > 1.03)
+        above = tissue & (side * chest.u > 0.09) & (chest.v > chest.apex - 0.09) & (chest.v < chest.apex - 0.015)
+        field = beside | above
         rows, columns = np.nonzero(field)
         if not len(rows):
             continue
@@ -305,13 +307,13 @@ def _emphysema(chest: _Chest, image: np.ndarray, rng: np.random.Generator) -> li
             pen.line([columns[i] - dx, rows[i] - dy, columns[i] + dx, rows[i] + dy], fill=int(rng.integers(150, 255)), width=width)
         streaks = _blur(np.asarray(layer) / 255.0, size / 350) * field
         image -= streaks * rng.uniform(0.22, 0.34)
-        if (streaks > 0.2).any():
-            lesions.append(streaks > 0.2)
+        # Two boxes a side: one around both places would hold the upper lung as well.
+        lesions += [gas for gas in ((streaks > 0.2) & beside, (streaks > 0.2) & above & ~beside) if gas.any()]
     return lesions
 
 
 def _stamp(image: np.ndarray, marker: int, rng: np.random.Generator) -> None:
-    """A bright technician's mark in the upper left corner; its shape is the class."""
+    """A bright technician's mark in the upper left corner of a uint8 image; its shape is the class."""
     size = image.shape[0]
     side = max(5, round(size * 0.085))
     top, left = (int(size * 0.02 + rng.integers(0, max(1, size // 40))) for _ in range(2))
@@ -323,7 +325,7 @@ def _stamp(image: np.ndarray, marker: int, rng: np.random.Generator) -> None:
         (abs(x - 0.5) < bar / 2) | (abs(y - 0.5) < bar / 2),  # a cross
         (x < bar) | (x > 1 - bar),  # two bars
     )[marker]
-    image[top : top + side, left : left + side][shape] = 0.97
+    image[top : top + side, left : left + side][shape] = 247
 
 
 def _expose(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -78,7 +78,10 @@ def tiles(accelerator: Accelerator, model: FocusClassifier, split: Split, lungs:
     return result
 
 
-def panel(shown: list[Tile], columns: int = 4) -> Figure:
+LEGEND = "cyan: lung box   green: expected region   red: lesion box   right half: Grad-CAM of the label's class"
+
+
+def panel(shown: list[Tile], columns: int = 4, legend: str = LEGEND) -> Figure:
     """Each image beside itself with its CAM; lung box cyan, expected region green, lesion boxes red."""
     columns = min(columns, len(shown))
     rows = math.ceil(len(shown) / columns)
@@ -88,7 +91,7 @@ def panel(shown: list[Tile], columns: int = 4) -> Figure:
         draw(ax, tile)
     for ax in axes.flat:
         ax.axis("off")
-    figure.supxlabel("cyan: lung box   green: expected region   red: lesion box   right half: Grad-CAM of the label's class", fontsize=9)
+    figure.supxlabel(legend, fontsize=9 if columns > 1 else 6)
     return figure
 
 

@@ -74,7 +74,7 @@ class Tracking:
 def _logged_in() -> bool:
     import wandb
 
-    return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
+    return bool(wandb.login(prompt=False))
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

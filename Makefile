@@ -1,0 +1,28 @@
+# Each target does all the set-up it needs. PYTHON chooses the interpreter that makes .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: setup demo test bench lint
+
+setup: $(READY)
+
+$(READY): pyproject.toml
+	$(PYTHON) -c "import sys; sys.exit('error: Python 3.11 or newer is needed, this is ' + sys.version.split()[0] + '; make PYTHON=python3.11 ...' if sys.version_info < (3, 11) else 0)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $(READY)
+
+demo: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/demo.sh
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python bench/step.py

@@ -1,0 +1,111 @@
+"""python bench/step.py: what attention costs, side by side in one run.
+
+One training step of plain cross-entropy, one with attention and remembered boxes, one with new boxes, alternating, by the
+trainer's own code (`Trainer.prepare`, the prepared network, Accelerate's backward and step) on phantoms. Prints medians of
+ratios with their quartiles and appends them, dated and with the hardware, to bench/step.md.
+"""
+
+import argparse
+import platform
+import statistics
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from shards.pack import pack
+from shards.phantom import phantoms
+from shards.stream import EpochPlan
+from trainer.classifier import normalize_cam
+from trainer.config import AttentionConfig, Config, LungsConfig
+from trainer.losses import attention, attention_term, classification
+from trainer.lungs import LungSegmenter
+from trainer.train import Trainer, build
+
+
+def processor() -> str:
+    """The processor's name and what of it counts here."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.is_file() else ""
+    name = next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")), platform.processor())
+    return f"{name}{', AMX' if 'amx_bf16' in text else ''}, {torch.get_num_threads()} threads"
+
+
+def step(trainer: Trainer, batch: object, lam: float) -> float:
+    """Seconds of one optimizer step as the loop does it."""
+    c, acc = trainer.config, trainer.accelerator
+    begin = time.perf_counter()
+    b = trainer.prepare(batch, attend=lam < 1)  # type: ignore[arg-type]
+    images, positives = acc.reduce(torch.stack([b.weight.sum(), b.positive.sum()]), "sum").clamp(min=1)
+    logits, cam = trainer.net(b.images, b.labels, cam=lam < 1)
+    ce, _ = classification(logits, b.labels, b.weight)
+    loss = lam * ce / images
+    if lam < 1:
+        term, _ = attention(attention_term(normalize_cam(cam, c.size), b.region, c.attention.threshold, c.attention.form), b.positive)
+        loss = loss + (1 - lam) * term / positives
+    acc.backward(loss)
+    acc.clip_grad_norm_(trainer.net.parameters(), 1.0)
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad()
+    if acc.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", default="pvt")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--precision", default="bf16", choices=("no", "bf16"))
+    parser.add_argument("--write", type=Path, default=Path(__file__).with_name("step.md"))
+    a = parser.parse_args()
+    import os
+
+    os.environ["ACCELERATE_MIXED_PRECISION"] = a.precision
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        samples = phantoms(max(40, 5 * a.batch), 0, size=512, findings=("No Finding", "Effusion"))
+        pack(samples, root / "shards", dataset="phantom", total=max(40, 5 * a.batch))
+        LungSegmenter(16, 256).eval().save(root / "lungs.safetensors")
+        config = Config(
+            str(root / "shards"), str(root / "run"), backbone=a.backbone, pretrained="false", batch=a.batch, size=a.size, tracker="none",
+            workers=0, attention=AttentionConfig(form="energy"), lungs=LungsConfig(str(root / "lungs.safetensors")),
+        )  # fmt: skip
+        trainer = build(config)
+        trainer.net.train()
+        split = trainer.splits["train"]
+        batch = next(iter(split.loader(EpochPlan(split.shard_sizes()), 0, 0, batch=a.batch, rank=0, world=1, workers=0)))
+        memory = trainer.lungs["train"].memory
+        times: dict[str, list[float]] = {"cross-entropy": [], "cross-entropy again": [], "remembered boxes": [], "new boxes": []}
+        for turn in range(a.pairs + 2):
+            order = list(times)
+            for name in order if turn % 2 else order[::-1]:
+                if name == "new boxes":
+                    memory.table.fill_(-1)
+                seconds = step(trainer, batch, 1.0 if name.startswith("cross") else 0.5)
+                if turn >= 2:  # the first two warm up
+                    times[name].append(seconds)
+    base = times["cross-entropy"]
+    lines = [
+        f"\n## {date.today()}, {a.backbone} at {a.size} px, batch {a.batch}, {a.precision}, {a.pairs} alternating pairs",
+        f"\n{processor()}; torch {torch.__version__}\n",
+        "| step | median seconds | median ratio to cross-entropy | quartiles |",
+        "|---|---|---|---|",
+    ]
+    for name, seconds in times.items():
+        ratios = [s / b for s, b in zip(seconds, base, strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        lines.append(f"| {name} | {statistics.median(seconds):.3f} | {middle:.3f} | {low:.3f} to {high:.3f} |")
+    text = "\n".join(lines) + "\n"
+    print(text)
+    with a.write.open("a") as file:
+        file.write(text)
+
+
+if __name__ == "__main__":
+    main()

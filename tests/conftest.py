@@ -1,0 +1,46 @@
+"""Small phantoms and a small segmenter, made once; threads limited so that processes do not fight for two cores."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+
+from shards.pack import pack
+from shards.phantom import phantoms
+from trainer.lungs import LungSegmenter
+
+os.environ.setdefault("WANDB_MODE", "offline")
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Accelerate keeps its state in the process; each test starts without one."""
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> Path:
+    """100 phantoms of 64 px with all four findings: 60 train, 20 val, 20 test, in small tars."""
+    root = tmp_path_factory.mktemp("data") / "shards"
+    pack(phantoms(100, 0, size=64), root, dataset="phantom", total=100, per_shard=7)
+    return root
+
+
+@pytest.fixture(scope="session")
+def segmenter(tmp_path_factory) -> Path:
+    """A tiny segmenter that has seen nothing: its boxes are as good as any for mechanics."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("lungs") / "lung_unet.safetensors"
+    LungSegmenter(2, 32).eval().save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def golden() -> dict:
+    return dict(np.load(GOLDEN / "published.npz"))

@@ -1,0 +1,72 @@
+import numpy as np
+import pytest
+import torch
+
+from shards.errors import InputError
+from shards.phantom import phantoms, split_sizes
+from shards.sample import FINDINGS, NO_FINDING
+from trainer.lungs import lung_boxes
+from trainer.regions import finding_regions
+
+
+def make(count=60, seed=1, **options):
+    return list(phantoms(count, seed, **{"size": 64, **options}))
+
+
+def test_the_same_seed_gives_the_same_images_and_another_seed_others():
+    one, two, three = make(20, 1), make(20, 1), make(20, 2)
+    assert all((a.image == b.image).all() and a.key == b.key for (_, a), (_, b) in zip(one, two, strict=True))
+    assert not any((a.image == c.image).all() for (_, a), (_, c) in zip(one, three, strict=True))
+
+
+@pytest.mark.parametrize("size", [32, 64, 200])
+def test_any_size_has_lungs_of_plausible_area(size):
+    for _, s in make(24, size=size):
+        assert s.image.shape == s.mask.shape == (size, size)
+        assert 0.12 < (s.mask > 0).mean() < 0.5
+
+
+def test_lesions_lie_where_the_finding_is_expected():
+    inside = {name: [] for name in FINDINGS}
+    for _, s in make(200, size=128):
+        (finding,) = s.findings
+        assert bool(s.boxes) == (finding != NO_FINDING)
+        region = finding_regions(lung_boxes(torch.from_numpy(s.mask)[None] > 0, 128), [finding], 128)[0].numpy()
+        for box in s.boxes:
+            x0, y0, x1, y1 = map(int, box.xyxy)
+            assert 0 <= x0 < x1 <= 128
+            assert 0 <= y0 < y1 <= 128
+            inside[finding].append(region[y0:y1, x0:x1].mean())
+    assert np.mean(inside["Effusion"]) > 0.85
+    assert np.mean(inside["Pneumothorax"]) > 0.95
+    assert np.mean(inside["Subcutaneous Emphysema"]) > 0.7  # the box of streaks beside a lung takes a strip of it along
+
+
+@pytest.mark.parametrize(("planted", "low", "high"), [(0.0, -0.2, 0.2), (0.7, 0.5, 0.9), (1.0, 1.0, 1.0), (-1.0, -1.0, -1.0)])
+def test_the_markers_correlation_is_the_parameter(planted, low, high):
+    pairs = [(s.findings[0] == "Effusion", s.extra["marker"]) for _, s in make(300, findings=FINDINGS[:2], shortcut=planted, size=32, shortcut_test=planted)]
+    assert low - 1e-9 <= np.corrcoef(np.array(pairs, float).T)[0, 1] <= high + 1e-9
+
+
+def test_the_marker_lies_outside_the_lungs():
+    for (_, plain), (_, marked) in zip(make(40, size=128), make(40, size=128, shortcut=1.0), strict=True):
+        assert marked.extra["marker"] == FINDINGS.index(marked.findings[0])
+        assert plain.findings == marked.findings
+        changed = plain.image != marked.image
+        assert changed[:17, :17].any()
+        assert not changed[17:].any()
+        assert not changed[:, 17:].any()
+        assert not (changed & (marked.mask > 0)).any()
+
+
+def test_every_split_has_as_many_of_each_finding():
+    assert split_sizes(100) == (60, 20, 20)
+    for split in ("train", "val", "test"):
+        counts = [sum(s.findings == (name,) for where, s in make(100, size=32) if where == split) for name in FINDINGS]
+        assert len(set(counts)) == 1
+
+
+@pytest.mark.parametrize("wrong", [{"count": 5}, {"size": 8}, {"shortcut": 2.0}, {"findings": ["Nodule"]}])
+def test_impossible_requests_are_refused(wrong):
+    with pytest.raises(InputError, match="--"):
+        make(**wrong)

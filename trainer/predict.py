@@ -1,0 +1,120 @@
+"""python -m trainer.predict --run RUN IMAGE...: a JSON line and an overlay for each image file."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from shards.errors import InputError, run
+from shards.sample import clean_key, fit, load_image
+from trainer.augment import resize
+from trainer.classifier import normalize_cam
+from trainer.config import parse
+from trainer.evaluate import open_run
+from trainer.launching import start
+from trainer.lungs import lung_boxes
+from trainer.regions import finding_regions
+
+
+@dataclass
+class PredictConfig:
+    """Predict image files with a finished run. Usage: python -m trainer.predict --run RUN [--out DIR] IMAGE..."""
+
+    run: str
+    """Run folder of trainer.train."""
+    out: str = ""
+    """Folder for the overlays; empty: RUN/predictions."""
+    look_at: str = ""
+    """Finding whose CAM is shown; empty: the predicted one."""
+
+    def problems(self) -> list[str]:
+        """Nothing beyond the types."""
+        return []
+
+
+def main(argv: list[str] | None = None) -> None:
+    """One line on standard output for each image, in order; messages go to standard error."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    flags, images = _split(argv)
+    options = parse(PredictConfig, flags, prog="trainer.predict")
+    if not images:
+        raise InputError("no images named: python -m trainer.predict --run RUN IMAGE...")
+    config, model, segmenter, metadata = open_run(Path(options.run))
+    findings, size = json.loads(metadata["findings"]), config.size
+    if options.look_at and options.look_at not in findings:
+        raise InputError(f"--look_at {options.look_at}: the run knows {', '.join(findings)}")
+    loaded = [load_image(path) for path in images]  # a bad file stops the command before anything is written
+    device = start(config.seed).device
+    model.to(device)
+    if segmenter is not None:
+        segmenter.to(device)
+    out = Path(options.out) if options.out else Path(options.run) / "predictions"
+    out.mkdir(parents=True, exist_ok=True)
+
+    from trainer import report
+
+    taken: set[str] = set()
+    for path, image in zip(images, loaded, strict=True):
+        stored = torch.from_numpy(fit(image, int(metadata["stored_size"])).copy())[None, None].to(device)  # as packed for training
+        with torch.no_grad():
+            pixels = resize(stored, size)
+            chosen = torch.tensor([findings.index(options.look_at)], device=device) if options.look_at else None
+            logits, cam = model(pixels, chosen, cam=True)
+            assert cam is not None
+            cam = normalize_cam(cam, size)
+            probability = torch.softmax(logits[0].float(), 0).tolist()
+            masks = segmenter(stored.float() / 255) if segmenter is not None else None
+            box = lung_boxes(masks, size) if masks is not None else None
+        predicted = findings[int(np.argmax(probability))]
+        shown = options.look_at or predicted
+        region = finding_regions(box, [shown], size)[0].cpu() if box is not None else torch.zeros(size, size, dtype=torch.bool)
+        line: dict[str, Any] = {"image": str(path), "predicted": predicted}
+        line["probability"] = {name: round(p, 6) for name, p in zip(findings, probability, strict=True)}
+        line["cam_of"] = shown
+        if box is not None and masks is not None:
+            # In pixels of the file, so that it can be drawn on the original.
+            scale = [image.shape[1] / size, image.shape[0] / size] * 2
+            line["lung_box"] = [round(v * s) for v, s in zip(box[0].tolist(), scale, strict=True)] if masks.any() else None
+            if region.any():
+                total = float(cam.sum())
+                line["energy_in_region"] = round(float((cam[0].cpu() * region).sum()) / total, 6) if total else 0.0
+        name = clean_key(path.stem)
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        overlay = out / f"{name}.png"
+        title = f"{path.name}\n{predicted} {max(probability):.2f}, CAM of {shown}"
+        tile = report.Tile(
+            title,
+            pixels[0, 0].cpu().numpy(),
+            cam[0].float().cpu().numpy(),
+            region.numpy(),
+            np.zeros((size, size), bool),
+            box[0].tolist() if box is not None else None,
+        )
+        report.panel([tile], legend="cyan: lung box   green: expected region   right half: Grad-CAM").savefig(overlay, dpi=150)
+        line["overlay"] = str(overlay)
+        print(json.dumps(line), flush=True)
+
+
+def _split(argv: list[str]) -> tuple[list[str], list[Path]]:
+    """Flags with their values, and the image files among them."""
+    flags: list[str] = []
+    images: list[Path] = []
+    tokens = iter(argv)
+    for token in tokens:
+        if not token.startswith("--"):
+            images.append(Path(token))
+        elif "=" in token or token == "--help":
+            flags.append(token)
+        else:
+            flags += [token, *([value] if (value := next(tokens, None)) is not None else [])]
+    return flags, images
+
+
+if __name__ == "__main__":
+    run(main)
