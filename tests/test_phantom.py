@@ -49,7 +49,7 @@ def test_the_markers_correlation_is_the_parameter(planted, low, high):
 
 
 def test_the_marker_lies_outside_the_lungs():
-    for (_, plain), (_, marked) in zip(make(40, size=128), make(40, size=128, shortcut=1.0), strict=True):
+    for (_, plain), (_, marked) in zip(make(40, size=128), make(40, size=128, shortcut=1.0, shortcut_test=1.0), strict=True):
         assert marked.extra["marker"] == FINDINGS.index(marked.findings[0])
         assert plain.findings == marked.findings
         changed = plain.image != marked.image
