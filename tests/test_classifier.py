@@ -1,0 +1,148 @@
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from shards.errors import InputError
+from trainer.classifier import FocusClassifier, normalize_cam
+
+
+def make(backbone, size=64, **options):
+    torch.manual_seed(0)
+    return FocusClassifier(backbone, 3, size=size, pretrained="false", **options)
+
+
+IMAGES = torch.rand(2, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def test_with_pooling_and_a_linear_head_the_cam_is_the_heads_weights():
+    model = make("resnet18").eval()
+    logits, cam = model(IMAGES, torch.tensor([2, 0]), cam=True)
+    x = ((IMAGES - model.mean) / model.std).contiguous()
+    features = model.net.forward_features(x)
+    weights = model.net.fc.weight[[2, 0]] / features[0, 0].numel()
+    assert torch.allclose(cam, torch.relu(torch.einsum("bchw,bc->bhw", features, weights)), atol=1e-6)
+    assert torch.allclose(logits, model(IMAGES).logits, atol=1e-6)
+
+
+@pytest.mark.parametrize("backbone", ["pvt_v2_b0", "vgg11", "resnet18", "densenet121", "convnext_atto", "efficientnet_lite0"])
+def test_every_family_gives_a_map_with_a_gradient(backbone):
+    model = make(backbone)
+    logits, cam = model(IMAGES, torch.tensor([1, 1]), cam=True)
+    assert logits.shape == (2, 3)
+    assert cam.ndim == 3
+    assert cam.shape[1] == cam.shape[2] >= 2
+    assert (cam >= 0).all()
+    cam.sum().backward()
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())
+    assert any(p.grad is not None and p.grad.any() for name, p in model.named_parameters() if "weight" in name)
+
+
+@pytest.mark.parametrize(("backbone", "size", "side"), [("vit_tiny_patch16_224", 224, 14), ("swin_tiny_patch4_window7_224", 224, 7)])
+def test_tokens_and_channels_last_maps(backbone, size, side):
+    model = make(backbone, size)
+    images = torch.rand(1, 1, size, size)
+    _, cam = model(images, torch.tensor([1]), cam=True)
+    assert cam.shape == (1, side, side)
+    assert cam.any()
+    cam.sum().backward()
+
+
+def test_vggs_map_is_the_last_convolution_before_its_relu():
+    model = make("vgg11").eval()
+    assert model.layer == "features.18"
+    kept = []
+    model.net.features[18].register_forward_hook(lambda _m, _i, output: kept.append(output.clone()))
+    _, cam = model(IMAGES, torch.tensor([1, 1]), cam=True)
+    assert (kept[0] < 0).any()
+    again = model.net.features[19](kept[0].clone())
+    assert (again >= 0).all()
+    assert cam.shape[1:] == kept[0].shape[2:]
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "vgg11"])
+def test_no_grad_gives_the_same_map_without_a_graph(backbone):
+    model = make(backbone).eval()
+    with_graph = model(IMAGES, cam=True)
+    with torch.no_grad():
+        without = model(IMAGES, cam=True)
+        assert not torch.is_grad_enabled()
+    assert not without.logits.requires_grad
+    assert not without.cam.requires_grad
+    assert torch.allclose(with_graph.cam, without.cam, atol=1e-6)
+
+
+@pytest.mark.parametrize("differentiable", [True, False])
+def test_eval_mode_is_restored_and_leaves_batchnorm_alone(differentiable):
+    model = make("resnet18").train()
+    model.net.bn1.eval()  # a frozen layer stays frozen
+    reference = make("resnet18").eval()
+    before = model.net.layer1[0].bn1.running_mean.clone()
+    with torch.no_grad():
+        model(IMAGES)  # one training forward moves the statistics
+    moved = model.net.layer1[0].bn1.running_mean.clone()
+    assert (moved != before).any()
+    reference.load_state_dict(model.state_dict())
+    logits, cam = model(IMAGES, torch.tensor([1, 1]), cam=True, mode="eval", differentiable=differentiable)
+    assert model.training
+    assert not model.net.bn1.training
+    assert model.net.layer1[0].bn1.training
+    assert cam.requires_grad == differentiable
+    assert logits.requires_grad
+    assert not torch.allclose(logits, reference(IMAGES).logits)
+
+
+def test_a_chosen_layer_and_one_that_does_not_exist():
+    assert make("resnet18", layer="layer3")(IMAGES, cam=True).cam.shape == (2, 4, 4)
+    with pytest.raises(InputError, match=r"layer9: resnet18 has no such module; did you mean .*layer.*It has conv1"):
+        make("resnet18", layer="layer9")
+
+
+def test_normalize_cam_by_hand():
+    cam = normalize_cam(torch.tensor([[[1.0, 2.0], [3.0, 5.0]]]), 2)
+    assert torch.allclose(cam, torch.tensor([[[0.0, 0.25], [0.5, 1.0]]]))
+    assert normalize_cam(torch.rand(2, 7, 7).double(), 28).dtype == torch.float64
+
+
+def test_unknown_backbones_get_the_nearest():
+    with pytest.raises(InputError, match=r"--backbone resnet19: unknown; did you mean .*resnet18"):
+        make("resnet19")
+
+
+def test_pretrained_files(tmp_path):
+    source = make("resnet18").net.state_dict()
+    save_file({n: t.contiguous() for n, t in source.items()}, tmp_path / "w.safetensors")
+    torch.save({"state_dict": {f"module.{n}": t for n, t in source.items()}}, tmp_path / "w.pt")
+    for name in ("w.safetensors", "w.pt"):
+        torch.manual_seed(9)
+        loaded = FocusClassifier("resnet18", 2, size=64, pretrained=str(tmp_path / name))  # another head
+        assert (loaded.net.conv1.weight == source["conv1.weight"]).all()
+        assert loaded.net.fc.weight.shape[0] == 2
+    with pytest.raises(InputError, match="for this --backbone"):
+        FocusClassifier("resnet34", 2, size=64, pretrained=str(tmp_path / "w.pt"))
+    with pytest.raises(InputError, match="no such file"):
+        FocusClassifier("resnet18", 2, size=64, pretrained="True!")
+
+
+class Hostile:
+    def __reduce__(self):
+        return (open, ("executed", "w"))
+
+
+def test_a_pickle_is_never_executed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.pt").write_bytes(pickle.dumps(Hostile()))
+    torch.save({"x": Hostile()}, tmp_path / "worse.pt")
+    for name in ("bad.pt", "worse.pt"):
+        with pytest.raises(InputError, match="execut"):
+            FocusClassifier("resnet18", 2, size=64, pretrained=name)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_without_the_hub_both_remedies_are_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("trainer.classifier.huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("trainer.classifier.huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(InputError, match=r"--pretrained FILE .*--pretrained false"):
+        FocusClassifier("resnet18", 2, size=64)

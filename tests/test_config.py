@@ -1,0 +1,80 @@
+from pathlib import Path
+
+import pytest
+
+from shards.errors import InputError
+from trainer.config import Config, LungsTrainConfig, from_yaml, parse, to_yaml
+
+NEEDED = ["--shards", "s", "--out", "o"]
+
+
+def test_a_config_file_comes_first_wherever_it_stands(tmp_path):
+    (tmp_path / "c.yaml").write_text("attention: {threshold: 0.3, form: coverage}\nbatch: 4\n")
+    config = parse(Config, [*NEEDED, "--attention.threshold", "0.7", "--config", str(tmp_path / "c.yaml")])
+    assert config.attention.threshold == 0.7
+    assert config.attention.form == "coverage"
+    assert config.batch == 4
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    config = parse(Config, [*NEEDED, "--balance.policy", "ratio", "--resume", "--pretrained", "false", "--task", "No Finding,Nodule"])
+    assert config.resume
+    assert config.pretrained == "false"
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    assert from_yaml(Config, tmp_path / "c.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--treshold", "1"], r"unknown flag --treshold; did you mean --attention\.threshold"),
+        (["--attention.thresh", "0.5"], r"unknown flag --attention\.thresh; did you mean --attention\.threshold"),
+        (["--attention.threshold", "1.5"], r"--attention\.threshold 1\.5: must lie in \[0, 1\]"),
+        (["--balance.lam", "-0.1"], r"--balance\.lam -0\.1: must lie in"),
+        (["--batch", "0", "--epochs", "0"], r"--batch 0.*--epochs 0"),
+        (["--batch", "many"], "batch"),
+        (["--attention.form", "area"], "energy"),
+        (["--task", "nee"], "did you mean ne"),
+        (["--config", "none.yaml"], r"none\.yaml: cannot be read"),
+    ],
+)
+def test_wrong_values_say_what_and_where(flags, words):
+    with pytest.raises(InputError, match=words):
+        parse(Config, [*NEEDED, *flags])
+
+
+def test_a_missing_flag_is_named():
+    with pytest.raises(InputError, match="shards"):
+        parse(Config, ["--out", "o"])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("attention: {treshold: 1}", r"attention\.treshold; did you mean threshold"),
+        ("atention: {}", "did you mean attention"),
+        ("attention: 3", "is a section"),
+        ("- 1", "name: value"),
+        ("a: [", "is not YAML"),
+        ("task: !!python/object/apply:os.system ['touch executed']", "is not YAML"),
+    ],
+)
+def test_wrong_yaml(tmp_path, text, words, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("c.yaml").write_text(text)
+    with pytest.raises(InputError, match=words):
+        parse(Config, [*NEEDED, "--config", "c.yaml"])
+    assert not Path("executed").exists()
+
+
+def test_the_help_has_every_docstring(capsys):
+    with pytest.raises(SystemExit):
+        parse(Config, ["--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "CAM values above it are hot" in out
+    assert "Folder of packed shards" in out
+
+
+@pytest.mark.parametrize("recipe", sorted((Path(__file__).parents[1] / "launch" / "recipes").glob("*.yaml")), ids=lambda p: p.name)
+def test_recipes_are_valid(recipe):
+    parse(LungsTrainConfig if "lungs" in recipe.name else Config, [*NEEDED, "--config", str(recipe)])
