@@ -16,7 +16,7 @@ $(READY): pyproject.toml
 demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/demo.sh
 
-test: lint
+test: setup
 	$(BIN)/python -m pytest
 
 lint: setup

@@ -233,10 +233,7 @@ def _checked_shard(root: Path, shard: dict[str, Any]) -> Path:
     if not path.is_file():
         raise InputError(f"{path}: is in the index but not on disk; copy it again, or run `python -m shards index {root}`")
     if path.stat().st_size != shard["bytes"]:
-        raise InputError(
-            f"{path}: has {path.stat().st_size} bytes, its index says {shard['bytes']}; "
-            f"copy it again, or run `python -m shards index {root}`"
-        )
+        raise InputError(f"{path}: has {path.stat().st_size} bytes, its index says {shard['bytes']}; copy it again, or run `python -m shards index {root}`")
     return path
 
 

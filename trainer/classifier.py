@@ -94,9 +94,7 @@ class FocusClassifier(nn.Module):
             return Prediction(logits, raw)
         return Prediction(*self._logits_and_cam(x, classes, differentiable))
 
-    def _logits_and_cam(
-        self, x: torch.Tensor, classes: torch.Tensor | None, differentiable: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _logits_and_cam(self, x: torch.Tensor, classes: torch.Tensor | None, differentiable: bool) -> tuple[torch.Tensor, torch.Tensor]:
         kept: list[torch.Tensor] = []
         had_graph = torch.is_grad_enabled()
 

@@ -54,9 +54,7 @@ class Outcome:
 
 
 @torch.no_grad()
-def evaluate(
-    accelerator: Accelerator, model: FocusClassifier, split: Split, lungs: LungBoxes | None, config: Config, *, look: bool = True
-) -> Outcome:
+def evaluate(accelerator: Accelerator, model: FocusClassifier, split: Split, lungs: LungBoxes | None, config: Config, *, look: bool = True) -> Outcome:
     """Run the model over a split, every image once over all processes.
 
     Args:
@@ -143,9 +141,7 @@ def open_run(path: Path) -> tuple[Config, FocusClassifier, LungSegmenter | None,
     try:
         with safe_open(path / MODEL, "pt") as file:
             metadata: dict[str, str] = file.metadata() or {}
-        model = FocusClassifier(
-            config.backbone, len(task_findings(config.task)), size=config.size, pretrained="false", layer=config.attention.layer
-        )
+        model = FocusClassifier(config.backbone, len(task_findings(config.task)), size=config.size, pretrained="false", layer=config.attention.layer)
         model.load_state_dict(load_file(path / MODEL))
     except (SafetensorError, OSError, RuntimeError) as error:
         raise InputError(f"{path / MODEL}: does not fit the run's config.yaml ({str(error).splitlines()[0]})") from error
@@ -162,7 +158,7 @@ def finish(
     findings = task_findings(config.task)
     outcomes = {name: evaluate(accelerator, model, splits[name], lungs.get(name), config) for name in ("val", "test") if name in splits}
     content: dict[str, Any] = {"findings": findings, "dataset": next(iter(splits.values())).dataset, "training": training}
-    content["lungs_not_found"] = {name: int(len(boxes.memory.not_found())) for name, boxes in lungs.items()}
+    content["lungs_not_found"] = {name: len(boxes.memory.not_found()) for name, boxes in lungs.items()}
     content |= {name: outcome.report(findings) for name, outcome in outcomes.items()} | {"config": asdict(config)}
     if accelerator.is_main_process:
         shown = "test" if "test" in splits else "val"

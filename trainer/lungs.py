@@ -69,6 +69,7 @@ class UNet(nn.Module):
         self.outputs = nn.Conv2d(w, 1, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """See the class."""
         s1, x = self.e1(x)
         s2, x = self.e2(x)
         s3, x = self.e3(x)

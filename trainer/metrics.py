@@ -65,9 +65,7 @@ def classification_report(logits: torch.Tensor, labels: torch.Tensor) -> dict[st
         "macro_precision": macro[0],
         "macro_recall": macro[1],
         "macro_f1": macro[2],
-        "per_class": [
-            {"precision": float(p), "recall": float(r), "f1": float(f), "support": int(n)} for p, r, f, n in zip(*each, strict=True)
-        ],
+        "per_class": [{"precision": float(p), "recall": float(r), "f1": float(f), "support": int(n)} for p, r, f, n in zip(*each, strict=True)],
         "confusion": confusion_matrix(truth, predicted, labels=range(classes)).tolist(),
     }
     if classes == 2:

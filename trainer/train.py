@@ -188,7 +188,9 @@ class Trainer:
             "lr": self.optimizer.param_groups[0]["lr"],
             "images_per_s": state.images / max(state.seconds, 1e-9),
         }
-        bar.set_postfix({"ce": f"{line['ce']:.3f}", "att": "-" if line["attention"] is None else f"{line['attention']:.3f}", "epoch": state.epoch + 1}, refresh=False)
+        bar.set_postfix(
+            {"ce": f"{line['ce']:.3f}", "att": "-" if line["attention"] is None else f"{line['attention']:.3f}", "epoch": state.epoch + 1}, refresh=False
+        )
         self.write(line)
 
     def write(self, line: dict[str, Any]) -> None:
