@@ -82,7 +82,7 @@ def evaluate(accelerator: Accelerator, model: FocusClassifier, split: Split, lun
             if look:
                 assert cam is not None
                 shown = normalize_cam(cam, size)
-                for region in (expected, lesion_regions(split, batch.index, size).to(device)):
+                for region in (expected, lesion_regions(split, batch.index, raw.shape[-2:], size).to(device)):
                     known = region.flatten(1).any(1, keepdim=True)
                     measured += [localize(shown, region, config.attention.threshold) * known, known]
                 if config.attention.form == "published":  # its term follows the predicted class
@@ -101,18 +101,17 @@ def evaluate(accelerator: Accelerator, model: FocusClassifier, split: Split, lun
     return Outcome(logits.float(), torch.from_numpy(split.labels), term[:, 0], expected, lesion)
 
 
-def lesion_regions(split: Split, index: torch.Tensor, size: int) -> torch.Tensor:
-    """The lesion boxes of each image's own finding, as bool [B,size,size]; empty where there are none."""
+def lesion_regions(split: Split, index: torch.Tensor, stored: tuple[int, int], size: int) -> torch.Tensor:
+    """The lesion boxes of each image's own finding, stored at (height, width), as bool [B,size,size]; empty where there are none."""
     regions = torch.zeros(len(index), size, size, dtype=torch.bool)
     for b, position in enumerate(index.tolist()):
         finding = split.classes[split.labels[position]]
         boxes = [box for box in split.meta(position)["boxes"] if box.finding == finding]
-        if boxes:
-            height, width = split.image(position).shape
-            for box in boxes:
-                x0, y0, x1, y1 = box.xyxy
-                left, top = int(x0 * size / width), int(y0 * size / height)
-                regions[b, top : -int(-y1 * size // height), left : -int(-x1 * size // width)] = True
+        height, width = stored
+        for box in boxes:
+            x0, y0, x1, y1 = box.xyxy
+            left, top = int(x0 * size / width), int(y0 * size / height)
+            regions[b, top : -int(-y1 * size // height), left : -int(-x1 * size // width)] = True
     return regions
 
 

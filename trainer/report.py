@@ -68,7 +68,7 @@ def tiles(accelerator: Accelerator, model: FocusClassifier, split: Split, lungs:
     cams = normalize_cam(cam, size).cpu().numpy()
     probability = torch.softmax(logits.float(), 1).cpu()
     regions = finding_regions(boxes, names, size).cpu().numpy() if boxes is not None else np.zeros_like(cams, bool)
-    lesions = lesion_regions(split, index, size).numpy()
+    lesions = lesion_regions(split, index, raw.shape[-2:], size).numpy()
     result = []
     for b, name in enumerate(names):
         guess = int(probability[b].argmax())
@@ -284,13 +284,6 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
         cells = ["-" if row[i] is None else f"{row[i]:.3f}" for row in values]
         lines.append(f"{name:{width}}  " + "  ".join(f"{cell:>{c}}" for cell, c in zip(cells, columns, strict=True)))
     return "\n".join(lines)
-
-
-def picture(figure: Figure) -> np.ndarray:
-    """A figure as uint8 [H,W,3]."""
-    from PIL import Image
-
-    return np.asarray(Image.open(io.BytesIO(_png(figure))).convert("RGB"))
 
 
 def _png(figure: Figure) -> bytes:

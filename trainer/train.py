@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import broadcast
 from tqdm import tqdm
@@ -425,7 +426,7 @@ def main(argv: list[str] | None = None) -> None:
         from trainer import report
 
         with Image.open(out / "panel.png") as panel:
-            trainer.tracking.picture("panel", report.np.asarray(panel.convert("RGB")), state.step)
+            trainer.tracking.picture("panel", np.asarray(panel.convert("RGB")), state.step)
         print(report.table({out.name: content}))
         print(f"report: {(out / 'report.html').resolve()}")
     trainer.tracking.finish()
