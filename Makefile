@@ -16,7 +16,7 @@ $(READY): pyproject.toml
 demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/demo.sh
 
-test: setup
+test: lint
 	$(BIN)/python -m pytest
 
 lint: setup

@@ -1,7 +1,7 @@
 """python bench/step.py: what attention costs, side by side in one run.
 
 One training step of plain cross-entropy, one with attention and remembered boxes, one with new boxes, alternating, by the
-trainer's own code (`Trainer.prepare`, the prepared network, Accelerate's backward and step) on phantoms. Prints medians of
+trainer's own `Trainer.step` on phantoms. Prints medians of
 ratios with their quartiles and appends them, dated and with the hardware, to bench/step.md.
 """
 
@@ -17,10 +17,8 @@ import torch
 
 from shards.pack import pack
 from shards.phantom import phantoms
-from shards.stream import EpochPlan
-from trainer.classifier import normalize_cam
+from shards.stream import Batch, EpochPlan
 from trainer.config import AttentionConfig, Config, LungsConfig
-from trainer.losses import attention, attention_term, classification
 from trainer.lungs import LungSegmenter
 from trainer.train import Trainer, build
 
@@ -33,23 +31,11 @@ def processor() -> str:
     return f"{name}{', AMX' if 'amx_bf16' in text else ''}, {torch.get_num_threads()} threads"
 
 
-def step(trainer: Trainer, batch: object, lam: float) -> float:
-    """Seconds of one optimizer step as the loop does it."""
-    c, acc = trainer.config, trainer.accelerator
+def step(trainer: Trainer, batch: Batch, lam: float) -> float:
+    """Seconds of one optimizer step."""
     begin = time.perf_counter()
-    b = trainer.prepare(batch, attend=lam < 1)  # type: ignore[arg-type]
-    images, positives = acc.reduce(torch.stack([b.weight.sum(), b.positive.sum()]), "sum").clamp(min=1)
-    logits, cam = trainer.net(b.images, b.labels, cam=lam < 1)
-    ce, _ = classification(logits, b.labels, b.weight)
-    loss = lam * ce / images
-    if lam < 1:
-        term, _ = attention(attention_term(normalize_cam(cam, c.size), b.region, c.attention.threshold, c.attention.form), b.positive)
-        loss = loss + (1 - lam) * term / positives
-    acc.backward(loss)
-    acc.clip_grad_norm_(trainer.net.parameters(), 1.0)
-    trainer.optimizer.step()
-    trainer.optimizer.zero_grad()
-    if acc.device.type == "cuda":
+    trainer.step([batch], lam)
+    if trainer.accelerator.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - begin
 

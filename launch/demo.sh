@@ -25,4 +25,4 @@ echo; echo "== 4/5  the same with the Grad-CAM attention loss (lambda 0.5)"
 run trainer.train --shards "$out/shards" --out "$out/attention" --config launch/recipes/demo.yaml \
   --lungs.weights "$out/lungs/lung_unet.safetensors" --balance.lam 0.5
 echo; echo "== 5/5  side by side, on test images"
-python -m trainer.report --runs "['$out/cross-entropy', '$out/attention']" --out "$out/report.html"
+python -m trainer.report --out "$out/report.html" "$out/cross-entropy" "$out/attention"

@@ -22,9 +22,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def listed(items: Iterable[object], most: int = 5) -> str:
     """``a, b, c, d, e and 7 more``."""
-    items = [str(item) for item in items]
-    more = f" and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(items[:most]) + more
+    names = [str(item) for item in items]
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def run(main: Callable[[], None]) -> None:

@@ -145,9 +145,12 @@ def parse_meta(data: bytes, where: str) -> dict[str, Any]:
     try:
         meta = json.loads(data)
         findings = meta.get("findings", [])
-        boxes = [LesionBox(str(b["finding"]), tuple(float(v) for v in b["xyxy"])) for b in meta.get("boxes", [])]
-        if not all(isinstance(f, str) for f in findings) or any(len(b.xyxy) != 4 for b in boxes):
-            raise ValueError("findings must be names and boxes must have four numbers")
+        boxes = []
+        for box in meta.get("boxes", []):
+            x0, y0, x1, y1 = (float(v) for v in box["xyxy"])
+            boxes.append(LesionBox(str(box["finding"]), (x0, y0, x1, y1)))
+        if not all(isinstance(f, str) for f in findings):
+            raise ValueError("findings must be names")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{where}: its JSON is not a sample's ({error}); see shards/sample.py for the contract") from error
     return meta | {"findings": findings, "boxes": boxes}

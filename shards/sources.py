@@ -59,7 +59,9 @@ class ClassFolders(Source):
         splits = [split for split in SPLITS if (root / split).is_dir()]
         if not splits:
             raise InputError(f"--path {root}: expected the folders train, val and test with a folder per class in each")
-        entries, skipped, seen = [], defaultdict(int), {}
+        entries: list[tuple[str, str, Path]] = []
+        skipped: dict[str, int] = defaultdict(int)
+        seen: dict[tuple[str, str], Path] = {}
         classes: dict[str, dict[str, int]] = {}
         for split in splits:
             classes[split] = {}

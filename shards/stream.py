@@ -71,7 +71,7 @@ class Split(Dataset[Batch]):
         self.rows, self.labels = self._select(index["findings"])
         self.left_out = len(self.table) - len(self.rows)
         digest = hashlib.sha256(json.dumps([shard["sha256"] for shard in entry["shards"]]).encode())
-        digest.update(np.ascontiguousarray(self.rows))
+        digest.update(self.rows.tobytes())
         self.fingerprint = digest.hexdigest()
         self._files: OrderedDict[int, int] = OrderedDict()
 
@@ -185,7 +185,8 @@ class Split(Dataset[Batch]):
             raise InputError(f"{self.root}: images of different sizes in one batch ({sizes}); pack them to one --size")
         masks = None
         if self.masks:
-            masks = torch.from_numpy(np.stack([self.mask(p) for p in share.positions]))  # type: ignore[arg-type]
+            known = [self.mask(p) for p in share.positions]
+            masks = torch.from_numpy(np.stack([m for m in known if m is not None]))  # all are there: checked when opened
         return Batch(
             image=torch.from_numpy(np.stack(images))[:, None],
             label=torch.from_numpy(self.labels[share.positions]),

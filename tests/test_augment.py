@@ -36,7 +36,7 @@ def test_nothing_asked_nothing_changed():
 
 def test_a_sample_is_transformed_alike_in_any_batch_and_differently_in_each_epoch():
     images, _ = rectangles()
-    strength = Strength(rotate=10, scale=0.1, shift=0.1, contrast=0.2, brightness=0.1, gamma=0.3, invert=0.3)
+    strength = Strength(rotate=10, scale=0.1, shift=0.1, contrast=0.2, brightness=0.1, gamma=0.3, noise=0.1, invert=0.3)
     whole = augment(images, draw(3, 1, range(16)), strength).images
     part = augment(images[5:7], draw(3, 1, torch.tensor([5, 6])), strength).images
     assert torch.allclose(whole[5:7], part, atol=1e-5)

@@ -122,10 +122,11 @@ def _expose(images: torch.Tensor, d: torch.Tensor, signed: torch.Tensor, strengt
     if strength.gamma:
         images = images.clamp(1e-6, 1) ** per_image((1 + strength.gamma) ** signed[:, 7])
     if strength.noise:
-        # One generator a batch, seeded by its images' draws: still the same for the same images in the same batch.
-        generator = torch.Generator(images.device).manual_seed(int(d[:, 9].double().sum().item() * 2**32))
-        noise = torch.randn(images.shape, generator=generator, device=images.device)
-        images = (images + noise * per_image(strength.noise * d[:, 8])).clamp(0, 1)
+        # Each image is seeded by its own draw, so its noise does not depend on who else is in the batch.
+        generator = torch.Generator(images.device)
+        seeds = (d[:, 9].double() * 2**53).long().tolist()
+        noise = [torch.randn(images.shape[1:], generator=generator.manual_seed(s), device=images.device) for s in seeds]
+        images = (images + torch.stack(noise) * per_image(strength.noise * d[:, 8])).clamp(0, 1)
     if strength.invert:
         images = torch.where(per_image(d[:, 10] < strength.invert), 1 - images, images)
     return images

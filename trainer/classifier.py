@@ -53,6 +53,10 @@ class FocusClassifier(nn.Module):
             (with the model's layers).
     """
 
+    net: Any  # a timm model: forward_features, forward_head, pretrained_cfg
+    mean: torch.Tensor
+    std: torch.Tensor
+
     def __init__(self, backbone: str, classes: int, *, size: int = 224, pretrained: str = "true", layer: str = "") -> None:
         super().__init__()
         self.net = _create(PUBLISHED.get(backbone, backbone), classes, size, pretrained)
@@ -62,7 +66,7 @@ class FocusClassifier(nn.Module):
             close = difflib.get_close_matches(self.layer, [n for n, _ in self.net.named_modules()], n=3)
             hint = f"; did you mean {' or '.join(close)}?" if close else ""
             raise InputError(f"--attention.layer {self.layer}: {backbone} has no such module{hint} It has {', '.join(layers)} and what is in them")
-        config = self.net.pretrained_cfg
+        config: dict[str, Any] = self.net.pretrained_cfg  # type: ignore[assignment]
         self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1), persistent=False)
         self.to(memory_format=torch.channels_last)
@@ -272,5 +276,6 @@ def _load_file(net: nn.Module, path: Path) -> nn.Module:
 
 
 def _head_names(net: nn.Module) -> list[str]:
-    names = net.pretrained_cfg.get("classifier", "")
+    config: dict[str, Any] = net.pretrained_cfg  # type: ignore[assignment]
+    names = config.get("classifier", "")
     return [f"{name}." for name in ([names] if isinstance(names, str) else names) if name]

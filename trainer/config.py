@@ -251,6 +251,21 @@ def _split_config(argv: list[str]) -> tuple[list[str], list[str]]:
     return rest, files
 
 
+def positionals(argv: list[str] | None) -> tuple[list[str], list[str]]:
+    """``--name value`` and ``--name=value`` pairs, and the words among them, for commands that take files or folders."""
+    flags: list[str] = []
+    words: list[str] = []
+    tokens = iter(sys.argv[1:] if argv is None else argv)
+    for token in tokens:
+        if not token.startswith("--"):
+            words.append(token)
+        elif "=" in token or token == "--help":
+            flags.append(token)
+        else:
+            flags += [token, *([value] if (value := next(tokens, None)) is not None else [])]
+    return flags, words
+
+
 def _bare_switches(kind: type, argv: list[str]) -> list[str]:
     """``--resume`` alone means ``--resume true``."""
     switches = {f"--{item.name}" for item in dataclasses.fields(kind) if item.type is bool}

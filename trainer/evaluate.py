@@ -4,6 +4,7 @@ Legend: N images of a split, K classes, S pixels of a side.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ def evaluate(accelerator: Accelerator, model: FocusClassifier, split: Split, lun
     return Outcome(logits.float(), torch.from_numpy(split.labels), term[:, 0], expected, lesion)
 
 
-def lesion_regions(split: Split, index: torch.Tensor, stored: tuple[int, int], size: int) -> torch.Tensor:
+def lesion_regions(split: Split, index: torch.Tensor, stored: Sequence[int], size: int) -> torch.Tensor:
     """The lesion boxes of each image's own finding, stored at (height, width), as bool [B,size,size]; empty where there are none."""
     regions = torch.zeros(len(index), size, size, dtype=torch.bool)
     for b, position in enumerate(index.tolist()):
@@ -155,14 +156,14 @@ def finish(
     from trainer import report  # matplotlib and its fonts, only where something is drawn
 
     findings = task_findings(config.task)
-    outcomes = {name: evaluate(accelerator, model, splits[name], lungs.get(name), config) for name in ("val", "test") if name in splits}
+    outcomes: dict[str, Outcome] = {name: evaluate(accelerator, model, splits[name], lungs.get(name), config) for name in ("val", "test") if name in splits}
     content: dict[str, Any] = {"findings": findings, "dataset": next(iter(splits.values())).dataset, "training": training}
     content["lungs_not_found"] = {name: len(boxes.memory.not_found()) for name, boxes in lungs.items()}
     content |= {name: outcome.report(findings) for name, outcome in outcomes.items()} | {"config": asdict(config)}
     if accelerator.is_main_process:
         shown = "test" if "test" in splits else "val"
         tiles = report.tiles(accelerator, model, splits[shown], lungs.get(shown), config)
-        report.write_run(out, content, outcomes, tiles, splits)
+        report.write_run(out, config, content, outcomes, tiles, splits)
     accelerator.wait_for_everyone()
     return content
 

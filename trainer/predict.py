@@ -1,7 +1,6 @@
 """python -m trainer.predict --run RUN IMAGE...: a JSON line and an overlay for each image file."""
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from shards.errors import InputError, run
 from shards.sample import clean_key, fit, load_image
 from trainer.augment import resize
 from trainer.classifier import normalize_cam
-from trainer.config import parse
+from trainer.config import parse, positionals
 from trainer.evaluate import open_run
 from trainer.launching import start
 from trainer.lungs import lung_boxes
@@ -38,8 +37,8 @@ class PredictConfig:
 
 def main(argv: list[str] | None = None) -> None:
     """One line on standard output for each image, in order; messages go to standard error."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    flags, images = _split(argv)
+    flags, names = positionals(argv)
+    images = [Path(name) for name in names]
     options = parse(PredictConfig, flags, prog="trainer.predict")
     if not images:
         raise InputError("no images named: python -m trainer.predict --run RUN IMAGE...")
@@ -99,21 +98,6 @@ def main(argv: list[str] | None = None) -> None:
         report.panel([tile], legend="cyan: lung box   green: expected region   right half: Grad-CAM").savefig(overlay, dpi=150)
         line["overlay"] = str(overlay)
         print(json.dumps(line), flush=True)
-
-
-def _split(argv: list[str]) -> tuple[list[str], list[Path]]:
-    """Flags with their values, and the image files among them."""
-    flags: list[str] = []
-    images: list[Path] = []
-    tokens = iter(argv)
-    for token in tokens:
-        if not token.startswith("--"):
-            images.append(Path(token))
-        elif "=" in token or token == "--help":
-            flags.append(token)
-        else:
-            flags += [token, *([value] if (value := next(tokens, None)) is not None else [])]
-    return flags, images
 
 
 if __name__ == "__main__":

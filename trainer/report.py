@@ -1,6 +1,6 @@
 """What a person gets: report.json, the published text report, curves and panel as PNG, report.html with all of it.
 
-python -m trainer.report RUN [RUN ...] --out FILE.html: several finished runs side by side.
+python -m trainer.report --out FILE.html RUN [RUN ...]: several finished runs side by side.
 """
 
 import base64
@@ -23,7 +23,7 @@ from shards.stream import Split
 from trainer.augment import resize
 from trainer.checkpoint import write_atomic
 from trainer.classifier import FocusClassifier, normalize_cam
-from trainer.config import Config, parse
+from trainer.config import Config, parse, positionals
 from trainer.launching import Accelerator
 from trainer.lungs import LungBoxes
 from trainer.regions import finding_regions
@@ -212,9 +212,8 @@ def _classification_table(figures: dict[str, Any], findings: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_run(out: Path, content: dict[str, Any], outcomes: dict[str, "Outcome"], shown: list[Tile], splits: dict[str, Split]) -> None:
+def write_run(out: Path, config: Config, content: dict[str, Any], outcomes: dict[str, "Outcome"], shown: list[Tile], splits: dict[str, Split]) -> None:
     """Write report.json, the text report, predictions, panel.png, curves.png and report.html into the run folder."""
-    config = Config(**{**content["config"], **_sections(content["config"])})
     history_file = out / "metrics.jsonl"
     history = [json.loads(line) for line in history_file.read_text().splitlines()] if history_file.is_file() else []
     pictures = {"panel": _png(panel(shown)), "curves": _png(curves(history, outcomes))}
@@ -240,11 +239,6 @@ def _predictions(outcome: "Outcome", split: Split) -> str:
                 line[kind] = {n: round(v, 6) for n, v in zip(LOCALIZATION_WORDS, table[i].tolist(), strict=True)}
         lines.append(json.dumps(line) + "\n")
     return "".join(lines)
-
-
-def _sections(config: dict[str, Any]) -> dict[str, Any]:
-    kinds = {name: field.type for name, field in Config.__dataclass_fields__.items()}
-    return {name: kinds[name](**value) for name, value in config.items() if isinstance(value, dict)}  # type: ignore[operator,misc]
 
 
 def finite(value: Any) -> Any:
@@ -324,28 +318,31 @@ def _page(title: str, runs: dict[str, dict[str, Any]], pictures: dict[str, dict[
 
 @dataclass
 class ReportConfig:
-    """Finished runs side by side."""
+    """Finished runs side by side. Usage: python -m trainer.report --out FILE.html RUN [RUN ...]"""
 
-    runs: list[str]
-    """Run folders, as a list: --runs '[a, b]'."""
     out: str
     """HTML file to write."""
 
     def problems(self) -> list[str]:
         """Nothing beyond the types."""
-        return [] if self.runs else ["--runs: name at least one run folder"]
+        return []
 
 
 def main(argv: list[str] | None = None) -> None:
     """Print the table, write the page."""
-    options = parse(ReportConfig, argv, prog="trainer.report")
+    flags, folders = positionals(argv)
+    options = parse(ReportConfig, flags, prog="trainer.report")
+    if not folders:
+        raise InputError("no runs named: python -m trainer.report --out FILE.html RUN [RUN ...]")
     runs, pictures = {}, {}
-    for name in options.runs:
-        folder = Path(name)
+    for folder in map(Path, folders):
         if not (folder / "report.json").is_file():
-            raise InputError(f"--runs {folder}: has no report.json; is it a finished run?")
-        runs[folder.name] = json.loads((folder / "report.json").read_text())
-        pictures[folder.name] = {kind: (folder / f"{kind}.png").read_bytes() for kind in ("panel", "curves") if (folder / f"{kind}.png").is_file()}
+            raise InputError(f"{folder}: has no report.json; is it the folder of a finished run?")
+        if folder.resolve().name in runs:
+            raise InputError(f"{folder}: a second run of that name; the columns could not be told apart, rename one folder")
+        name = folder.resolve().name
+        runs[name] = json.loads((folder / "report.json").read_text())
+        pictures[name] = {kind: (folder / f"{kind}.png").read_bytes() for kind in ("panel", "curves") if (folder / f"{kind}.png").is_file()}
     out = Path(options.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, _page("cxr-focus", runs, pictures))

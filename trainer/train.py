@@ -5,6 +5,7 @@ A step is `accumulate` micro-batches; its losses are divided by the counts of th
 processes and any accumulation give the gradient of one big batch.
 """
 
+import argparse
 import contextlib
 import json
 import math
@@ -12,12 +13,13 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from accelerate.utils import broadcast
 from tqdm import tqdm
 
@@ -48,7 +50,6 @@ class State:
     since_best: int = 0  # epochs in a row without a better model
     seconds: float = 0.0  # of training, without evaluation and pauses
     images: int = 0  # trained on in those seconds
-    finished: bool = False
 
 
 @dataclass
@@ -99,47 +100,16 @@ class Trainer:
             loader = split.loader(plan, state.epoch, state.position, batch=c.batch, rank=rank, world=world, workers=c.workers)
             for group in _groups(loader, c.accumulate):
                 lam = self.balance.value(state.epoch)
-                attend = lam < 1.0  # lambda = 1 is plain cross-entropy and pays nothing for attention
-
-                # Where the lungs are, and so where each finding is expected. New images are segmented, known ones looked up.
-                batches = [self.prepare(batch, attend) for batch in group]
-
-                # How many images and positives the whole step has, over all processes.
-                own = torch.stack([torch.stack([b.weight.sum(), b.positive.sum()]) for b in batches]).sum(0)
-                images, positives = acc.reduce(own, "sum").clamp(min=1)
-
-                # One forward gives logits and CAM; the CAM's gradient goes through the head into the backbone.
-                sums = torch.zeros(2, dtype=torch.float64, device=acc.device)
-                for i, b in enumerate(batches):
-                    with contextlib.nullcontext() if i == len(batches) - 1 else acc.no_sync(self.net):
-                        classes = None if c.attention.form == "published" else b.labels
-                        differentiable = c.attention.form != "published"
-                        logits, cam = self.net(b.images, classes, cam=attend, mode=c.attention.mode, differentiable=differentiable)
-                        ce, _ = classification(logits, b.labels, b.weight)
-                        loss, term = lam * ce / images, torch.zeros_like(ce)
-                        if attend:
-                            per_image = attention_term(normalize_cam(cam, c.size), b.region, c.attention.threshold, c.attention.form)
-                            term, _ = attention(per_image, b.positive if differentiable else b.weight)
-                            loss = loss + (1 - lam) * term / (positives if differentiable else images)
-                        acc.backward(loss * world)  # Accelerate averages gradients over processes; the sum is wanted
-                    sums += torch.stack([ce, term]).detach().double()
-
-                if c.optim.clip:
-                    acc.clip_grad_norm_(self.net.parameters(), c.optim.clip)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-                if c.optim.schedule == "cosine":
-                    self.schedule.step()
-                step_sums = torch.cat([sums, own.double()])
+                sums = self.step(group, lam)
                 if self.balance.follows_losses:
-                    self.balance.update(acc.reduce(step_sums, "sum").cpu())
+                    self.balance.update(acc.reduce(sums, "sum").cpu())
 
                 # Once in a while: log, save.
                 taken = min(len(group) * c.batch * world, len(plan) - state.position)
                 state.position += taken
                 state.step += 1
                 state.images += taken
-                logged.add(step_sums)
+                logged.add(sums)
                 bar.update(taken)
                 if state.step % c.log_every == 0 or state.position == len(plan):
                     state.seconds += time.monotonic() - clock
@@ -153,6 +123,41 @@ class Trainer:
             # Once an epoch: share the boxes, validate, keep the best, save.
             self.end_epoch(bar)
         bar.close()
+
+    def step(self, group: list[Batch], lam: float) -> torch.Tensor:
+        """One optimizer step: float64 [4] on the device, this process's sums of cross-entropy and attention, images, positives."""
+        c, acc = self.config, self.accelerator
+        attend = lam < 1  # lambda = 1 is plain cross-entropy and pays nothing for attention
+        hard = c.attention.form == "published"  # as published: of the predicted class, without a gradient, averaged over all images
+
+        # Where the lungs are, and so where each finding is expected. New images are segmented, known ones looked up.
+        batches = [self.prepare(batch, attend) for batch in group]
+
+        # How many images and positives the whole step has, over all processes.
+        own = torch.stack([torch.stack([b.weight.sum(), b.positive.sum()]) for b in batches]).sum(0)
+        images, positives = acc.reduce(own, "sum").clamp(min=1)
+
+        # One forward gives logits and CAM; the CAM's gradient goes through the head into the backbone.
+        sums = torch.zeros(2, dtype=torch.float64, device=acc.device)
+        for i, b in enumerate(batches):
+            with contextlib.nullcontext() if i == len(batches) - 1 else acc.no_sync(self.net):
+                logits, cam = self.net(b.images, None if hard else b.labels, cam=attend, mode=c.attention.mode, differentiable=not hard)
+                ce, _ = classification(logits, b.labels, b.weight)
+                loss, term = lam * ce / images, torch.zeros_like(ce)
+                if attend:
+                    per_image = attention_term(normalize_cam(cam, c.size), b.region, c.attention.threshold, c.attention.form)
+                    term, _ = attention(per_image, b.weight if hard else b.positive)
+                    loss = loss + (1 - lam) * term / (images if hard else positives)
+                acc.backward(loss * acc.num_processes)  # Accelerate averages gradients over processes; the sum is wanted
+            sums += torch.stack([ce, term]).detach().double()
+
+        if c.optim.clip:
+            acc.clip_grad_norm_(self.net.parameters(), c.optim.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if c.optim.schedule == "cosine":
+            self.schedule.step()
+        return torch.cat([sums, own.double()])
 
     def prepare(self, batch: Batch, attend: bool) -> Prepared:
         """A batch on the device: resized, augmented together with its lung box, with the region of its finding."""
@@ -337,14 +342,15 @@ def make_optimizer(model: torch.nn.Module, o: OptimConfig, steps: int) -> tuple[
 def resolve(argv: list[str] | None) -> Config:
     """The configuration; with --resume, that of the run folder with the flags given now on top."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    out = next((argv[i + 1] for i, t in enumerate(argv[:-1]) if t == "--out"), None) or next((t[6:] for t in argv if t.startswith("--out=")), None)
-    switch = next((i for i, t in enumerate(argv) if t.partition("=")[0] == "--resume"), None)
-    resuming = switch is not None and "false" not in (argv[switch].lower() + " " + " ".join(argv[switch + 1 : switch + 2]).lower()).replace("=", " ").split()
-    if resuming and out is not None:
-        saved = Path(out) / "config.yaml"
-        if not saved.is_file():
-            raise InputError(f"--resume: {out} holds no run (no config.yaml); start it without --resume")
-        argv = ["--config", str(saved), *argv]
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    peek.add_argument("--out", type=Path)
+    peek.add_argument("--resume", nargs="?", const="true", default="false")
+    with contextlib.suppress(argparse.ArgumentError):  # the real parser says it better
+        seen, _ = peek.parse_known_args(argv)
+        if seen.out and yaml.safe_load(seen.resume) is True:
+            if not (seen.out / "config.yaml").is_file():
+                raise InputError(f"--resume: {seen.out} holds no run (no config.yaml); start it without --resume")
+            argv = ["--config", str(seen.out / "config.yaml"), *argv]
     return parse(Config, argv, prog="trainer.train")
 
 
@@ -364,11 +370,11 @@ def build(config: Config) -> Trainer:
         )
     segmenter = load_segmenter(config.lungs.weights or None) if config.attends or config.lungs.weights else None
     model = FocusClassifier(config.backbone, len(findings), size=config.size, pretrained=config.pretrained, layer=config.attention.layer)
-    if config.resume:
-        if accelerator.is_main_process:
-            checkpoint.write_atomic(out / "config.yaml", to_yaml(config))
-    else:
-        checkpoint.claim(accelerator, out, to_yaml(config))
+    stored = to_yaml(replace(config, resume=False))
+    if not config.resume:
+        checkpoint.claim(accelerator, out, stored)
+    elif accelerator.is_main_process:
+        checkpoint.write_atomic(out / "config.yaml", stored)
     if segmenter is not None and accelerator.is_main_process:
         segmenter.save(out / LUNGS)
 
@@ -386,7 +392,7 @@ def build(config: Config) -> Trainer:
 
     lungs = {}
     if segmenter is not None:
-        segmenter.to(accelerator.device, memory_format=torch.channels_last)
+        segmenter.to(accelerator.device).to(memory_format=torch.channels_last)
         key = segmenter.fingerprint()
         lungs = {name: LungBoxes(segmenter, config.size, len(s), s.fingerprint, key) for name, s in splits.items()}
     raw, schedule = make_optimizer(model, config.optim, config.epochs * -(-total // per_step))

@@ -94,10 +94,12 @@ def main(argv: list[str] | None = None) -> None:
         model.train()
         total = torch.zeros((), device=accelerator.device)
         for got in train.loader(plan, epoch, 0, batch=config.batch, rank=rank, world=world, workers=config.workers):
+            assert got.mask is not None  # the split was opened with masks
             images, masks = to_size(got.image.to(accelerator.device), got.mask.to(accelerator.device), config.size)
             moved = augment(images, draw(config.seed, epoch, got.index), config.augment, masks=masks)
             weight = got.weight.to(accelerator.device)
             seen = accelerator.reduce(weight.sum(), "sum")
+            assert moved.masks is not None
             loss = bce_dice(model(moved.images), moved.masks, weight)
             accelerator.backward(loss * world / seen)  # DDP averages over processes
             accelerator.clip_grad_norm_(model.parameters(), 1.0)
