@@ -255,8 +255,8 @@ class Trainer:
         mine = identity(self.config, self.splits)
         other = [name for name, value in mine.items() if content["identity"].get(name) != value]
         if other:
-            was = content["identity"].get(other[0])
-            raise InputError(f"--resume {out}: the run was made with another {listed(other)} (--{other[0]} {was}); start a new run instead")
+            was = [f"--{name} {content['identity'].get(name)}" if name != "shards" else "other images in the shards" for name in other]
+            raise InputError(f"--resume {out}: the run was made with {listed(was)}; leave that as it was, or start a new run")
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.schedule.load_state_dict(content["schedule"])

@@ -1,0 +1,46 @@
+"""The same commands on real radiographs. CXR_FOCUS_REAL_DATA names a folder with lungs/{images,masks} and effusion/{train,val,test}/<class>."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from shards.__main__ import main as shards_main
+from trainer import train, train_lungs
+
+REAL = Path(os.environ.get("CXR_FOCUS_REAL_DATA", ""))
+pytestmark = pytest.mark.skipif(not os.environ.get("CXR_FOCUS_REAL_DATA"), reason="CXR_FOCUS_REAL_DATA is not set: no real radiographs")
+
+
+def few(source: Path, target: Path, count: int) -> None:
+    target.mkdir(parents=True)
+    for path in sorted(source.iterdir())[:count]:
+        (target / path.name).symlink_to(path)
+
+
+def test_the_job_on_a_few_real_radiographs(tmp_path):
+    names = [path.stem for path in sorted((REAL / "lungs/images").iterdir())][::12]
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+        for path in (REAL / "lungs" / kind).iterdir():
+            if path.stem in names:
+                (tmp_path / kind / path.name).symlink_to(path)
+    shards_main(["masks", "--images", str(tmp_path / "images"), "--masks", str(tmp_path / "masks"), "--out", str(tmp_path / "lung_shards")])
+    small = ["--width", "8", "--size", "64", "--epochs", "8", "--lr", "5e-3", "--workers", "0"]
+    train_lungs.main(["--shards", str(tmp_path / "lung_shards"), "--out", str(tmp_path / "unet"), *small])
+    lungs = json.loads((tmp_path / "unet/report.json").read_text())
+    assert lungs["dice"] > 0.6, "real lungs are found after 8 epochs of some 40 images"
+
+    for split, count in (("train", 12), ("val", 6), ("test", 6)):
+        for folder in ("0NoFinding", "1Effusion"):
+            few(REAL / "effusion" / split / folder, tmp_path / "effusion" / split / folder, count)
+    shards_main(["folder", "--path", str(tmp_path / "effusion"), "--out", str(tmp_path / "shards"), "--size", "128"])
+    shards_main(["verify", str(tmp_path / "shards")])
+    small = ["--backbone", "resnet18", "--pretrained", "false", "--size", "64", "--batch", "8", "--workers", "0", "--epochs", "1", "--tracker", "none"]
+    train.main(["--shards", str(tmp_path / "shards"), "--out", str(tmp_path / "run"), "--lungs.weights", str(tmp_path / "unet"), *small])
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert report["findings"] == ["No Finding", "Effusion"]
+    assert report["test"]["localization"]["expected"]["all"]["images"] == 6
+    assert report["test"]["localization"]["lesion"]["all"] is None
+    assert report["lungs_not_found"]["test"] <= 2

@@ -1,0 +1,363 @@
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import two
+
+from shards.errors import InputError
+from trainer import evaluate, launching, predict, report
+from trainer import train as loop
+from trainer.tracking import Tracking
+
+ROOT = Path(__file__).parents[1]
+TASKS = ("ne", "np", "ns", "nep", "neps")
+BACKBONES = ("pvt", "vgg", "resnet")
+POLICIES = ("fixed", "published", "ratio")
+FORMS = ("published", "coverage", "energy")
+SMALL = ["--backbone", "resnet18", "--pretrained", "false", "--size", "64", "--batch", "8", "--workers", "0", "--tracker", "none", "--log_every", "1"]
+
+
+@pytest.fixture
+def flags(shards, segmenter, tmp_path):
+    """Flags of a small run into tmp_path/run."""
+    return ["--shards", str(shards), "--out", str(tmp_path / "run"), "--lungs.weights", str(segmenter), *SMALL]
+
+
+def lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+# Fifteen runs meet every pair of task and backbone, of task and policy, of backbone and policy, and every form.
+@pytest.mark.parametrize(("t", "b"), [(t, b) for t in range(5) for b in range(3)], ids=lambda v: str(v))
+def test_every_task_backbone_and_policy_takes_two_steps(flags, t, b):
+    p, f = (t + b) % 3, (t + 2 * b) % 3
+    job = loop.build(
+        loop.resolve([*flags, "--task", TASKS[t], "--backbone", BACKBONES[b], "--batch", "4", "--balance.policy", POLICIES[p], "--attention.form", FORMS[f]])
+    )
+    job.state.epoch = 5  # the published lambda begins at 1
+    job.net.train()
+    split = job.splits["train"]
+    loader = split.loader(loop.EpochPlan(split.shard_sizes()), 5, 0, batch=4, rank=0, world=1, workers=0)
+    before = {name: value.clone() for name, value in job.model.named_parameters()}
+    for _, batch in zip(range(2), loader, strict=False):
+        lam = job.balance.value(5)
+        assert 0 < lam < 1
+        sums = job.step([batch], lam)
+        if job.balance.follows_losses:
+            job.balance.update(sums.cpu())
+        assert torch.isfinite(sums).all()
+        assert sums[0] > 0
+        assert sums[2] == 4
+        # No Finding (label 0) is no positive; the published form counts all images.
+        assert sums[3] <= (batch.label > 0).sum()
+    moved = [name for name, value in job.model.named_parameters() if (value != before[name]).any()]
+    assert all(torch.isfinite(value).all() for value in job.model.parameters())
+    assert len(moved) > len(before) / 2
+
+
+def test_pairs_are_covered():
+    for first, second in ((0, 1), (0, 2), (1, 2), (1, 3)):
+        runs = [(t, b, (t + b) % 3, (t + 2 * b) % 3) for t in range(5) for b in range(3)]
+        sizes = (5, 3, 3, 3)
+        assert len({(r[first], r[second]) for r in runs}) == sizes[first] * sizes[second]
+
+
+def test_the_whole_job(flags, shards, tmp_path, capsys):
+    out = tmp_path / "run"
+    loop.main([*flags, "--task", "nep", "--epochs", "2", "--attention.threshold", "0.1", "--balance.lam", "0.25", "--optim.lr", "1e-3"])
+    printed = capsys.readouterr().out
+    assert "energy in region" in printed
+    assert f"report: {out / 'report.html'}" in printed
+
+    names = {path.name for path in out.iterdir()}
+    text_name = "resnet18_phantom_nep_la0.25_t0.1.txt"
+    assert names >= {"config.yaml", "metrics.jsonl", "checkpoints", "model.safetensors", "lungs.safetensors", "report.json", "report.html"}
+    assert names >= {text_name, "panel.png", "curves.png", "predictions_val.jsonl", "predictions_test.jsonl"}
+    assert not [name for name in names if "partial" in name]
+
+    text = (out / text_name).read_text().splitlines()
+    assert text[0].startswith("Execution Time: ")
+    assert text[0].endswith(" minutes")
+    assert "-" * 30 in text
+    assert "Metrics of unseen test data:" in text
+    for figure in ("AUC Score:", "CAM energy inside:", "Pointing hit:"):
+        assert any(figure in line for line in text)
+
+    content = json.loads((out / "report.json").read_text())
+    images = len((out / "predictions_test.jsonl").read_text().splitlines())
+    assert images == sum(row["support"] for row in content["test"]["per_class"])
+    assert content["training"]["epochs"] == 2
+    assert content["test"]["localization"]["lesion"]["all"]["images"] > 0
+    steps = [line for line in lines(out) if "ce" in line]
+    assert len(steps) == 2 * -(-len(loop.Split(shards, "train", ("No Finding", "Effusion", "Pneumothorax"))) // 8)
+    assert {line["lambda"] for line in steps} == {0.25}
+    assert sum("val_loss" in line for line in lines(out)) == 2
+
+    # The same figures again, and on other shards beside them.
+    before = content["test"]
+    evaluate.main(["--run", str(out), "--shards", str(shards), "--workers", "0"])
+    again = json.loads((out / "report.json").read_text())
+    assert again["test"] == before
+    assert again["training"] == content["training"]
+    evaluate.main(["--run", str(out), "--shards", str(shards), "--workers", "0", "--out", str(tmp_path / "elsewhere")])
+    assert json.loads((tmp_path / "elsewhere" / "report.json").read_text())["test"] == before
+
+    # Predict the stored test images: the same probabilities as in the report.
+    split = loop.Split(shards, "test", tuple(content["findings"]))
+    files = []
+    for i in (0, 1):
+        from PIL import Image
+
+        files.append(str(tmp_path / f"image{i}.png"))
+        Image.fromarray(split.image(i)).save(files[-1])
+    capsys.readouterr()
+    predict.main(["--run", str(out), *files])
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    known = [json.loads(line) for line in (out / "predictions_test.jsonl").read_text().splitlines()[:2]]
+    for line, reference, file in zip(told, known, files, strict=True):
+        assert line["image"] == file
+        assert line["probability"] == pytest.approx(reference["probability"], abs=1e-3)
+        assert Path(line["overlay"]).is_file()
+        assert len(line["lung_box"] or [0] * 4) == 4
+
+    report.main(["--out", str(tmp_path / "both.html"), str(out)])
+    page = (tmp_path / "both.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "http" not in page.replace("http-equiv", "")
+
+    # The folder is taken now, and stays as it is.
+    with pytest.raises(InputError, match=r"already holds another run; choose another folder, remove it, or go on with that run by --resume"):
+        loop.main([*flags, "--task", "nep"])
+    assert json.loads((out / "report.json").read_text())["test"] == before
+
+
+def test_lambda_one_calls_neither_cam_nor_segmenter(shards, tmp_path, monkeypatch):
+    def never(*_args, **_kwargs):
+        raise AssertionError("lambda = 1 pays nothing for attention")
+
+    job = loop.build(loop.resolve(["--shards", str(shards), "--out", str(tmp_path / "run"), *SMALL, "--balance.lam", "1", "--epochs", "1"]))
+    monkeypatch.setattr("trainer.classifier.grad_cam", never)
+    monkeypatch.setattr("trainer.lungs.LungSegmenter.forward", never)
+    job.train()
+    assert job.state.step > 0
+    assert all(line["attention"] is None for line in lines(tmp_path / "run") if "ce" in line)
+
+
+def test_remembered_boxes_are_not_segmented_again(flags, monkeypatch):
+    job = loop.build(loop.resolve([*flags, "--epochs", "3"]))
+    images = []
+    ordinary = loop.LungBoxes.__call__.__globals__["LungSegmenter"].forward
+    monkeypatch.setattr("trainer.lungs.LungSegmenter.forward", lambda self, x: images.append(len(x)) or ordinary(self, x))
+    job.train()
+    assert sum(images) == len(job.splits["train"]) + len(job.splits["val"])
+
+
+class Interrupted(Exception):
+    """Stands for a signal, a crash, a power cut."""
+
+
+@pytest.mark.parametrize("stop", [2, 6])  # in the first epoch of 4 steps, in the second
+def test_an_interrupted_run_goes_on_to_the_same_bits(flags, tmp_path, monkeypatch, stop):
+    # Cosine and the adaptive lambda carry state from step to step; augmentation is random; some boxes are not found yet.
+    flags = [*flags, "--epochs", "2", "--balance.policy", "ratio", "--optim.name", "adamw", "--optim.schedule", "cosine", "--optim.lr", "1e-3"]
+    flags += ["--augment.rotate", "5", "--augment.noise", "0.05", "--save_every", "1"]
+    whole = flags.copy()
+    whole[whole.index("--out") + 1] = str(tmp_path / "whole")
+    loop.build(loop.resolve(whole)).train()
+
+    ordinary = loop.Trainer.step
+
+    def dies(self, group, lam):
+        if self.state.step == stop:
+            raise Interrupted
+        return ordinary(self, group, lam)
+
+    monkeypatch.setattr(loop.Trainer, "step", dies)
+    with pytest.raises(Interrupted):
+        loop.build(loop.resolve(flags)).train()
+    monkeypatch.setattr(loop.Trainer, "step", ordinary)
+    # A line that was written after the last checkpoint is written again, not twice.
+    with (tmp_path / "run/metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": stop + 1, "ce": 0.0}) + "\n")
+    job = loop.build(loop.resolve(["--out", str(tmp_path / "run"), "--resume"]))
+    assert job.state.step == stop
+    job.train()
+
+    one, other = (loop.checkpoint.load(tmp_path / name / "checkpoints/last.pt") for name in ("whole", "run"))
+    for name, value in one["model"].items():
+        assert torch.equal(value, other["model"][name]), name
+    assert torch.equal(one["balance"]["means"], other["balance"]["means"])
+    assert all(torch.equal(one["boxes"][n]["table"], other["boxes"][n]["table"]) for n in ("train", "val"))
+    assert (one["state"]["best"], one["state"]["best_epoch"]) == (other["state"]["best"], other["state"]["best_epoch"])
+    logs = [[{k: v for k, v in line.items() if k != "images_per_s"} for line in lines(tmp_path / name)] for name in ("whole", "run")]
+    assert logs[0] == logs[1]
+    assert not loop.resolve(["--config", str(tmp_path / "run/config.yaml")]).resume
+
+
+def test_resume_refuses_what_does_not_fit(flags, tmp_path):
+    out = str(tmp_path / "run")
+    with pytest.raises(InputError, match="holds no run"):
+        loop.main([*flags, "--resume"])
+    loop.build(loop.resolve([*flags, "--epochs", "1"])).train()
+    with pytest.raises(InputError, match=r"made with --task ne, other images in the shards; leave that as it was"):
+        loop.main(["--out", out, "--resume", "--task", "np"])
+    (tmp_path / "run/checkpoints/last.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(InputError, match="is not a checkpoint of this trainer"):
+        loop.main(["--out", out, "--resume=true"])
+    (tmp_path / "run/checkpoints/last.pt").unlink()
+    with pytest.raises(InputError, match="no such checkpoint"):
+        loop.main(["--resume", "--out", out])
+
+
+def test_patience_is_reset_by_a_better_model_and_ends_the_run(flags, monkeypatch):
+    scores = iter([0.5, 0.4, 0.6, 0.55, 0.5, 0.9])
+    monkeypatch.setattr(loop, "validation_figures", lambda *_: {"val_accuracy": next(scores), "val_auc": 0.5, "val_loss": 1.0, "val_weighted": 1.0})
+    job = loop.build(loop.resolve([*flags, "--epochs", "6", "--patience", "2", "--balance.lam", "1"]))
+    job.train()
+    assert job.state.epoch == 5  # 0.6 reset the count; 0.55 and 0.5 ended it before 0.9
+    assert (job.state.best, job.state.best_epoch) == (0.6, 2)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--batch", "50"], r"--batch 50 x 1 processes x --accumulate 1 = 50 images a step, but the train split has \d+; lower --batch to at most \d+"),
+        (["--batch", "10", "--accumulate", "9"], r"--batch 10 x 1 processes x --accumulate 9 = 90"),
+        (["--backbone", "resnett"], r"--backbone resnett: unknown; did you mean resnet"),
+        (["--attention.layer", "layer7"], r"layer7: resnet18 has no such module"),
+        (["--lungs.weights", "nowhere.safetensors"], r"nowhere\.safetensors: no such file"),
+        (["--lungs.weights", ""], r"name one with --lungs\.weights FILE, or train one"),
+        (["--task", "No Finding,Nodule"], "has no images with finding 'Nodule'"),
+        (["--shards", "nowhere"], r"--shards nowhere: no such folder"),
+        (["--pretrained", "weights.pt"], r"weights\.pt: no such file"),
+    ],
+)
+def test_bad_input_leaves_nothing_behind(flags, tmp_path, more, words):
+    with pytest.raises(InputError, match=words):
+        loop.main([*flags, *more])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_the_remedy(flags, monkeypatch):
+    monkeypatch.setattr(loop, "classification", lambda logits, _labels, weight: (logits.sum() * float("nan"), weight.sum()))
+    with pytest.raises(InputError, match=r"the loss is not finite .* lower --optim\.lr"):
+        loop.build(loop.resolve(flags)).train()
+
+
+def test_processes_that_do_not_see_each_other_are_told_so(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match=r"started 2 processes, but each sees 1.*ACCELERATE_USE_CPU=true accelerate launch --multi_gpu"):
+        launching.start(0)
+
+
+def test_fp16_on_a_cpu_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(InputError, match="fp16 on a CPU"):
+        launching.start(0)
+
+
+def launch(*command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """Two processes on the CPU, one thread each."""
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_config.yaml"), "--multi_gpu"]
+    return subprocess.run([*start, "--num_processes", "2", *command], env=environment, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def test_two_processes_train_one_run(flags, tmp_path):
+    both = [*flags, "--batch", "4", "--epochs", "2", "--balance.policy", "ratio", "--save_every", "2"]
+    done = launch("--mixed_precision", "bf16", str(ROOT / "tests/two.py"), "train", str(tmp_path), *both)
+    assert done.returncode == 0, done.stderr
+    ranks = [json.loads((tmp_path / f"rank{r}.json").read_text()) for r in (0, 1)]
+    images = len(loop.Split(Path(flags[1]), "train", ("No Finding", "Effusion")))
+    for epoch in (0, 1):
+        seen = sorted(i for rank in ranks for e, i in rank["index"] if e == epoch)
+        assert seen == list(range(images)), "every image once per epoch"
+    assert ranks[0]["lambda"] == ranks[1]["lambda"]
+    assert len(set(ranks[0]["lambda"])) > 2
+    assert done.stdout.count("report: ") == 1
+    assert (tmp_path / "run/report.json").is_file()
+    state = loop.checkpoint.load(tmp_path / "run/checkpoints/last.pt")
+    assert (state["boxes"]["train"]["table"][:, 4] >= 0).all(), "each process knows the boxes that the other found"
+
+    # One process goes on with what two have begun.
+    job = loop.build(loop.resolve(["--out", str(tmp_path / "run"), "--resume", "--epochs", "3"]))
+    assert (job.state.epoch, job.state.position) == (2, 0)
+    job.train()
+    assert job.state.epoch == 3
+
+
+@pytest.mark.parametrize("form", ["energy", "published"])
+def test_two_processes_have_the_gradient_of_one(flags, tmp_path, form):
+    # LayerNorm, float64, unequal positives on the processes and in the micro-batches.
+    flags = [*flags, "--backbone", "pvt_v2_b0", "--optim.clip", "0", "--balance.lam", "0.3", "--attention.form", form]
+    done = launch("--mixed_precision", "no", str(ROOT / "tests/two.py"), "gradients", str(tmp_path), *flags, "--batch", "3", "--accumulate", "2")
+    assert done.returncode == 0, done.stderr
+    parts = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1)]
+    positives = [sum(label > 0 for label in labels) for _, group in parts for labels in group]
+    assert len(set(positives)) > 1, "or this proves nothing"
+    flags[flags.index("--out") + 1] = str(tmp_path / "one")
+    one, _ = two.gradients([*flags, "--batch", "12"])
+    largest = max(value.abs().max() for value in one.values())
+    assert largest > 0
+    for gradients, _ in parts:
+        assert gradients.keys() == one.keys()
+        for name, value in one.items():
+            assert torch.allclose(gradients[name], value, rtol=1e-7, atol=1e-12 * float(largest)), name
+
+
+def test_errors_of_two_processes_are_short(flags):
+    done = launch("-m", "trainer.train", *flags, "--batch", "400")
+    assert done.returncode != 0
+    assert "error: --batch 400 x 2 processes" in done.stderr
+    assert "lower --batch to at most" in done.stderr
+
+
+def test_a_tracker_that_fails_is_a_warning(tmp_path):
+    class Broken:
+        is_main_process = True
+        trackers = ()
+
+        def init_trackers(self, *_args, **_kwargs):
+            raise ConnectionError("no route to host")
+
+        def log(self, *_args, **_kwargs):
+            raise AssertionError("tracking has ended")
+
+        end_training = log
+
+    with pytest.warns(UserWarning, match=r"tracking with tensorboard ended \(ConnectionError: no route to host\); the run goes on"):
+        tracking = Tracking(Broken(), "tensorboard", tmp_path, {})
+    tracking.log({"ce": 1.0}, 1)  # nothing is called any more
+    tracking.finish()
+
+
+def test_tensorboard_gets_scalars_settings_and_the_panel(flags, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        loop.main([*flags, "--tracker", "tensorboard", "--epochs", "1", "--balance.lam", "1"])
+        tags: dict[str, set] = {"scalars": set(), "images": set()}
+        for folder in {path.parent for path in tmp_path.rglob("events.out.*")}:
+            events = EventAccumulator(str(folder))
+            events.Reload()
+            for kind, names in tags.items():
+                names.update(events.Tags()[kind])
+    assert tags["scalars"] >= {"ce", "lambda", "val_accuracy", "val_auc"}
+    assert "panel" in tags["images"]
+
+
+def test_wandb_offline_keeps_everything_in_the_run_folder(flags, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loop.main([*flags, "--tracker", "wandb", "--epochs", "1", "--balance.lam", "1"])
+    assert list((tmp_path / "run/wandb").rglob("*.wandb"))
+    assert list((tmp_path / "run/wandb").rglob("media/images/panel*.png"))

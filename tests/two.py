@@ -1,0 +1,65 @@
+"""What each of several processes does, for test_train.py: accelerate launch tests/two.py WHAT FOLDER FLAGS...
+
+train: an ordinary run; FOLDER/rank<r>.json gets the images of each epoch and lambda of each step.
+gradients: one step in float64; FOLDER/rank<r>.pt gets the gradients before the optimizer's step.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+import trainer.train as train
+from shards.errors import run
+from shards.stream import EpochPlan
+
+
+def gradients(argv: list[str]) -> tuple[dict[str, torch.Tensor], list[list[int]]]:
+    """Gradients of the first step in float64, and the positives of each of its micro-batches on this process."""
+    ordinary = train.FocusClassifier
+    train.FocusClassifier = lambda *args, **kwargs: ordinary(*args, **kwargs).double()  # type: ignore[assignment,misc]
+    try:
+        job = train.build(train.resolve(argv))
+    finally:
+        train.FocusClassifier = ordinary  # type: ignore[misc]
+    kept: dict[str, torch.Tensor] = {}
+    job.optimizer.step = lambda: kept.update({n: p.grad.clone() for n, p in job.model.named_parameters() if p.grad is not None})
+    job.net.train()
+    split, c, acc = job.splits["train"], job.config, job.accelerator
+    plan = EpochPlan(split.shard_sizes(), c.seed)
+    loader = split.loader(plan, 0, 0, batch=c.batch, rank=acc.process_index, world=acc.num_processes, workers=0)
+    group = next(train._groups(loader, c.accumulate))
+    job.step(group, c.balance.lam)
+    return kept, [b.label.tolist() for b in group]
+
+
+def watched(argv: list[str]) -> dict[str, list]:
+    """An ordinary run, with what it saw."""
+    seen: dict[str, list] = {"index": [], "lambda": []}
+    ordinary = train.Trainer.step
+
+    def step(self, group, lam):
+        seen["index"] += [(self.state.epoch, i) for b in group for i, w in zip(b.index.tolist(), b.weight.tolist(), strict=True) if w]
+        seen["lambda"].append(lam.hex())
+        return ordinary(self, group, lam)
+
+    train.Trainer.step = step
+    train.main(argv)
+    return seen
+
+
+def main() -> None:
+    what, folder, *argv = sys.argv[1:]
+    import os
+
+    rank = os.environ["RANK"]
+    if what == "train":
+        (Path(folder) / f"rank{rank}.json").write_text(json.dumps(watched(argv)))
+    else:
+        torch.save(gradients(argv), Path(folder) / f"rank{rank}.pt")
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run(main)
