@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
             np.zeros((size, size), bool),
             box[0].tolist() if box is not None else None,
         )
-        report.panel([tile], legend="cyan: lung box   green: expected region   right half: Grad-CAM").savefig(overlay, dpi=150)
+        report.panel([tile], cam_of=shown).savefig(overlay, dpi=150)
         line["overlay"] = str(overlay)
         print(json.dumps(line), flush=True)
 

@@ -78,11 +78,11 @@ def tiles(accelerator: Accelerator, model: FocusClassifier, split: Split, lungs:
     return result
 
 
-LEGEND = "cyan: lung box   green: expected region   red: lesion box   right half: Grad-CAM of the label's class"
-
-
-def panel(shown: list[Tile], columns: int = 4, legend: str = LEGEND) -> Figure:
-    """Each image beside itself with its CAM; lung box cyan, expected region green, lesion boxes red."""
+def panel(shown: list[Tile], columns: int = 4, cam_of: str = "the label's class") -> Figure:
+    """Each image beside itself with its CAM; lung box cyan, expected region green, lesion boxes red, as far as there are any."""
+    drawn = (("cyan: lung box", any(t.box for t in shown)), ("green: expected region", any(t.region.any() for t in shown)))
+    words = [word for word, there in (*drawn, ("red: lesion box", any(t.lesion.any() for t in shown))) if there]
+    legend = "   ".join([*words, f"right half: Grad-CAM of {cam_of}"])
     columns = min(columns, len(shown))
     rows = math.ceil(len(shown) / columns)
     figure = Figure(figsize=(3.7 * columns, 2.35 * rows + 0.3), layout="constrained")
