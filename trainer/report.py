@@ -112,8 +112,8 @@ def draw(ax: Any, tile: Tile) -> None:
     ax.set_title(tile.title, fontsize=8)
 
 
-def curves(history: list[dict[str, Any]], outcomes: dict[str, "Outcome"]) -> Figure:
-    """Losses, lambda and validation figures by epoch, and the ROC of each split."""
+def curves(history: list[dict[str, Any]], outcomes: dict[str, "Outcome"], findings: list[str]) -> Figure:
+    """Losses, lambda and validation figures by epoch, and the ROC of each split; ``findings`` names the classes, class 0 first."""
     figure = Figure(figsize=(13, 3.2), layout="constrained")
     axes = figure.subplots(1, 4)
     epochs = [line for line in history if "val_loss" in line]
@@ -136,7 +136,7 @@ def curves(history: list[dict[str, Any]], outcomes: dict[str, "Outcome"]) -> Fig
         for k in range(1, scores.shape[1]):
             if 0 < (outcome.labels == k).sum() < len(outcome.labels):
                 fpr, tpr, _ = roc_curve((outcome.labels == k).numpy(), scores[:, k].numpy())
-                axes[3].plot(fpr, tpr, lw=1, label=split if scores.shape[1] == 2 else f"{split}, class {k}")
+                axes[3].plot(fpr, tpr, lw=1, label=split if scores.shape[1] == 2 else f"{split}, {findings[k]}")
     for ax, label in zip(axes, ("epoch", "epoch", "epoch", "1 - specificity"), strict=True):
         ax.set_xlabel(label)
         ax.grid(alpha=0.3)
@@ -216,7 +216,7 @@ def write_run(out: Path, config: Config, content: dict[str, Any], outcomes: dict
     """Write report.json, the text report, predictions, panel.png, curves.png and report.html into the run folder."""
     history_file = out / "metrics.jsonl"
     history = [json.loads(line) for line in history_file.read_text().splitlines()] if history_file.is_file() else []
-    pictures = {"panel": _png(panel(shown)), "curves": _png(curves(history, outcomes))}
+    pictures = {"panel": _png(panel(shown)), "curves": _png(curves(history, outcomes, content["findings"]))}
     for name, data in pictures.items():
         (out / f"{name}.png").write_bytes(data)
     for name, outcome in outcomes.items():
