@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from shards.pack import pack
-from shards.phantom import phantoms
+from shards.phantom import Phantoms
 from shards.stream import Batch, EpochPlan
 from trainer.config import AttentionConfig, Config, LungsConfig
 from trainer.lungs import LungSegmenter
@@ -55,8 +55,7 @@ def main() -> None:
     os.environ["ACCELERATE_MIXED_PRECISION"] = a.precision
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        samples = phantoms(max(40, 5 * a.batch), 0, size=512, findings=("No Finding", "Effusion"))
-        pack(samples, root / "shards", dataset="phantom", total=max(40, 5 * a.batch))
+        pack(Phantoms(max(40, 5 * a.batch), 0, size=512, findings=("No Finding", "Effusion")), root / "shards", dataset="phantom")
         LungSegmenter(16, 256).eval().save(root / "lungs.safetensors")
         config = Config(
             str(root / "shards"), str(root / "run"), backbone=a.backbone, pretrained="false", batch=a.batch, size=a.size, tracker="none",
@@ -65,7 +64,7 @@ def main() -> None:
         trainer = build(config)
         trainer.net.train()
         split = trainer.splits["train"]
-        batch = next(iter(split.loader(EpochPlan(split.shard_sizes()), 0, 0, batch=a.batch, rank=0, world=1, workers=0)))
+        batch = next(iter(split.batches(EpochPlan(split.shard_sizes()), 0, 0, batch=a.batch, rank=0, world=1, workers=0)))
         memory = trainer.lungs["train"].memory
         times: dict[str, list[float]] = {"cross-entropy": [], "cross-entropy again": [], "remembered boxes": [], "new boxes": []}
         for turn in range(a.pairs + 2):

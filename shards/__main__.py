@@ -1,11 +1,12 @@
-"""python -m shards {phantom,folder,masks,index,verify}: make shards, and check them."""
+"""python -m shards {phantom,nih,folder,csv,dicom,masks,index,verify}: make shards, and check them."""
 
 import argparse
 from pathlib import Path
 from typing import Any
 
-from shards.errors import InputError, nearest, run
-from shards.sample import FINDINGS
+from shards.errors import InputError, listed, nearest, run
+from shards.sample import ASPECTS, FINDINGS, FORMATS
+from shards.split import SHARES
 
 
 class _Parser(argparse.ArgumentParser):
@@ -18,100 +19,234 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{self.prog}: {message}; see {self.prog} --help")
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Parse and run one command."""
-    parser = _Parser(prog="python -m shards", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+def parser() -> tuple[_Parser, dict[str, _Parser]]:
+    """The command line, and each command's own."""
+    main = _Parser(prog="python -m shards", description=__doc__)
+    commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
     phantom = commands.add_parser("phantom", help="synthetic radiographs with known lungs and lesions")
     phantom.add_argument("--count", type=int, required=True, help="images of all splits together (60/20/20)")
-    phantom.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes")
-    phantom.add_argument("--size", type=int, default=256, help="pixels of a side")
     phantom.add_argument("--findings", default=",".join(FINDINGS), help="which findings, separated by commas")
     phantom.add_argument("--shortcut", type=float, help="plant a corner marker; its correlation with the finding in train and val, -1..1")
     phantom.add_argument("--shortcut-test", type=float, default=0.0, help="the marker's correlation in test, with --shortcut")
 
+    nih = commands.add_parser("nih", help="NIH ChestX-ray14 as downloaded")
+    nih.add_argument("--images", type=Path, required=True, help="folder with the images at any depth (images_001/images/*.png ...)")
+    nih.add_argument("--metadata", type=Path, required=True, help="Data_Entry_2017_v2020.csv or the older one (.gz too)")
+    nih.add_argument("--task", required=True, help="ne, np, nep, nc, or findings separated by commas; an image belongs to a finding that is its one label")
+    nih.add_argument(
+        "--split",
+        choices=("published", "official", "random"),
+        default="published",
+        help="published: the positives of Wu et al. 2026; official: test_list.txt; random: patients dealt by --seed and --ratios",
+    )
+    nih.add_argument("--lists", type=Path, help="folder of train_val_list.txt and test_list.txt, for --split official (without it: that of --metadata)")
+    nih.add_argument("--boxes", type=Path, help="BBox_List_2017.csv: lesion boxes, scaled to the stored images")
+    nih.add_argument("--balanced", action=argparse.BooleanOptionalAction, default=True, help="as many images of every class in each split")
+
     folder = commands.add_parser("folder", help="class folders: train|val|test/<class>/*.png")
     folder.add_argument("--path", type=Path, required=True, help="folder with train, val and test")
-    folder.add_argument("--size", type=int, default=512, help="pixels of a side as stored; images are stretched to it, as published")
+
+    table = commands.add_parser("csv", help="a table that names images, findings and, if known, splits and patients")
+    table.add_argument("--csv", type=Path, required=True, help="the table, with a header (.gz too)")
+    table.add_argument("--images", type=Path, help="folder that the paths in the table start from (without it: the table's own)")
+    table.add_argument("--patient-column", default="", help="column of the patient: nobody is put into two splits")
+
+    dicom = commands.add_parser("dicom", help="DICOM radiographs at any depth (extra: dicom)")
+    dicom.add_argument("--path", type=Path, required=True, help="folder; findings are its <class>/ or train|val|test/<class>/ folders, or come from --csv")
+    dicom.add_argument("--salt-file", type=Path, required=True, help="a secret of your own to hash patient IDs with; the same salt gives the same hashes")
+    dicom.add_argument("--csv", type=Path, help="a table with the path below --path and the finding of each file")
+
+    for command in (table, dicom):
+        command.add_argument("--path-column", default="path", help="column with the image file")
+        command.add_argument("--finding-column", default="finding", help="column with the finding(s), or several columns of 0 and 1, separated by commas")
+        command.add_argument("--separator", default="|", help="what separates several findings in one cell")
+        command.add_argument("--split-column", default="", help="column with train, val or test (without it: patients are dealt by --seed and --ratios)")
+        command.add_argument("--findings", help="the findings that may occur, separated by commas (without it: all that occur)")
 
     masks = commands.add_parser("masks", help="images and lung masks, to train a lung segmenter")
     masks.add_argument("--images", type=Path, required=True, help="folder of radiographs")
     masks.add_argument("--masks", type=Path, required=True, help="folder of masks with the same names (or NAME_mask)")
     masks.add_argument("--val-share", type=float, default=0.2, help="share of the pairs kept for validation")
-    masks.add_argument("--size", type=int, default=512, help="pixels of a side as stored")
 
-    for command in (phantom, folder, masks):
+    for command in (phantom, nih, table, dicom):
+        command.add_argument("--seed", type=int, default=0, help="the same seed gives the same shards")
+    for command in (nih, table, dicom):
+        command.add_argument("--ratios", default=",".join(map(str, SHARES)), help="shares of train, val and test where patients are dealt")
+    for command in (phantom, nih, folder, table, dicom, masks):
         command.add_argument("--out", type=Path, required=True, help="folder to make; must not hold anything")
-        command.add_argument("--format", choices=("jpg", "png"), default="jpg", help="how images are stored")
+        command.add_argument("--size", type=int, default=256 if command is phantom else 512, help="pixels of a side as stored")
+        command.add_argument("--format", choices=FORMATS, default="jpg", help="how images are stored (webp: lossless)")
         command.add_argument("--per-shard", type=int, default=256, help="samples in a tar")
+        command.add_argument("--workers", type=int, help="processes (without it: one for each core)")
+        command.add_argument("--part", default="", metavar="I/N", help="make every N-th shard from the I-th on; then `index --merge OUT`")
+        if command is not phantom:
+            command.add_argument("--aspect", choices=ASPECTS, default="stretch", help="stretch: to a square, as published; pad: aspect kept, black beside it")
+            command.add_argument("--on-bad", choices=("stop", "skip"), default="stop", help="at an image that is missing or cannot be decoded")
 
     index = commands.add_parser("index", help="index WebDataset tars: DIR/{train,val,test}/*.tar or DIR/train-*.tar")
     index.add_argument("dir", type=Path, metavar="DIR")
     index.add_argument("--findings", help="names of the classes, for tars with a number in a .cls member")
+    index.add_argument("--merge", action="store_true", help="put together the parts that were made with --out DIR --part I/N")
 
-    verify = commands.add_parser("verify", help="checksums, index against tars, every image decodes; exit code 0 if all is well")
-    verify.add_argument("dir", type=Path, metavar="DIR")
+    verify = commands.add_parser("verify", help="checksums, members, every image decodes, no patient and no image in two splits; exit code 0: all is well")
+    verify.add_argument("dir", metavar="DIR", help="folder or URL")
+    verify.add_argument("--workers", type=int, help="processes (without it: one for each core)")
+    return main, commands.choices
 
-    arguments, unknown = parser.parse_known_args(argv)
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse and run one command."""
+    whole, commands = parser()
+    arguments, unknown = whole.parse_known_args(argv)
     if unknown:
-        flags = [flag for p in (commands.choices[arguments.command],) for flag in p._option_string_actions]
+        flags = list(commands[arguments.command]._option_string_actions)
         raise InputError(f"unknown argument {unknown[0]!r}; {nearest(unknown[0].partition('=')[0], flags)}")
     globals()[f"_{arguments.command}"](arguments)
 
 
 def _phantom(a: argparse.Namespace) -> None:
-    from shards.phantom import phantoms
+    from shards.phantom import Phantoms
 
-    names = [name.strip() for name in a.findings.split(",")]
-    samples = phantoms(a.count, a.seed, size=a.size, findings=names, shortcut=a.shortcut, shortcut_test=a.shortcut_test)
-    _pack(a, samples, "phantom", a.count)
+    _pack(a, Phantoms(a.count, a.seed, size=a.size, findings=_names(a.findings), shortcut=a.shortcut, shortcut_test=a.shortcut_test), "phantom")
+
+
+def _nih(a: argparse.Namespace) -> None:
+    from shards.sources import nih
+
+    source = nih(
+        a.images,
+        a.metadata,
+        a.task,
+        how=a.split,
+        seed=a.seed,
+        shares=_shares(a),
+        balanced=a.balanced,
+        lists=a.lists,
+        boxes=a.boxes,
+        skip_missing=a.on_bad == "skip",
+    )
+    _pack(a, source, "nih")
 
 
 def _folder(a: argparse.Namespace) -> None:
-    from shards.sources import ClassFolders
+    from shards.sources import class_folders
 
-    source = ClassFolders.scan(a.path, _size(a))
-    for why, count in source.skipped.items():
-        print(f"skipped {count}: {why}")
-    _pack(a, source.samples(), a.path.resolve().name, source.files)
+    _pack(a, class_folders(a.path), a.path.resolve().name)
+
+
+def _columns(a: argparse.Namespace) -> Any:
+    from shards.sources import Columns
+
+    return Columns(a.path_column, _names(a.finding_column), a.split_column, getattr(a, "patient_column", ""), a.separator)
+
+
+def _csv(a: argparse.Namespace) -> None:
+    from shards.sources import table
+
+    declared = _names(a.findings) if a.findings else None
+    images = a.images or a.csv.parent
+    source = table(a.csv, images, _columns(a), declared=declared, seed=a.seed, shares=_shares(a), skip_missing=a.on_bad == "skip")
+    if not a.patient_column:
+        print("no --patient-column: every image counts as a patient of its own, so one patient may be in two splits")
+    _pack(a, source, a.csv.resolve().stem.removesuffix(".csv"))
+
+
+def _dicom(a: argparse.Namespace) -> None:
+    from shards.sources import dicom
+
+    try:
+        salt = a.salt_file.read_bytes().strip()
+    except OSError as error:
+        raise InputError(f"--salt-file {a.salt_file}: cannot be read ({error.strerror}); make one: head -c 32 /dev/urandom | base64 > {a.salt_file}") from error
+    if len(salt) < 16:
+        raise InputError(f"--salt-file {a.salt_file}: {len(salt)} bytes are too few to keep IDs from being guessed; at least 16")
+    declared = _names(a.findings) if a.findings else None
+    source = dicom(a.path, salt, labels=a.csv, columns=_columns(a), declared=declared, seed=a.seed, shares=_shares(a), skip_bad=a.on_bad == "skip")
+    _pack(a, source, a.path.resolve().name)
 
 
 def _masks(a: argparse.Namespace) -> None:
-    from shards.sources import ImageMasks
+    from shards.sources import image_masks
 
     if not 0 < a.val_share < 1:
         raise InputError(f"--val-share {a.val_share}: a share lies between 0 and 1")
-    source = ImageMasks.scan(a.images, a.masks, _size(a), a.val_share)
-    _pack(a, source.samples(), a.images.resolve().parent.name, source.files)
+    _pack(a, image_masks(a.images, a.masks, a.val_share), a.images.resolve().parent.name)
 
 
-def _size(a: argparse.Namespace) -> int:
-    if not 16 <= a.size <= 4096:
-        raise InputError(f"--size {a.size}: expected 16 to 4096 pixels")
-    return int(a.size)
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not all(names) or len(set(names)) < len(names):
+        raise InputError(f"{text!r}: expected different names, separated by commas")
+    return names
 
 
-def _pack(a: argparse.Namespace, samples, dataset: str, total: int) -> None:  # type: ignore[no-untyped-def]
+def _shares(a: argparse.Namespace) -> list[float]:
+    try:
+        shares = [float(share) for share in a.ratios.split(",")]
+    except ValueError:
+        shares = []
+    if len(shares) != 3 or not all(0 <= share <= 1 for share in shares) or not shares[0] > 0 or not shares[1] > 0 or abs(sum(shares) - 1) > 1e-6:
+        raise InputError(f"--ratios {a.ratios}: expected three shares of train, val and test that add up to 1, such as 0.6,0.2,0.2 (only test may be 0)")
+    return shares
+
+
+def _pack(a: argparse.Namespace, source: Any, dataset: str) -> None:
     from shards.pack import pack
 
-    if a.per_shard < 1:
-        raise InputError(f"--per-shard {a.per_shard}: at least 1")
-    index = pack(samples, a.out, dataset=dataset, total=total, form=a.format, per_shard=a.per_shard)
+    for flag in ("per_shard", "workers"):
+        if getattr(a, flag) is not None and getattr(a, flag) < 1:
+            raise InputError(f"--{flag.replace('_', '-')} {getattr(a, flag)}: at least 1")
+    if not 16 <= a.size <= 4096:
+        raise InputError(f"--size {a.size}: expected 16 to 4096 pixels")
+    source.size, source.aspect = a.size, getattr(a, "aspect", "stretch")
+    for why, count in source.skipped.items():
+        print(f"left out {count}: {why}")
+    index = pack(
+        source,
+        a.out,
+        dataset=dataset,
+        form=a.format,
+        per_shard=a.per_shard,
+        workers=a.workers,
+        on_bad=getattr(a, "on_bad", "stop"),
+        part=_part(a.part),
+    )
+    if index is None:
+        print(f"part {a.part} is made in {a.out}.partial; when all are, `python -m shards index --merge {a.out}` makes {a.out}")
+        return
+    _made(index, a.out)
+
+
+def _part(text: str) -> tuple[int, int] | None:
+    if not text:
+        return None
+    i, _, n = text.partition("/")
+    if not (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
+        raise InputError(f"--part {text}: expected I/N with I from 1 to N, such as 3/16")
+    return int(i), int(n)
+
+
+def _made(index: dict[str, Any], out: Path) -> None:
     _table(index)
-    print(f"wrote {a.out}")
+    skipped = index.get("skipped", [])
+    if skipped:
+        print(f"skipped {len(skipped)} that could not be used, listed in {out / 'index.json'}; the first: {listed((s['why'] for s in skipped), 3)}")
+    print(f"wrote {out}")
 
 
 def _index(a: argparse.Namespace) -> None:
-    from shards.pack import build_index
+    from shards.pack import build_index, merge
 
+    if a.merge:
+        _made(merge(a.dir), a.dir)
+        return
     if not a.dir.is_dir():
         raise InputError(f"{a.dir}: no such folder")
-    classes = [name.strip() for name in a.findings.split(",")] if a.findings else None
-    _table(build_index(a.dir, dataset=a.dir.resolve().name, classes=classes))
+    _table(build_index(a.dir, dataset=a.dir.resolve().name, classes=_names(a.findings) if a.findings else None))
 
 
-def _table(index: dict) -> None:  # type: ignore[type-arg]
+def _table(index: dict[str, Any]) -> None:
     names = index["findings"]
     width = max([7, *map(len, names)])
     print(f"{'':{width}}" + "".join(f"{split:>9}" for split in index["splits"]))
@@ -121,29 +256,15 @@ def _table(index: dict) -> None:  # type: ignore[type-arg]
 
 
 def _verify(a: argparse.Namespace) -> None:
-    from shards.pack import file_sha256
-    from shards.stream import Split, read_index
+    from shards.verify import verify
 
-    index = read_index(a.dir)
-    problems = []
-    for name, entry in index["splits"].items():
-        split = Split(a.dir, name)
-        for path, shard in zip(split.paths, entry["shards"], strict=True):
-            if file_sha256(path) != shard["sha256"]:
-                problems.append(f"{path}: changed since it was indexed; copy it again, or run `python -m shards index {a.dir}`")
-        for position in range(len(split)):
-            try:
-                image, mask = split.image(position), split.mask(position)
-                split.meta(position)
-                if mask is not None and mask.shape != image.shape:
-                    problems.append(f"{split.name(position)}: the mask's size is not the image's")
-            except InputError as error:
-                problems.append(str(error))
+    index, problems = verify(a.dir, a.workers)
     for problem in problems[:20]:
         print(problem)
     _table(index)
     if problems:
-        raise InputError(f"{a.dir}: {len(problems)} problems, the first {min(len(problems), 20)} above")
+        more = f", the first {min(len(problems), 20)} above" if len(problems) > 20 else ", above"
+        raise InputError(f"{a.dir}: {len(problems)} problem{'s' if len(problems) > 1 else ''}{more}")
     print(f"{a.dir}: all is well")
 
 

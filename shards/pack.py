@@ -1,19 +1,32 @@
-"""Samples -> tar shards + index, all or nothing.
+"""Items -> tar shards + index: in parallel, the same bytes for the same input, and to be interrupted at any moment.
 
-    DIR/index.json            what is here: findings, counts, shards with their sizes and checksums
-    DIR/<split>/000000.tar    ordinary WebDataset shards
-    DIR/<split>.npy           one row a sample: where its members lie and which findings it has
+    DIR/index.json           what is here: findings, counts, shards with their sizes and checksums
+    DIR/<split>/000000.tar   ordinary WebDataset shards
+    DIR/<split>.npy          one row a sample: where its members lie
+    DIR/<split>.labels.npy   one number a sample: its set of findings, as in ``labels`` of index.json
 
-Everything is written under a temporary name beside DIR and renamed when it is whole.
+Shards are made in ``DIR.partial``, each under a temporary name until it is whole; a note beside it (``000000.done``) says
+from what it was made. Run again, finished shards whose input is still the same are kept. The index comes last, then the
+folder gets its name: DIR is whole or not there.
 """
 
+import fcntl
 import hashlib
 import json
+import multiprocessing
+import os
 import shutil
+import signal
+import sys
 import tarfile
-import tempfile
-from collections import Counter
-from collections.abc import Iterable, Sequence
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any
 
@@ -22,62 +35,84 @@ import webdataset
 from tqdm import tqdm
 
 from shards.errors import InputError, listed
-from shards.sample import IMAGE_SUFFIXES, SPLITS, Sample, check_key, encode, parse_meta
+from shards.sample import IMAGE_SUFFIXES, SPLITS, check_key, encode, parse_meta
+from shards.sources import Source
 
-VERSION = 1
-MAX_FINDINGS = 64
+VERSION = 2
+SMALL = 400  # items below which starting processes costs more than it saves
 
 # One row a sample. Members are (offset of the data in the tar, bytes); a length of 0 says that there is none.
-# `findings` is a set of bits, bit i standing for findings[i] of index.json.
-ROW = np.dtype(
-    [
-        ("shard", "<u4"),
-        ("image_at", "<u8"),
-        ("image_len", "<u4"),
-        ("json_at", "<u8"),
-        ("json_len", "<u4"),
-        ("mask_at", "<u8"),
-        ("mask_len", "<u4"),
-        ("findings", "<u8"),
-    ]
-)
+ROW = np.dtype([("image_at", "<u8"), ("image_len", "<u4"), ("json_at", "<u8"), ("json_len", "<u4"), ("mask_at", "<u8"), ("mask_len", "<u4")])
+
+
+@dataclass(frozen=True)
+class Job:
+    """One shard: items ``start`` to ``stop`` of the source."""
+
+    split: str
+    number: int
+    start: int
+    stop: int
+
+    @property
+    def name(self) -> str:
+        """Its path below the folder."""
+        return f"{self.split}/{self.number:06d}.tar"
 
 
 def pack(
-    samples: Iterable[tuple[str, Sample]],
+    source: Source,
     out: Path,
     *,
     dataset: str,
-    total: int,
     form: str = "jpg",
     per_shard: int = 256,
-) -> dict[str, Any]:
-    """Write ``(split, sample)`` pairs as shards with their index to ``out``, which must not hold anything yet.
+    workers: int | None = None,
+    on_bad: str = "stop",
+    part: tuple[int, int] | None = None,
+) -> dict[str, Any] | None:
+    """Write the source's items as shards with their index to ``out``, which must not hold anything yet.
 
-    Returns the content of ``index.json``. Whatever goes wrong, ``out`` is either whole or not there.
+    Args:
+        source: items and how to load them.
+        out: folder to make.
+        dataset: its name in reports.
+        form: ``jpg``, ``png`` or ``webp``.
+        per_shard: samples in a tar.
+        workers: processes; None: one for each core, or none where there is little to do.
+        on_bad: ``stop`` at a sample that cannot be loaded, or ``skip`` it and write down why.
+        part: (i, n): only every n-th shard from the i-th on, i from 1; `merge` makes the whole.
+
+    Returns:
+        The content of ``index.json``; None for a part.
+
+    Raises:
+        InputError: something is there already, two samples with one key, a bad sample, a disk that is full. Finished
+            shards stay in ``out.partial``, and the same command goes on from there.
     """
     refuse_existing(out)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot be written ({error.strerror}); choose a folder that can") from error
-    writer = _Writer(work, form, per_shard)
-    try:
-        for split, sample in tqdm(samples, total=total, desc=f"packing {out.name}", unit="img", mininterval=1.0):
-            writer.write(split, sample)
-        writer.close()
-        index = build_index(work, dataset=dataset)
-        if out.exists():
-            out.rmdir()  # refuse_existing made sure that it is empty
-        work.rename(out)
-        out.chmod(0o755)
-        return index
-    except OSError as error:
-        raise InputError(f"--out {out}: packing stopped ({error.strerror or error}); nothing was left there") from error
-    finally:
-        writer.close()
-        shutil.rmtree(work, ignore_errors=True)
+    jobs = _jobs(source, per_shard)
+    work = out.with_name(out.name + ".partial")
+    packer = _Packer(source, work, form, on_bad)
+    plan = {"version": VERSION, "dataset": dataset, "classes": list(source.classes), "stored": source.settings() | {"format": form}}
+    plan["left_out"] = source.skipped
+    plan["shards"] = [job.name for job in jobs]
+    text = json.dumps(plan, indent=1, default=list)
+    with _claimed(work, shared=part is not None):
+        try:
+            _agree(work, text, part)
+            mine = [job for n, job in enumerate(jobs) if part is None or n % part[1] == part[0] - 1]
+            for split in {job.split for job in mine}:
+                (work / split).mkdir(exist_ok=True)
+            _run(packer, mine, jobs, min(workers or cores(), len(mine)) if workers or len(source.items) > SMALL else 1, out, part)
+            return merge(out) if part is None else None
+        except OSError as error:
+            raise InputError(f"--out {out}: cannot be written ({error.strerror or error}); {_kept(work)}") from error
+        except InputError as error:
+            raise InputError(f"{error}; {_kept(work)}") from error
+        except KeyboardInterrupt:
+            print(f"\n{_kept(work)}", file=sys.stderr)
+            raise
 
 
 def refuse_existing(out: Path) -> None:
@@ -86,84 +121,339 @@ def refuse_existing(out: Path) -> None:
         raise InputError(f"--out {out}: already holds something; choose another folder or remove this one first")
 
 
-class _Writer:
-    """Tars by split, ``per_shard`` samples each, the same bytes for the same samples."""
-
-    def __init__(self, root: Path, form: str, per_shard: int) -> None:
-        self.root, self.form, self.per_shard = root, form, per_shard
-        self.written: Counter[str] = Counter()
-        self.open: dict[str, webdataset.TarWriter] = {}
-        self.keys: set[tuple[str, str]] = set()
-
-    def write(self, split: str, sample: Sample) -> None:
-        if (split, sample.key) in self.keys:
-            raise InputError(f"{split}: two samples have the key {sample.key!r}; rename one of the files")
-        self.keys.add((split, sample.key))
-        if self.written[split] % self.per_shard == 0:
-            if split in self.open:
-                self.open[split].close()
-            path = self.root / split / f"{self.written[split] // self.per_shard:06d}.tar"
-            path.parent.mkdir(exist_ok=True)
-            # Fixed owner and time: the same samples give the same bytes.
-            self.open[split] = webdataset.TarWriter(str(path), encoder=False, mtime=0.0, user="", group="")
-        self.open[split].write(encode(sample, self.form))
-        self.written[split] += 1
-
-    def close(self) -> None:
-        while self.open:
-            self.open.popitem()[1].close()
-
-
-def build_index(root: Path, *, dataset: str, classes: Sequence[str] | None = None) -> dict[str, Any]:
-    """Index every tar of ``root`` (``<split>/*.tar`` or ``<split>-*.tar``) and write ``index.json`` and ``<split>.npy``.
-
-    Tars of other writers need a ``json`` member with ``findings``, or a ``cls`` member with a number into ``classes``.
-    """
-    splits: dict[str, Any] = {}
-    findings: list[str] = []
+def _jobs(source: Source, per_shard: int) -> list[Job]:
+    """Which items make which shard: fixed before anything is written, so the number of workers does not matter."""
+    seen: dict[tuple[str, str], str] = {}
+    for item in source.items:
+        check_key(item.key, item.image or "phantom")
+        place = item.split, item.key
+        if place in seen:
+            raise InputError(f"{item.image}: would have the same key as {seen[place]} in {item.split}, {item.key!r}; rename one of them")
+        seen[place] = item.image
+    jobs, start = [], 0
     for split in SPLITS:
-        tars = sorted(root.glob(f"{split}/*.tar")) or sorted(root.glob(f"{split}-*.tar"))
-        if not tars:
+        stop = start + sum(item.split == split for item in source.items)
+        jobs += [Job(split, n, at, min(at + per_shard, stop)) for n, at in enumerate(range(start, stop, per_shard))]
+        start = stop
+    assert start == len(source.items)  # a source lists train, then val, then test
+    return jobs
+
+
+@contextmanager
+def _claimed(work: Path, *, shared: bool) -> Iterator[None]:
+    """The working folder, locked; removed when it is left without a finished shard. Only parts share it."""
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        lock = os.open(work / ".lock", os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        raise InputError(f"--out {work.with_suffix('')}: cannot be written ({error.strerror or error}); choose a folder that can") from error
+    try:
+        if not _lock(lock, fcntl.LOCK_SH if shared else fcntl.LOCK_EX):
+            raise InputError(f"{work}: another process is packing there; wait for it, or choose another --out")
+        yield
+    finally:
+        if work.is_dir() and not any(work.glob("*/*.done")) and _lock(lock, fcntl.LOCK_EX):
+            shutil.rmtree(work, ignore_errors=True)
+        os.close(lock)
+
+
+def _lock(descriptor: int, how: int) -> bool:
+    """Whether the lock was to be had at once."""
+    try:
+        fcntl.flock(descriptor, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a file system without locks
+    return True
+
+
+def _agree(work: Path, plan: str, part: tuple[int, int] | None) -> None:
+    """Write the plan; parts must have the same one. A whole run replaces an older plan: shards that still fit it are kept."""
+    path = work / "plan.json"
+    if part is not None and path.is_file() and path.read_text() != plan:
+        raise InputError(f"{work}: was begun with other settings or other files; use the same command for every part, or remove the folder")
+    if not path.is_file() or path.read_text() != plan:
+        _write(path, plan.encode())
+
+
+def _kept(work: Path) -> str:
+    done = len(list(work.glob("*/*.done"))) if work.is_dir() else 0
+    if not done:
+        return "nothing was left there"
+    return f"{done} finished shards are kept in {work}: the same command goes on from there"
+
+
+def _run(packer: "_Packer", mine: list[Job], jobs: list[Job], workers: int, out: Path, part: tuple[int, int] | None) -> None:
+    """Make the shards, show the rate and what was skipped."""
+    name = out.name if part is None else f"{out.name} {part[0]}/{part[1]}"
+    with tqdm(total=sum(job.stop - job.start for job in mine), desc=f"packing {name}", unit="img", mininterval=0.5, dynamic_ncols=True) as bar:
+        skipped = 0
+
+        def finished(done: dict[str, Any]) -> None:
+            nonlocal skipped
+            skipped += len(done["skipped"])
+            if skipped:
+                bar.set_postfix(skipped=skipped, refresh=False)
+
+        if workers <= 1:
+            for job in mine:
+                finished(packer.shard(job, lambda: bar.update()))
+        else:
+            _run_parallel(packer, mine, workers, bar, finished)
+    if part is None:
+        expected = {job.name for job in jobs}
+        for path in packer.work.glob("*/*"):  # of an earlier plan, or of a process that was killed
+            if path.with_suffix(".tar").relative_to(packer.work).as_posix() not in expected or path.suffix not in (".tar", ".done"):
+                path.unlink()
+
+
+def _run_parallel(packer: "_Packer", mine: list[Job], workers: int, bar: Any, finished: Any) -> None:
+    context = multiprocessing.get_context("forkserver")  # clean processes: no threads of this one, no open files
+    context.set_forkserver_preload(["shards.pack"])
+    count = context.Value("Q", 0)
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(packer, count))
+    try:
+        open_jobs = {pool.submit(_work, job) for job in mine}
+        while open_jobs:
+            done, open_jobs = wait(open_jobs, timeout=0.5, return_when=FIRST_COMPLETED)
+            bar.update(count.value - bar.n)
+            for future in done:
+                finished(future.result())
+        bar.update(bar.total - bar.n)
+    except BrokenProcessPool as error:
+        raise InputError("a packing process was killed, most likely for want of memory; use fewer --workers") from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Packer:
+    """Makes one shard. All that it needs travels to the worker processes once."""
+
+    def __init__(self, source: Source, work: Path, form: str, on_bad: str) -> None:
+        self.source, self.work, self.form, self.on_bad = source, work, form, on_bad
+
+    def shard(self, job: Job, tick: Any) -> dict[str, Any]:
+        """Make the shard, or find that it is made; returns its note."""
+        path = self.work / job.name
+        note = path.with_suffix(".done")
+        items = self.source.items[job.start : job.stop]
+        made_from = self._made_from(items)
+        if note.is_file():
+            try:
+                old: dict[str, Any] = json.loads(note.read_text())
+                still = old["made_from"] == made_from and (not old["skipped"] or self.on_bad == "skip")
+                if still and (not old["rows"] or file_sha256(path) == old["sha256"]):
+                    for _ in items:
+                        tick()
+                    return old
+            except (OSError, ValueError, KeyError):
+                pass  # not a note of ours, or its shard is gone: make it again
+            note.unlink()
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        skipped = []
+        try:
+            # Fixed owner and time: the same samples give the same bytes.
+            with webdataset.TarWriter(str(partial), encoder=False, mtime=0.0, user="", group="") as writer:
+                for item in items:
+                    try:
+                        writer.write(encode(self.source.load(item), self.form))
+                    except InputError as error:
+                        if self.on_bad == "stop":
+                            raise
+                        skipped.append({"split": job.split, "key": item.key, "why": str(error)})
+                    tick()
+            done: dict[str, Any] = {"made_from": made_from, "skipped": skipped, "rows": [], "findings": []}
+            if len(skipped) < len(items):
+                rows, findings, _ = index_tar(partial)
+                done |= {"rows": [row.tolist() for row in rows], "findings": findings, "bytes": partial.stat().st_size, "sha256": file_sha256(partial)}
+                _sync(partial)
+                partial.replace(path)
+            else:
+                path.unlink(missing_ok=True)
+            _write(note, json.dumps(done).encode())
+            return done
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _made_from(self, items: Sequence[Any]) -> str:
+        """Changes with the settings, the items and the files behind them."""
+        digest = hashlib.sha256(json.dumps([VERSION, self.form, self.source.settings()], default=list).encode())
+        for item in items:
+            try:
+                version = self.source.version(item)
+            except OSError:
+                version = "missing"
+            digest.update(json.dumps([asdict(item), version], default=str).encode())
+        return digest.hexdigest()
+
+
+_packer: _Packer
+_count: Any
+
+
+def _start_worker(packer: _Packer, count: Any) -> None:
+    """In a worker process: keep the packer; leave Ctrl-C to the parent; end with it, even if it was killed."""
+    global _packer, _count
+    _packer, _count = packer, count
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait_for([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _work(job: Job) -> dict[str, Any]:
+    def tick() -> None:
+        with _count.get_lock():
+            _count.value += 1
+
+    return _packer.shard(job, tick)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Whole or not there, power cut included."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_bytes(data)
+    _sync(partial)
+    partial.replace(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# -- the index --------------------------------------------------------------------------------------------------
+
+
+def merge(out: Path) -> dict[str, Any]:
+    """Finished shards in ``out.partial`` -> their index, then the name ``out``. InputError: which shards are missing."""
+    work = out.with_name(out.name + ".partial")
+    refuse_existing(out)
+    try:
+        plan = json.loads((work / "plan.json").read_text())
+        names: list[str] = plan["shards"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{work}: holds no packed parts; make them with `python -m shards ... --out {out} --part 1/N`") from error
+    missing = [name for name in names if not (work / name).with_suffix(".done").is_file()]
+    if missing:
+        raise InputError(f"{work}: {len(missing)} of {len(names)} shards are not made yet: {listed(missing)}; run the parts that make them")
+    shards: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    tables: dict[str, list[np.ndarray]] = defaultdict(list)
+    findings: dict[str, list[tuple[str, ...]]] = defaultdict(list)
+    skipped: list[dict[str, str]] = []
+    for name in names:
+        split, note = name.partition("/")[0], json.loads((work / name).with_suffix(".done").read_text())
+        skipped += note["skipped"]
+        if not note["rows"]:
             continue
-        rows, shards = [], []
-        for number, tar in enumerate(tars):
-            part = _index_tar(tar, number, findings, classes)
-            rows.append(part)
-            shards.append(
-                {
-                    "name": tar.relative_to(root).as_posix(),
-                    "bytes": tar.stat().st_size,
-                    "sha256": file_sha256(tar),
-                    "samples": len(part),
-                }
-            )
-        table = np.concatenate(rows)
-        np.save(root / f"{split}.npy", table)
-        splits[split] = {"samples": len(table), "shards": shards}
-    if not splits:
-        raise InputError(f"{root}: has no shards; expected {{train,val,test}}/*.tar or {{train,val,test}}-*.tar")
-    for split, entry in splits.items():
-        bits = np.load(root / f"{split}.npy")["findings"]
-        entry["findings"] = {name: int(((bits >> np.uint64(i)) & np.uint64(1)).sum()) for i, name in enumerate(findings)}
-    index = {"version": VERSION, "dataset": dataset, "findings": findings, "splits": splits}
-    text = json.dumps(index, indent=1)
-    (root / "index.json.partial").write_text(text)
-    (root / "index.json.partial").rename(root / "index.json")
+        if not (work / name).is_file() or (work / name).stat().st_size != note["bytes"]:
+            raise InputError(f"{work / name}: is not the shard that was made; copy it again or run its part again")
+        shards[split].append({"name": name, "bytes": note["bytes"], "sha256": note["sha256"], "samples": len(note["rows"])})
+        tables[split].append(np.array([tuple(row) for row in note["rows"]], ROW))
+        findings[split] += [tuple(found) for found in note["findings"]]
+    if not shards:
+        raise InputError(f"{work}: every sample was skipped: {listed(s['why'] for s in skipped)}")
+    more = {"stored": plan["stored"], "left_out": plan["left_out"], "skipped": skipped}
+    index = _write_index(work, plan["dataset"], plan["classes"], shards, tables, findings, more)
+    for path in (*work.glob("*/*.done"), work / "plan.json", work / ".lock"):
+        path.unlink(missing_ok=True)
+    if out.exists():
+        out.rmdir()  # refuse_existing made sure that it is empty
+    work.rename(out)
+    _sync(out.parent)
     return index
 
 
-def _index_tar(path: Path, number: int, findings: list[str], classes: Sequence[str] | None) -> np.ndarray:
-    """The rows of one tar; names not met before are appended to ``findings``."""
+def build_index(root: Path, *, dataset: str, classes: Sequence[str] | None = None) -> dict[str, Any]:
+    """Index every tar of ``root`` (``<split>/*.tar`` or ``<split>-*.tar``): writes the tables, then ``index.json``.
+
+    Tars of other writers need a ``json`` member with ``findings``, or a ``cls`` member with a number into ``classes``.
+    """
+    tars = {split: sorted(root.glob(f"{split}/*.tar")) or sorted(root.glob(f"{split}-*.tar")) for split in SPLITS}
+    if not any(tars.values()):
+        raise InputError(f"{root}: has no shards; expected {{train,val,test}}/*.tar or {{train,val,test}}-*.tar")
+    shards: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    tables: dict[str, list[np.ndarray]] = defaultdict(list)
+    findings: dict[str, list[tuple[str, ...]]] = defaultdict(list)
+    with tqdm(total=sum(map(len, tars.values())), desc=f"indexing {root.name}", unit="tar", mininterval=0.5) as bar:
+        for split, paths in tars.items():
+            keys: dict[bytes, Path] = {}
+            for path in paths:
+                rows, found, _ = index_tar(path, classes, keys)
+                name = path.relative_to(root).as_posix()
+                shards[split].append({"name": name, "bytes": path.stat().st_size, "sha256": file_sha256(path), "samples": len(rows)})
+                tables[split].append(rows)
+                findings[split] += found
+                bar.update()
+    return _write_index(root, dataset, [], shards, tables, findings, {})
+
+
+def _write_index(
+    root: Path,
+    dataset: str,
+    classes: Sequence[str],
+    shards: dict[str, list[dict[str, Any]]],
+    tables: dict[str, list[np.ndarray]],
+    findings: dict[str, list[tuple[str, ...]]],
+    more: dict[str, Any],
+) -> dict[str, Any]:
+    number: dict[tuple[str, ...], int] = {}
+    splits: dict[str, Any] = {}
+    names = dict.fromkeys(classes)
+    for split in (s for s in SPLITS if shards[s]):
+        table = np.concatenate(tables[split])
+        labels = np.array([number.setdefault(found, len(number)) for found in findings[split]])
+        if len(number) > np.iinfo(np.uint16).max:
+            raise InputError(f"{root}: more than {np.iinfo(np.uint16).max} different sets of findings; are these class names?")
+        counts = Counter(name for found in findings[split] for name in found)
+        names.update(dict.fromkeys(counts))
+        splits[split] = {"samples": len(table), "masks": int((table["mask_len"] > 0).sum()), "findings": counts, "shards": shards[split]}
+        for file, array in ((f"{split}.npy", table), (f"{split}.labels.npy", labels.astype("<u2"))):
+            with (root / f".{file}.partial").open("wb") as raw:
+                np.save(raw, array)
+            _sync(root / f".{file}.partial")
+            (root / f".{file}.partial").replace(root / file)
+            splits[split].setdefault("tables", {})[file] = {"bytes": (root / file).stat().st_size, "sha256": file_sha256(root / file)}
+    for entry in splits.values():
+        entry["findings"] = {name: entry["findings"][name] for name in names}
+    index = {"version": VERSION, "dataset": dataset, "findings": list(names), "labels": [list(found) for found in number], **more, "splits": splits}
+    _write(root / "index.json", json.dumps(index, indent=1).encode())
+    return index
+
+
+def index_tar(path: Path, classes: Sequence[str] | None = None, keys: dict[bytes, Path] | None = None) -> tuple[np.ndarray, list[tuple[str, ...]], list[str]]:
+    """Rows of one tar, the findings and the key of each; ``keys`` remembers the keys of other tars of the split.
+
+    InputError: not a whole tar, a member that is not a plain file, a key that could leave a folder, two samples of one key,
+    a sample without an image.
+    """
     rows: dict[str, dict[str, int]] = {}
+    found: dict[str, tuple[str, ...]] = {}
+    end = 0
     try:
         with tarfile.open(path, "r:") as tar, path.open("rb") as raw:
             for member in tar:
                 if not member.isfile():
                     raise InputError(f"{path}: {member.name!r} is not a plain file; repack the shard")
+                end = member.offset_data + member.size
                 folder, _, name = member.name.rpartition("/")
                 stem, _, suffix = name.partition(".")
                 key = check_key(f"{folder}/{stem}" if folder else stem, str(path))
-                row = rows.setdefault(key, {"shard": number})
+                row = rows.setdefault(key, {})
                 if f".{suffix}" in IMAGE_SUFFIXES:
                     field = "image"
                 elif suffix in ("json", "cls", "mask.png"):
@@ -171,7 +461,7 @@ def _index_tar(path: Path, number: int, findings: list[str], classes: Sequence[s
                 else:
                     continue
                 if field == "cls":
-                    row["findings"] = 1 << _bit(_class_name(raw, member, classes, path), findings)
+                    found[key] = found.get(key) or (_class_name(raw, member, classes, path),)
                     continue
                 if f"{field}_len" in row:
                     raise InputError(f"{path}: the key {key!r} has two {field} members; keys must be unique")
@@ -179,17 +469,23 @@ def _index_tar(path: Path, number: int, findings: list[str], classes: Sequence[s
                 if field == "json":
                     raw.seek(member.offset_data)
                     meta = parse_meta(raw.read(member.size), f"{path}:{member.name}")
-                    row["findings"] = sum(1 << _bit(name, findings) for name in set(meta["findings"]))
-    except (tarfile.TarError, EOFError) as error:
+                    found[key] = tuple(dict.fromkeys(meta["findings"])) or found.get(key, ())
+        if end > path.stat().st_size:
+            raise tarfile.ReadError("unexpected end of data")
+    except (tarfile.TarError, EOFError, OSError) as error:
         raise InputError(f"{path}: not a whole tar file ({error}); pack or copy it again") from error
-    for key, row in rows.items():
+    table = np.zeros(len(rows), ROW)
+    for i, (key, row) in enumerate(rows.items()):
         if "image_len" not in row:
             raise InputError(f"{path}: the key {key!r} has no image member ({', '.join(IMAGE_SUFFIXES)})")
-    table = np.zeros(len(rows), ROW)
-    for i, row in enumerate(rows.values()):
-        for name, value in row.items():
-            table[name][i] = value
-    return table
+        if keys is not None:
+            digest = hashlib.blake2b(key.encode(), digest_size=12).digest()
+            if digest in keys:
+                raise InputError(f"{path}: the key {key!r} is in {keys[digest].name}, too; keys must be unique within a split")
+            keys[digest] = path
+        for field, value in row.items():
+            table[field][i] = value
+    return table, [found.get(key, ()) for key in rows], list(rows)
 
 
 def _class_name(raw: Any, member: tarfile.TarInfo, classes: Sequence[str] | None, path: Path) -> str:
@@ -198,14 +494,6 @@ def _class_name(raw: Any, member: tarfile.TarInfo, classes: Sequence[str] | None
     if classes is None or not text.isdecimal() or int(text) >= len(classes):
         raise InputError(f"{path}:{member.name}: class {text!r} has no name; give --findings with one name for each class")
     return classes[int(text)]
-
-
-def _bit(name: str, findings: list[str]) -> int:
-    if name not in findings:
-        if len(findings) == MAX_FINDINGS:
-            raise InputError(f"more than {MAX_FINDINGS} findings ({listed(findings)}); are these class names?")
-        findings.append(name)
-    return findings.index(name)
 
 
 def file_sha256(path: Path) -> str:

@@ -5,33 +5,27 @@ Drawn in chest coordinates: u to the image's right and v down, both about 0..1 o
 shift) turns chest coordinates into pixels, so that every shape moves with it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from shards.errors import InputError
 from shards.sample import EFFUSION, FINDINGS, NO_FINDING, PNEUMOTHORAX, SPLITS, SUBCUTANEOUS_EMPHYSEMA, LesionBox, Sample
+from shards.sources import Item, Source
 
 SHARES = (0.6, 0.2, 0.2)  # of train, val and test, as published
 MIN_SIZE = 32
 
 
-def phantoms(
-    count: int,
-    seed: int,
-    *,
-    size: int = 256,
-    findings: Sequence[str] = FINDINGS,
-    shortcut: float | None = None,
-    shortcut_test: float = 0.0,
-) -> Iterator[tuple[str, Sample]]:
-    """``count`` (split, sample) pairs, 60/20/20, with equally many of each finding in every split.
+class Phantoms(Source):
+    """``count`` radiographs, 60/20/20, with equally many of each finding in every split. An image depends on (seed, split, its number) alone.
 
     Args:
         count: all images together; at least 5 for each finding.
-        seed: an image depends on (seed, split, its number) alone.
+        seed: the same seed gives the same bytes.
         size: pixels of a side.
         findings: which of the four to draw.
         shortcut: None for no marker, else the correlation in [-1, 1] of a corner marker with the finding in train and
@@ -39,30 +33,45 @@ def phantoms(
             at random.
         shortcut_test: the same for test.
     """
-    for name in findings:
-        if name not in FINDINGS:
-            raise InputError(f"--findings {name}: phantoms exist for {', '.join(FINDINGS)}")
-    if size < MIN_SIZE:
-        raise InputError(f"--size {size}: phantoms need at least {MIN_SIZE} pixels")
-    for flag, value in (("--shortcut", shortcut), ("--shortcut-test", shortcut_test)):
-        if value is not None and not -1 <= value <= 1:
-            raise InputError(f"{flag} {value}: a correlation lies in [-1, 1]")
-    sizes = split_sizes(count)
-    if min(sizes) < len(findings):
-        raise InputError(f"--count {count}: too few for {len(findings)} findings in three splits; at least {5 * len(findings)}")
-    for number, split in enumerate(SPLITS):
-        agreement = shortcut_test if split == "test" else shortcut
-        for i in range(sizes[number]):
-            rng = np.random.default_rng([seed, number, i])
-            finding = findings[i % len(findings)]
-            sample = phantom(f"{split}-{i:06d}", finding, rng, size)
-            if shortcut is not None and agreement is not None:
-                # Its own random numbers: apart from the marker the image is the one without it.
-                of_marker = np.random.default_rng([seed, number, i, 1])
-                marker = _marker_class(of_marker, i % len(findings), len(findings), agreement)
-                _stamp(sample.image, marker, of_marker)
-                sample.extra["marker"] = marker
-            yield split, sample
+
+    def __init__(
+        self, count: int, seed: int, *, size: int = 256, findings: Sequence[str] = FINDINGS, shortcut: float | None = None, shortcut_test: float = 0.0
+    ) -> None:
+        for name in findings:
+            if name not in FINDINGS:
+                raise InputError(f"--findings {name}: phantoms exist for {', '.join(FINDINGS)}")
+        if size < MIN_SIZE:
+            raise InputError(f"--size {size}: phantoms need at least {MIN_SIZE} pixels")
+        for flag, value in (("--shortcut", shortcut), ("--shortcut-test", shortcut_test)):
+            if value is not None and not -1 <= value <= 1:
+                raise InputError(f"{flag} {value}: a correlation lies in [-1, 1]")
+        sizes = split_sizes(count)
+        if min(sizes) < len(findings):
+            raise InputError(f"--count {count}: too few for {len(findings)} findings in three splits; at least {5 * len(findings)}")
+        names = list(findings)
+        items = [
+            Item(split, f"{split}-{i:06d}", (names[i % len(names)],), extra=(("number", i),)) for split, n in zip(SPLITS, sizes, strict=True) for i in range(n)
+        ]
+        super().__init__(items, {}, tuple(names), size)
+        self.seed, self.shortcut = seed, {"train": shortcut, "val": shortcut, "test": shortcut if shortcut is None else shortcut_test}
+
+    def load(self, item: Item) -> Sample:
+        """Draw one."""
+        part, i = SPLITS.index(item.split), dict(item.extra)["number"]
+        rng = np.random.default_rng([self.seed, part, i])
+        sample = phantom(item.key, item.findings[0], rng, self.size)
+        agreement = self.shortcut[item.split]
+        if agreement is not None:
+            # Its own random numbers: apart from the marker the image is the one without it.
+            of_marker = np.random.default_rng([self.seed, part, i, 1])
+            marker = _marker_class(of_marker, i % len(self.classes), len(self.classes), agreement)
+            _stamp(sample.image, marker, of_marker)
+            sample.extra["marker"] = marker
+        return sample
+
+    def settings(self) -> dict[str, Any]:
+        """See Source."""
+        return {"size": self.size, "seed": self.seed, "shortcut": self.shortcut, "findings": self.classes}
 
 
 def split_sizes(count: int) -> tuple[int, int, int]:

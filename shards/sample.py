@@ -2,7 +2,7 @@
 
 A sample is one WebDataset record, members that share a key:
 
-    <key>.jpg | .png   the radiograph, 8 bit, one channel
+    <key>.jpg | .png | .webp   the radiograph, 8 bit, one channel
     <key>.json         {"findings": ["Effusion"], "boxes": [{"finding": "Effusion", "xyxy": [x0, y0, x1, y1]}], ...}
     <key>.mask.png     the lungs, 0 or 255, same size as the radiograph (only where they are known)
 
@@ -12,7 +12,6 @@ Lesion boxes are pixels of the stored radiograph, ends exclusive. Other entries 
 import io
 import json
 import re
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,26 @@ NO_FINDING = "No Finding"
 EFFUSION = "Effusion"
 PNEUMOTHORAX = "Pneumothorax"
 SUBCUTANEOUS_EMPHYSEMA = "Subcutaneous Emphysema"
+CARDIOMEGALY = "Cardiomegaly"
 FINDINGS = (NO_FINDING, EFFUSION, PNEUMOTHORAX, SUBCUTANEOUS_EMPHYSEMA)
+
+# The published tasks; class 0 first.
+TASKS: dict[str, tuple[str, ...]] = {
+    "ne": (NO_FINDING, EFFUSION),
+    "np": (NO_FINDING, PNEUMOTHORAX),
+    "ns": (NO_FINDING, SUBCUTANEOUS_EMPHYSEMA),
+    "nc": (NO_FINDING, CARDIOMEGALY),
+    "nep": (NO_FINDING, EFFUSION, PNEUMOTHORAX),
+    "neps": (NO_FINDING, EFFUSION, PNEUMOTHORAX, SUBCUTANEOUS_EMPHYSEMA),
+}
 
 SPLITS = ("train", "val", "test")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+FORMATS = ("jpg", "png", "webp")
 MAX_PIXELS = 2**27  # 134 million: beyond any detector, far below what exhausts a machine
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow would warn below our limit; above it `decode_image` refuses
 JPEG_QUALITY = 95
+ASPECTS = ("stretch", "pad")
 
 
 @dataclass
@@ -66,7 +79,7 @@ def clean_key(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]+", "_", name).strip("_") or "image"
 
 
-def decode_image(data: bytes, where: str) -> np.ndarray:
+def decode_image(data: bytes | bytearray, where: str) -> np.ndarray:
     """Decode any image file to grayscale uint8 ``[H, W]``.
 
     Colour becomes luminance, an alpha channel is dropped, and more than 8 bits are scaled down from the smallest even
@@ -75,18 +88,24 @@ def decode_image(data: bytes, where: str) -> np.ndarray:
     Raises:
         InputError: not an image, truncated, or more than ``MAX_PIXELS`` pixels. ``where`` names it.
     """
+    return np.asarray(_decode(data, where))
+
+
+def _decode(data: bytes | bytearray, where: str) -> Image.Image:
+    """As `decode_image`, decoded but not copied out of Pillow's memory: mode L."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
-            image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data))
         if image.width * image.height > MAX_PIXELS:
             raise InputError(f"{where}: {image.width} x {image.height} pixels is beyond the limit of {MAX_PIXELS} pixels")
         if image.mode.startswith(("I", "F")):
-            return _to_8_bit(np.asarray(image))
-        return np.asarray(image if image.mode == "L" else image.convert("L"))
+            return Image.fromarray(_to_8_bit(np.asarray(image)))
+        if image.mode != "L":
+            return image.convert("L")
+        image.load()
+        return image
     except InputError:
         raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         size = f"{len(data)} bytes"
         raise InputError(f"{where}: cannot be decoded as an image ({size}; {error}); replace or remove it") from error
 
@@ -98,27 +117,66 @@ def _to_8_bit(values: np.ndarray) -> np.ndarray:
     return np.clip(np.rint(values * (255.0 / (2.0**depth - 1))), 0, 255).astype(np.uint8)
 
 
-def load_image(path: Path) -> np.ndarray:
-    """Read an image file as grayscale uint8 ``[H, W]``; InputError names the file."""
+def load_image(path: Path | str) -> np.ndarray:
+    """Read an image file, DICOM included, as grayscale uint8 ``[H, W]``; InputError names the file."""
+    return np.asarray(open_gray(path))
+
+
+def open_gray(path: Path | str) -> Image.Image:
+    """As `load_image`, as a Pillow image of mode L."""
     try:
-        data = path.read_bytes()
+        data = Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
-    return decode_image(data, str(path))
+    if data[128:132] == b"DICM" or str(path).lower().endswith(".dcm"):
+        from shards.dicom import decode_dicom
+
+        return Image.fromarray(decode_dicom(data, str(path)))
+    return _decode(data, str(path))
 
 
-def fit(image: np.ndarray, size: int, *, mask: bool = False) -> np.ndarray:
-    """Stretch to ``size`` x ``size`` as published, by area (a mask: by area, then half or more is lung)."""
-    if image.shape == (size, size):
-        return image
-    shrinks = image.shape[0] >= size and image.shape[1] >= size
-    how = Image.Resampling.BOX if shrinks else Image.Resampling.BILINEAR
-    fitted = np.asarray(Image.fromarray(image).resize((size, size), how))
-    return np.where(fitted >= 128, 255, 0).astype(np.uint8) if mask else fitted
+@dataclass(frozen=True)
+class Frame:
+    """Where an image of any size lies in a square: ``width`` x ``height`` pixels at (``left``, ``top``)."""
+
+    width: int
+    height: int
+    left: int = 0
+    top: int = 0
+
+    @staticmethod
+    def of(shape: tuple[int, ...], size: int, aspect: str = "stretch") -> "Frame":
+        """``stretch`` to the square, as published, or ``pad``: the aspect is kept, the rest is black, the image in the middle."""
+        if aspect == "stretch":
+            return Frame(size, size)
+        height, width = (max(1, round(side * size / max(shape))) for side in shape)
+        return Frame(width, height, (size - width) // 2, (size - height) // 2)
+
+    def box(self, share: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
+        """A box in shares of the image's sides -> pixels of the square."""
+        x0, y0, x1, y1 = share
+        return self.left + x0 * self.width, self.top + y0 * self.height, self.left + x1 * self.width, self.top + y1 * self.height
+
+
+def fit(image: np.ndarray | Image.Image, size: int, aspect: str = "stretch", *, mask: bool = False) -> np.ndarray:
+    """Resize to ``size`` x ``size`` by area (a mask: by area, then half or more is lung); see Frame for ``aspect``."""
+    source = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    frame = Frame.of((source.height, source.width), size, aspect)
+    if source.size == (frame.width, frame.height):
+        fitted = np.asarray(source)
+    else:
+        shrinks = source.width >= frame.width and source.height >= frame.height
+        fitted = np.asarray(source.resize((frame.width, frame.height), Image.Resampling.BOX if shrinks else Image.Resampling.BILINEAR))
+        fitted = np.where(fitted >= 128, 255, 0).astype(np.uint8) if mask else fitted
+    if fitted.shape == (size, size):
+        return fitted
+    square = np.zeros((size, size), np.uint8)
+    square[frame.top : frame.top + frame.height, frame.left : frame.left + frame.width] = fitted
+    return square
 
 
 def encode(sample: Sample, form: str = "jpg") -> dict[str, Any]:
-    """The members of a sample as ``webdataset.TarWriter`` takes them; ``form`` is ``jpg`` or ``png``."""
+    """The members of a sample as ``webdataset.TarWriter`` takes them; ``form`` is one of `FORMATS`."""
     record: dict[str, Any] = {"__key__": check_key(sample.key, "packing"), form: encode_image(sample.image, form)}
     meta = sample.extra | {
         "findings": list(sample.findings),
@@ -131,10 +189,12 @@ def encode(sample: Sample, form: str = "jpg") -> dict[str, Any]:
 
 
 def encode_image(image: np.ndarray, form: str) -> bytes:
-    """uint8 ``[H, W]`` to the bytes of a JPEG (quality 95) or PNG."""
+    """uint8 ``[H, W]`` to the bytes of a JPEG (quality 95), a PNG or a lossless WebP (lossy WebP has only 220 grays)."""
     buffer = io.BytesIO()
     if form == "jpg":
         Image.fromarray(image).save(buffer, "JPEG", quality=JPEG_QUALITY)
+    elif form == "webp":
+        Image.fromarray(image).save(buffer, "WEBP", lossless=True, method=2)
     else:
         Image.fromarray(image).save(buffer, "PNG", compress_level=3)
     return buffer.getvalue()

@@ -1,13 +1,24 @@
-"""Folders on disk -> samples: class folders in the published layout, and images with lung masks."""
+"""Real archives -> what is to be packed: class folders, image+mask folders, tables, NIH ChestX-ray14, DICOM.
 
+A scan looks at names and tables only, finds every problem that can be found so, and returns a Source: the items in the
+order in which they will be stored, and how to load one. Nothing is decoded before packing.
+"""
+
+import csv
+import gzip
+import os
 import re
 import zlib
-from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from shards.errors import InputError, listed
+import numpy as np
+
+from shards import split
+from shards.errors import InputError, listed, nearest
 from shards.sample import (
     EFFUSION,
     IMAGE_SUFFIXES,
@@ -15,10 +26,14 @@ from shards.sample import (
     PNEUMOTHORAX,
     SPLITS,
     SUBCUTANEOUS_EMPHYSEMA,
+    TASKS,
+    Frame,
+    LesionBox,
     Sample,
     clean_key,
     fit,
     load_image,
+    open_gray,
 )
 
 # The published class folders; other names are findings of their own.
@@ -29,69 +44,117 @@ FOLDER_FINDINGS = {
     "subcuemphysema": SUBCUTANEOUS_EMPHYSEMA,
     "subcutaneousemphysema": SUBCUTANEOUS_EMPHYSEMA,
 }
+NIH_FINDINGS = (
+    NO_FINDING, "Atelectasis", "Cardiomegaly", "Consolidation", "Edema", EFFUSION, "Emphysema", "Fibrosis", "Hernia",
+    "Infiltration", "Mass", "Nodule", "Pleural_Thickening", "Pneumonia", PNEUMOTHORAX,
+)  # fmt: skip
+NIH_PIXELS = 1024.0  # lesion boxes of the archive are pixels of its 1024 x 1024 images
 MASK_ENDING = re.compile(r"[_-]?(mask|lungs?)$", re.IGNORECASE)
+SPLIT_NAMES = {name: name for name in SPLITS} | {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One sample before it is loaded. ``boxes``: finding and x0 y0 x1 y1 in shares of the image's sides."""
+
+    split: str
+    key: str
+    findings: tuple[str, ...] = ()
+    image: str = ""
+    mask: str = ""
+    boxes: tuple[tuple[str, tuple[float, float, float, float]], ...] = ()
+    extra: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass
 class Source:
-    """What was found, before anything is decoded: ``files`` counts the samples that ``samples`` will yield."""
+    """Items of image files. ``skipped``: what was left out, reason -> how many; ``classes``: findings in the order of the index."""
 
-    files: int
+    items: list[Item]
     skipped: dict[str, int] = field(default_factory=dict)
-
-    def samples(self) -> Iterator[tuple[str, Sample]]:
-        """(split, sample) pairs; a file that cannot be decoded raises InputError."""
-        raise NotImplementedError
-
-
-@dataclass
-class ClassFolders(Source):
-    """``train|val|test/<class>/*.png`` (any image suffix). A leading digit of a class name is order, not name."""
-
-    entries: list[tuple[str, str, Path]] = field(default_factory=list)
+    classes: tuple[str, ...] = ()
     size: int = 512
+    aspect: str = "stretch"
 
-    @staticmethod
-    def scan(root: Path, size: int) -> "ClassFolders":
-        """Find the images. InputError: no split folders, a split without images, a class missing from a split."""
-        if not root.is_dir():
-            raise InputError(f"--path {root}: no such folder")
-        splits = [split for split in SPLITS if (root / split).is_dir()]
-        if not splits:
-            raise InputError(f"--path {root}: expected the folders train, val and test with a folder per class in each")
-        entries: list[tuple[str, str, Path]] = []
-        skipped: dict[str, int] = defaultdict(int)
-        seen: dict[tuple[str, str], Path] = {}
-        classes: dict[str, dict[str, int]] = {}
-        for split in splits:
-            classes[split] = {}
-            for folder in sorted(p for p in (root / split).iterdir() if p.is_dir()):
-                finding = folder_finding(folder.name)
-                for path in sorted(folder.iterdir()):
-                    if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
-                        skipped["not an image file"] += 1
-                        continue
-                    place = split, clean_key(f"{folder.name}-{path.stem}")
-                    if place in seen:
-                        raise InputError(f"{path}: would have the same key as {seen[place]}; rename one of them")
-                    seen[place] = path
-                    entries.append((split, finding, path))
-                    classes[split][finding] = classes[split].get(finding, 0) + 1
-        every = sorted({finding for found in classes.values() for finding in found})
-        if not every:
-            raise InputError(f"--path {root}: no images in {', '.join(splits)} ({', '.join(IMAGE_SUFFIXES)} are read)")
-        for split in splits:
-            missing = [finding for finding in every if finding not in classes[split]]
-            if missing:
-                raise InputError(f"{root / split}: has no images of {listed(missing)}, other splits have; add some or remove the class")
-        return ClassFolders(len(entries), dict(skipped), entries, size)
+    def load(self, item: Item) -> Sample:
+        """Read, check and resize. InputError: a file that cannot be decoded, a mask that is empty or not its image's size."""
+        image = open_gray(item.image)
+        mask = None
+        if item.mask:
+            lungs = load_image(item.mask)
+            if lungs.shape != (image.height, image.width):
+                raise InputError(f"{item.mask}: is {lungs.shape[1]}x{lungs.shape[0]}, its image {image.width}x{image.height}; they must agree")
+            if not lungs.any():
+                raise InputError(f"{item.mask}: has no lung pixel (all 0); remove the pair")
+            lungs = np.where(lungs > lungs.max() // 2, 255, 0).astype(np.uint8)  # 0/1 and 0/255 masks alike
+            mask = fit(lungs, self.size, self.aspect, mask=True)
+        frame = Frame.of((image.height, image.width), self.size, self.aspect)
+        boxes = [LesionBox(finding, frame.box(share)) for finding, share in item.boxes]
+        return Sample(item.key, fit(image, self.size, self.aspect), item.findings, mask, boxes, dict(item.extra))
 
-    def samples(self) -> Iterator[tuple[str, Sample]]:
-        """See Source."""
-        for split, finding, path in self.entries:
-            image = fit(load_image(path), self.size)
-            key = clean_key(f"{path.parent.name}-{path.stem}")
-            yield split, Sample(key, image, (finding,), extra={"source": path.name})
+    def settings(self) -> dict[str, Any]:
+        """What the bytes of a sample depend on, beside its item."""
+        return {"size": self.size, "aspect": self.aspect}
+
+    def version(self, item: Item) -> str:
+        """Changes when the files behind an item do."""
+        stats = [os.stat(path) for path in (item.image, item.mask) if path]
+        return " ".join(f"{s.st_size}:{s.st_mtime_ns}" for s in stats)
+
+
+# -- folders ----------------------------------------------------------------------------------------------------
+
+
+def images_of(folder: Path, skipped: dict[str, int] | None = None) -> Iterator[Path]:
+    """Image files of one folder, sorted; other files are counted."""
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+            yield path
+        elif skipped is not None:
+            kind = "a folder inside a class folder" if path.is_dir() else "a DICOM file: see `python -m shards dicom`"
+            skipped[kind if path.is_dir() or path.suffix.lower() == ".dcm" else "not an image file"] += 1
+
+
+def class_folders(root: Path) -> Source:
+    """``train|val|test/<class>/*.png`` (any image suffix). A leading digit of a class name is order, not name.
+
+    InputError: no split folders, a split without images, a class missing from a split.
+    """
+    if not root.is_dir():
+        raise InputError(f"--path {root}: no such folder")
+    splits = [name for name in SPLITS if (root / name).is_dir()]
+    if not splits:
+        raise InputError(
+            f"--path {root}: expected the folders train, val and test with a folder per class in each; "
+            "`python -m shards csv` splits by patient what is not split yet"
+        )
+    items: list[Item] = []
+    skipped: dict[str, int] = defaultdict(int)
+    classes: dict[str, Counter[str]] = {}
+    for name in splits:
+        found = []
+        for folder in sorted(p for p in (root / name).iterdir() if p.is_dir()):
+            finding = folder_finding(folder.name)
+            for path in images_of(folder, skipped):
+                key = clean_key(f"{folder.name}-{path.stem}")
+                found.append(Item(name, key, (finding,), str(path), extra=(("source", path.name),)))
+        classes[name] = Counter(item.findings[0] for item in found)
+        items += found
+    every = list(dict.fromkeys(item.findings[0] for item in items))
+    if not every:
+        raise InputError(f"--path {root}: no images in {', '.join(splits)} ({', '.join(IMAGE_SUFFIXES)} are read)")
+    for name in splits:
+        missing = [finding for finding in every if finding not in classes[name]]
+        if missing:
+            raise InputError(f"{root / name}: has no images of {listed(missing)}, other splits have; add some or remove the class")
+    return Source(mixed(items), dict(skipped), tuple(every))
+
+
+def mixed(items: list[Item]) -> list[Item]:
+    """Splits in order; within each, items in an order that does not know their class, so that every shard has some of each."""
+    return sorted(items, key=lambda item: (SPLITS.index(item.split), zlib.crc32(item.key.encode()), item.key))
 
 
 def folder_finding(name: str) -> str:
@@ -100,54 +163,407 @@ def folder_finding(name: str) -> str:
     return FOLDER_FINDINGS.get(re.sub(r"[\s_-]", "", bare).lower(), bare)
 
 
-@dataclass
-class ImageMasks(Source):
+def image_masks(images: Path, masks: Path, val_share: float = 0.2) -> Source:
     """Images and lung masks in two folders, matched by name (``x.png`` with ``x.png``, ``x_mask.png`` or ``x-lungs.png``).
 
     A share of ``val_share`` of the names, drawn by their checksum and so the same wherever they lie, becomes val.
+    InputError: an empty folder, an image without a mask, a mask without an image.
     """
+    found: list[dict[str, Path]] = []
+    for flag, folder in (("--images", images), ("--masks", masks)):
+        if not folder.is_dir():
+            raise InputError(f"{flag} {folder}: no such folder")
+        names: dict[str, Path] = {}
+        for path in images_of(folder):
+            stem = MASK_ENDING.sub("", path.stem) if flag == "--masks" else path.stem
+            if stem in names:
+                raise InputError(f"{path}: stands for the same image as {names[stem].name}; remove one of them")
+            names[stem] = path
+        if not names:
+            raise InputError(f"{flag} {folder}: no images in it ({', '.join(IMAGE_SUFFIXES)} are read)")
+        found.append(names)
+    by_image, by_mask = found
+    for one, other, what in ((by_mask, by_image, "masks without an image"), (by_image, by_mask, "images without a mask")):
+        alone = [one[stem].name for stem in one if stem not in other]
+        if alone:
+            raise InputError(f"{next(iter(one.values())).parent}: {len(alone)} {what}: {listed(alone)}; add their partners or remove them")
+    if len(by_image) < 2:
+        raise InputError("one image with a mask cannot be split into train and val; give at least two")
+    ranked = sorted(by_image, key=lambda stem: (zlib.crc32(clean_key(stem).encode()), stem))
+    val = set(ranked[: max(1, round(val_share * len(ranked)))])
+    items = [
+        Item("val" if stem in val else "train", clean_key(stem), (), str(path), str(by_mask[stem]), extra=(("source", path.name),))
+        for stem, path in by_image.items()
+    ]
+    return Source(mixed(items))
 
-    pairs: list[tuple[Path, Path]] = field(default_factory=list)
-    size: int = 512
-    val_share: float = 0.2
 
-    @staticmethod
-    def scan(images: Path, masks: Path, size: int, val_share: float = 0.2) -> "ImageMasks":
-        """Match the files. InputError: an empty folder, an image without a mask, a mask without an image."""
-        found: list[dict[str, Path]] = []
-        for flag, folder in (("--images", images), ("--masks", masks)):
-            if not folder.is_dir():
-                raise InputError(f"{flag} {folder}: no such folder")
-            names: dict[str, Path] = {}
-            for path in sorted(folder.iterdir()):
-                if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."):
-                    stem = MASK_ENDING.sub("", path.stem) if flag == "--masks" else path.stem
-                    if stem in names:
-                        raise InputError(f"{path}: stands for the same image as {names[stem].name}; remove one of them")
-                    names[stem] = path
-            if not names:
-                raise InputError(f"{flag} {folder}: no images in it ({', '.join(IMAGE_SUFFIXES)} are read)")
-            found.append(names)
-        by_image, by_mask = found
-        for one, other, what in ((by_mask, by_image, "masks without an image"), (by_image, by_mask, "images without a mask")):
-            alone = [one[stem].name for stem in one if stem not in other]
-            if alone:
-                raise InputError(f"{next(iter(one.values())).parent}: {len(alone)} {what}: {listed(alone)}; add their partners or remove them")
-        return ImageMasks(len(by_image), {}, [(by_image[stem], by_mask[stem]) for stem in by_image], size, val_share)
+# -- tables -----------------------------------------------------------------------------------------------------
 
-    def samples(self) -> Iterator[tuple[str, Sample]]:
-        """See Source. InputError also for a mask whose shape is not its image's, or that is empty."""
-        keys = [clean_key(image.stem) for image, _ in self.pairs]
-        ranked = sorted(keys, key=lambda key: (zlib.crc32(key.encode()), key))
-        val = set(ranked[: max(1, round(self.val_share * len(keys)))])
-        if len(keys) < 2:
-            raise InputError("one image with a mask cannot be split into train and val; give at least two")
-        for key, (image_path, mask_path) in zip(keys, self.pairs, strict=True):
-            image, mask = load_image(image_path), load_image(mask_path)
-            if image.shape != mask.shape:
-                raise InputError(f"{mask_path}: is {mask.shape[1]}x{mask.shape[0]}, its image {image.shape[1]}x{image.shape[0]}; they must agree")
-            if not mask.any():
-                raise InputError(f"{mask_path}: has no lung pixel (all 0); remove the pair")
-            mask = ((mask > mask.max() // 2) * 255).astype("uint8")  # 0/1 and 0/255 masks alike
-            sample = Sample(key, fit(image, self.size), mask=fit(mask, self.size, mask=True), extra={"source": image_path.name})
-            yield "val" if key in val else "train", sample
+
+def read_cells(path: Path, flag: str) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a CSV (``.gz`` too). InputError: missing, empty, not text."""
+    if not path.is_file():
+        raise InputError(f"{flag} {path}: no such file")
+    try:
+        with gzip.open(path, "rt", encoding="utf-8-sig", newline="") if path.suffix == ".gz" else path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file)
+            columns = [name.strip() for name in next(reader, [])]
+            rows = [cells for cells in reader if cells]
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error, zlib.error) as error:
+        raise InputError(f"{flag} {path}: cannot be read as a CSV in UTF-8 ({error})") from error
+    if not rows:
+        raise InputError(f"{flag} {path}: has no rows")
+    return columns, rows
+
+
+def read_table(path: Path, flag: str) -> tuple[list[str], list[dict[str, str]]]:
+    """Columns and rows, by column, of a CSV; errors as `read_cells`, and for a row shorter than the header."""
+    columns, rows = read_cells(path, flag)
+    while columns and not columns[-1]:
+        columns.pop()
+    for n, cells in enumerate(rows, 2):
+        if len(cells) < len(columns):
+            raise InputError(f"{flag} {path}: row {n} has {len(cells)} cells, the header {len(columns)}; correct the row")
+    return columns, [dict(zip(columns, cells, strict=False)) for cells in rows]
+
+
+def column(columns: list[str], flag: str, *names: str) -> str:
+    """The first of ``names`` that is a column; InputError says which columns there are."""
+    for name in names:
+        if name in columns:
+            return name
+    raise InputError(f"{flag}: has no column {names[0]!r}; its columns are {', '.join(c for c in columns if c)}")
+
+
+@dataclass
+class Columns:
+    """Names of the columns of a table. ``finding``: one column with names, or several of 0 and 1 named after their finding."""
+
+    path: str = "path"
+    finding: Sequence[str] = ("finding",)
+    split: str = ""
+    patient: str = ""
+    separator: str = "|"
+
+
+def table(
+    path: Path,
+    images: Path,
+    columns: Columns,
+    *,
+    declared: Sequence[str] | None = None,
+    seed: int = 0,
+    shares: Sequence[float] = split.SHARES,
+    skip_missing: bool = False,
+    pseudonym: Any = None,
+) -> Source:
+    """Rows of a CSV that name images, findings and, where they are known, splits and patients.
+
+    Without a split column patients are dealt to the splits by ``seed`` and ``shares``; without a patient column every image
+    counts as a patient. InputError: a column that is not there, images that are not there, a finding that is not among
+    ``declared``, one image listed twice, a patient in two splits.
+    """
+    flag = f"--csv {path}"
+    names, rows = read_table(path, "--csv")
+    for name in (columns.path, *columns.finding, *filter(None, (columns.split, columns.patient))):
+        column(names, flag, name)
+    skipped: dict[str, int] = defaultdict(int)
+    found = [_row_findings(row, columns, declared, f"{flag}, row {n}", skipped) for n, row in enumerate(rows, 2)]
+    taken = [(row, findings) for row, findings in zip(rows, found, strict=True) if findings is not None]
+    paths = [images / row[columns.path] for row, _ in taken]
+    twice = [str(p) for p, count in Counter(paths).items() if count > 1]
+    if twice:
+        raise InputError(f"{flag}: {len(twice)} images are listed more than once: {listed(twice)}; keep one row of each")
+    here = present(paths, flag, skipped, skip_missing)
+    taken, paths = [t for t, h in zip(taken, here, strict=True) if h], [p for p, h in zip(paths, here, strict=True) if h]
+    patient = np.array([row[columns.patient] if columns.patient else str(i) for i, (row, _) in enumerate(taken)])
+    if columns.split:
+        parts = [_split_name(row[columns.split], f"{flag}, image {row[columns.path]}") for row, _ in taken]
+    else:
+        codes = {findings: k for k, findings in enumerate(dict.fromkeys(findings for _, findings in taken))}
+        part = split.by_patient(np.array([codes[findings] for _, findings in taken]), patient, seed, shares)
+        parts = [SPLITS[p] for p in part]
+    items = []
+    for (_, findings), p, image, who in zip(taken, parts, paths, patient, strict=True):
+        extra = [("source", image.name)]
+        if columns.patient:
+            extra.append(("patient", pseudonym(who) if pseudonym else who))
+        items.append(Item(p, clean_key(str(image.relative_to(images).with_suffix(""))), findings, str(image), extra=tuple(extra)))
+    every = tuple(declared or dict.fromkeys(name for item in items for name in item.findings))
+    refuse_torn(items, flag)
+    refuse_missing_class(items, every, flag)
+    return Source(mixed(items), dict(skipped), every)
+
+
+def _row_findings(row: dict[str, str], columns: Columns, declared: Sequence[str] | None, where: str, skipped: dict[str, int]) -> tuple[str, ...] | None:
+    if len(columns.finding) == 1:
+        found = tuple(name.strip() for name in row[columns.finding[0]].split(columns.separator) if name.strip())
+        if not found:
+            raise InputError(f"{where}: no finding in column {columns.finding[0]!r}; write {NO_FINDING!r} where there is none")
+    else:
+        values = {name: row[name].strip() for name in columns.finding}
+        if any(_number(value, where, name) < 0 for name, value in values.items()):
+            skipped["uncertain finding (-1)"] += 1
+            return None
+        found = tuple(name for name, value in values.items() if _number(value, where, name) > 0) or (NO_FINDING,)
+    for name in found:
+        if declared and name not in declared:
+            raise InputError(f"{where}: the finding {name!r} was not declared; {nearest(name, declared)} Correct the row or add it to --findings")
+    return found
+
+
+def _number(value: str, where: str, name: str) -> float:
+    try:
+        number = float(value) if value else 0.0
+    except ValueError:
+        number = {"true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0}.get(value.lower(), 9.0)
+    if number not in (-1.0, 0.0, 1.0):
+        raise InputError(f"{where}: column {name!r} holds {value!r}; expected 1, 0, -1 (uncertain) or nothing")
+    return number
+
+
+def _split_name(value: str, where: str) -> str:
+    name = SPLIT_NAMES.get(value.strip().lower())
+    if name is None:
+        raise InputError(f"{where}: unknown split {value!r}; expected train, val or test")
+    return name
+
+
+def present(paths: Iterable[Path], flag: str, skipped: dict[str, int], skip: bool) -> list[bool]:
+    """Which files are there. InputError with how many are not and the first five, unless ``skip``: then they are counted."""
+    here = [os.path.isfile(path) for path in paths]
+    missing = [str(path) for path, there in zip(paths, here, strict=True) if not there]
+    if missing and (not skip or len(missing) == len(here)):
+        raise InputError(
+            f"{flag}: {len(missing)} of {len(here)} images that it lists are missing: {listed(missing)}; add them, or leave them out with --on-bad skip"
+        )
+    if missing:
+        skipped["listed but missing"] += len(missing)
+    return here
+
+
+def refuse_torn(items: Iterable[Item], what: str) -> None:
+    """InputError for a patient in two splits."""
+    homes: dict[str, str] = {}
+    torn = {who for item in items for name, who in item.extra if name == "patient" and homes.setdefault(who, item.split) != item.split}
+    if torn:
+        raise InputError(f"{what}: {len(torn)} patients are in two splits: {listed(sorted(torn))}; split by patient")
+
+
+def refuse_missing_class(items: Iterable[Item], classes: Sequence[str], what: str) -> None:
+    """InputError for a class that a split lacks while another has it."""
+    have: dict[str, set[str]] = defaultdict(set)
+    for item in items:
+        have[item.split].update(item.findings)
+    for name in sorted(have, key=SPLITS.index):
+        missing = [finding for finding in classes if finding not in have[name]]
+        if missing:
+            raise InputError(f"{what}: the {name} split gets no image of {listed(missing)}; give more images, other --ratios or fewer findings")
+
+
+# -- NIH ChestX-ray14 -------------------------------------------------------------------------------------------
+
+
+def nih_task(task: str) -> tuple[str, ...]:
+    """Classes of ``--task``: a published task or names of the archive's findings; No Finding comes first unless it is named."""
+    names = TASKS.get(task) or tuple(name.strip() for name in task.split(","))
+    for name in names:
+        if name not in NIH_FINDINGS:
+            known = [t for t, classes in TASKS.items() if set(classes) <= set(NIH_FINDINGS)]
+            more = f" ({name} is not a label of NIH ChestX-ray14)" if task in TASKS else ""
+            raise InputError(f"--task {task}: unknown{more}; {nearest(name, (*NIH_FINDINGS, *known))}")
+    if len(set(names)) < len(names):
+        raise InputError(f"--task {task}: names a finding twice")
+    return names if NO_FINDING in names else (NO_FINDING, *names)
+
+
+def nih(
+    images: Path,
+    metadata: Path,
+    task: str,
+    *,
+    how: str = "published",
+    seed: int = 0,
+    shares: Sequence[float] = split.SHARES,
+    balanced: bool = True,
+    lists: Path | None = None,
+    boxes: Path | None = None,
+    skip_missing: bool = False,
+) -> Source:
+    """NIH ChestX-ray14 as downloaded: ``Data_Entry_2017(_v2020).csv`` and images at any depth.
+
+    An image belongs to a finding when that is its one label. ``how``: ``published`` (Wu et al., DMKD 2026), ``official``
+    (train_val_list.txt and test_list.txt in ``lists``) or ``random`` (patients dealt by ``seed`` and ``shares``).
+    """
+    flag, classes = f"--metadata {metadata}", nih_task(task)
+    names, rows = read_table(metadata, "--metadata")
+    image = column(names, flag, "Image Index")
+    labels, patient = column(names, flag, "Finding Labels"), column(names, flag, "Patient ID")
+    age, sex, view = column(names, flag, "Patient Age"), column(names, flag, "Patient Sex", "Patient Gender"), column(names, flag, "View Position")
+    if not images.is_dir():
+        raise InputError(f"--images {images}: no such folder")
+    where: dict[str, str] = {}
+    for folder, _, files in os.walk(images):
+        for file in files:
+            if file.endswith(".png") or file.endswith(".jpg"):
+                other = where.setdefault(file.rpartition(".")[0], os.path.join(folder, file))
+                if other != os.path.join(folder, file):
+                    raise InputError(f"--images {images}: {file} is there twice, in {os.path.dirname(other)} and in {folder}; remove one")
+    if not where:
+        raise InputError(f"--images {images}: no .png or .jpg at any depth; expected the archive's folders, such as images_001/images")
+
+    stems = [row[image].rpartition(".")[0] for row in rows]
+    findings = [tuple(row[labels].split("|")) for row in rows]
+    unknown = sorted({name for found in findings for name in found} - set(NIH_FINDINGS))
+    if unknown:
+        raise InputError(f"{flag}: labels that the archive does not have: {listed(unknown)}; {nearest(unknown[0], NIH_FINDINGS)}")
+    who = np.array([row[patient] for row in rows])
+    cases = split.Cases([row[image] for row in rows], findings, who, np.array([not skip_missing or stem in where for stem in stems]))
+    if how == "published":
+        parts = split.published(cases, classes, seed, balanced=balanced)
+    elif how == "official":
+        parts = split.official(cases, classes, seed, _official_test(lists or metadata.parent, cases.names), balanced=balanced)
+    else:
+        parts = split.at_random(cases, classes, seed, shares, balanced=balanced)
+    skipped: dict[str, int] = defaultdict(int)
+    label = cases.labels(classes)
+    wanted = [i for p in parts for i in p]
+    if not skip_missing:
+        present([Path(where.get(stems[i], images / rows[i][image])) for i in wanted], flag, skipped, False)
+    elif not cases.here.any():
+        raise InputError(f"--images {images}: none of the {len(rows)} images of {metadata.name} is there")
+    else:
+        skipped["listed but missing"] = int((~cases.here).sum())
+    test = how != "random" or shares[2] > 0
+    split.check(parts, label, who, classes, f"--task {task} --split {how} of {int(cases.here.sum())} images", test=test)
+    of_task = int((label[cases.here] >= 0).sum())
+    skipped |= {"several findings, or none of the task's": int(cases.here.sum()) - of_task, "not drawn": of_task - len(wanted)}
+    lesions = _nih_boxes(boxes) if boxes else {}
+    items = []
+    for name, part in zip(SPLITS, parts, strict=True):
+        for i in part:
+            row = rows[i]
+            extra = (("age", _age(row[age])), ("patient", row[patient]), ("sex", row[sex]), ("source", row[image]), ("view", row[view]))
+            items.append(Item(name, stems[i], (findings[i][0],), where[stems[i]], boxes=tuple(lesions.get(stems[i], ())), extra=extra))
+    return Source(items, {why: count for why, count in skipped.items() if count}, classes)
+
+
+def _age(text: str) -> float | None:
+    """``058Y`` (2017) or ``58`` (2020) in years; months, weeks and days as shares of one."""
+    match = re.fullmatch(r"(\d+)([YMWD]?)", text.strip())
+    if not match:
+        return None
+    years = int(match[1]) / {"": 1, "Y": 1, "M": 12, "W": 52.18, "D": 365.25}[match[2]]
+    return round(years, 2)
+
+
+def _official_test(folder: Path, names: list[str]) -> set[str]:
+    found = []
+    for file in ("train_val_list.txt", "test_list.txt"):
+        try:
+            found.append(set((folder / file).read_text().split()))
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--lists {folder}: needs {file} for --split official; it comes with the archive") from error
+    rest = [name for name in names if name not in found[0] and name not in found[1]]
+    both = sorted(found[0] & found[1])
+    if rest or both:
+        raise InputError(
+            f"--lists {folder}: {len(rest)} images of the metadata are in neither list ({listed(rest)}), {len(both)} in both; use the archive's own lists"
+        )
+    return found[1]
+
+
+def _nih_boxes(path: Path) -> dict[str, list[tuple[str, tuple[float, float, float, float]]]]:
+    """Lesion boxes by image, in shares of its sides. The file's header spans the four numbers with one name."""
+    names, rows = read_cells(path, "--boxes")
+    image, at = (names.index(column(names, f"--boxes {path}", name)) for name in ("Image Index", "Finding Label"))
+    boxes = defaultdict(list)
+    for cells in rows:
+        try:
+            x, y, w, h = (float(value) / NIH_PIXELS for value in cells[at + 1 : at + 5])
+        except (ValueError, IndexError) as error:
+            raise InputError(f"--boxes {path}: {cells[0]} has no box of four numbers; use the archive's BBox_List_2017.csv") from error
+        name = {"Infiltrate": "Infiltration"}.get(cells[at], cells[at])
+        boxes[cells[image].rpartition(".")[0]].append((name, (x, y, x + w, y + h)))
+    return boxes
+
+
+# -- DICOM ------------------------------------------------------------------------------------------------------
+
+
+def dicom(
+    root: Path,
+    salt: bytes,
+    *,
+    labels: Path | None = None,
+    columns: Columns | None = None,
+    declared: Sequence[str] | None = None,
+    seed: int = 0,
+    shares: Sequence[float] = split.SHARES,
+    skip_bad: bool = False,
+) -> Source:
+    """DICOM files at any depth. Of the patient only a salted hash of the ID is stored, and the file's name and UID as one.
+
+    Findings come from ``labels`` (a CSV whose path column names files below ``root``) or from the folders:
+    ``train|val|test/<class>/...`` or ``<class>/...``, which is split by patient.
+    """
+    from shards.dicom import pseudonym, read_header
+
+    if not root.is_dir():
+        raise InputError(f"--path {root}: no such folder")
+    skipped: dict[str, int] = defaultdict(int)
+    listed_rows: dict[str, tuple[tuple[str, ...], str]] = {}
+    if labels is not None:
+        names, rows = read_table(labels, "--csv")
+        columns = columns or Columns()
+        for name in (columns.path, *columns.finding, *filter(None, [columns.split])):
+            column(names, f"--csv {labels}", name)
+        for n, row in enumerate(rows, 2):
+            found = _row_findings(row, columns, declared, f"--csv {labels}, row {n}", skipped)
+            if found is not None:
+                part = _split_name(row[columns.split], f"--csv {labels}, row {n}") if columns.split else ""
+                listed_rows[os.path.normpath(row[columns.path])] = found, part
+        here = present([root / name for name in listed_rows], f"--csv {labels}", skipped, skip_bad)
+        listed_rows = {name: row for (name, row), there in zip(listed_rows.items(), here, strict=True) if there}
+        paths = [root / name for name in listed_rows]
+    else:
+        paths = sorted(p for p in root.rglob("*") if p.is_file() and not p.name.startswith("."))
+    items, patients = [], []
+    same: dict[str, list[Path]] = defaultdict(list)
+    for path in paths:
+        header = read_header(path)
+        if isinstance(header, str):
+            if labels is not None and not skip_bad:
+                raise InputError(f"{path}: {header}; correct --csv or leave it out with --on-bad skip")
+            skipped[header] += 1
+            continue
+        if any(path.stat().st_size == other.stat().st_size and path.read_bytes() == other.read_bytes() for other in same[header.uid]):
+            skipped["a copy of another file"] += 1
+            continue
+        same[header.uid].append(path)
+        folders = path.relative_to(root).parts[:-1]
+        if labels is not None:
+            findings, part = listed_rows[str(path.relative_to(root))]
+        elif folders and folders[0] in SPLITS and len(folders) > 1:
+            findings, part = (folder_finding(folders[1]),), folders[0]
+        elif folders and folders[0] not in SPLITS:
+            findings, part = (folder_finding(folders[0]),), ""
+        else:
+            raise InputError(f"{path}: has no class; put files into <class>/ or train|val|test/<class>/ folders, or name a table with --csv")
+        who = pseudonym(header.patient or header.uid, salt)
+        extra = (("patient", who), *((("view", header.view),) if header.view else ()))
+        number = len(same[header.uid])
+        key = pseudonym(header.uid, salt) + (f"-{number}" if number > 1 else "")
+        items.append(Item(part, key, findings, str(path), extra=extra))
+        patients.append(who)
+    if not items:
+        raise InputError(f"--path {root}: no DICOM image in it ({', '.join(f'{n} {why}' for why, n in skipped.items()) or 'it is empty'})")
+    if not all(item.split for item in items):
+        codes = {findings: k for k, findings in enumerate(dict.fromkeys(item.findings for item in items))}
+        part_of = split.by_patient(np.array([codes[item.findings] for item in items]), np.array(patients), seed, shares)
+        items = [replace(item, split=SPLITS[p]) for item, p in zip(items, part_of, strict=True)]
+    every = tuple(declared or dict.fromkeys(name for item in items for name in item.findings))
+    refuse_torn(items, f"--path {root}")
+    refuse_missing_class(items, every, f"--path {root}")
+    return Source(mixed(items), dict(skipped), every)

@@ -9,22 +9,28 @@ at any c, also with another W, follow from that line.
 """
 
 import hashlib
-import json
 import os
+import sys
 import tarfile
+from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.io import ImageReadMode, decode_jpeg
 
 from shards.errors import InputError, listed, nearest
-from shards.pack import ROW, VERSION
-from shards.sample import decode_image, parse_meta
+from shards.pack import ROW
+from shards.sample import MAX_PIXELS, decode_image, parse_meta
+from shards.store import Folder, Remote, open_store
 
 MAX_OPEN_FILES = 64
 
@@ -44,11 +50,11 @@ class Batch:
     mask: torch.Tensor | None = None
 
 
-class Split(Dataset[Batch]):
+class Split(Dataset["Batch | InputError"]):
     """One split of packed shards, as far as it belongs to a task.
 
     Args:
-        root: folder with ``index.json``.
+        root: folder or URL with ``index.json``, or its opened store.
         split: ``train``, ``val`` or ``test``.
         classes: finding of each class; a sample belongs to class k when classes[k] is its one finding. None: all
             samples, label 0 (for lung masks).
@@ -58,47 +64,75 @@ class Split(Dataset[Batch]):
         InputError: no index, an index that does not match its tars, an unknown finding, a class without samples.
     """
 
-    def __init__(self, root: Path, split: str, classes: Sequence[str] | None = None, *, masks: bool = False) -> None:
-        index = read_index(root)
+    def __init__(self, root: str | Path | Folder | Remote, split: str, classes: Sequence[str] | None = None, *, masks: bool = False) -> None:
+        self.store = root if isinstance(root, Folder | Remote) else open_store(root)
+        index = self.store.index()
         if split not in index["splits"]:
-            raise InputError(f"{root}: has no split {split!r} (it has {', '.join(index['splits'])}); pack one")
+            raise InputError(f"{self.store.name}: has no split {split!r} (it has {', '.join(index['splits'])}); pack one")
         entry = index["splits"][split]
-        self.root, self.split, self.masks = root, split, masks
+        self.split, self.masks = split, masks
         self.dataset: str = index["dataset"]
-        self.paths = [_checked_shard(root, shard) for shard in entry["shards"]]
-        self.table = _checked_table(root / f"{split}.npy", entry)
+        self.shards: list[dict[str, Any]] = entry["shards"]
+        self.store.check(self.shards)
+        self.starts = list(accumulate((shard["samples"] for shard in self.shards), initial=0))  # first sample of each shard
+        self.table = self._table(f"{split}.npy", ROW, entry)
         self.classes = tuple(classes or ())
-        self.rows, self.labels = self._select(index["findings"])
-        self.left_out = len(self.table) - len(self.rows)
-        digest = hashlib.sha256(json.dumps([shard["sha256"] for shard in entry["shards"]]).encode())
+        self.rows, self.labels = self._select(index, entry)
+        self.left_out = entry["samples"] - len(self.rows)
+        digest = hashlib.sha256("".join(shard["sha256"] for shard in self.shards).encode())
+        digest.update(self.labels.tobytes())
         digest.update(self.rows.tobytes())
         self.fingerprint = digest.hexdigest()
         self._files: OrderedDict[int, int] = OrderedDict()
+        self._buffers = _Buffers()
 
-    def _select(self, findings: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        bits = np.asarray(self.table["findings"])
+    def _table(self, name: str, dtype: Any, entry: dict[str, Any]) -> np.ndarray:
+        path = self.store.table(name, entry["tables"].get(name, {}))
+        try:
+            table: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: cannot be read ({error}); {self.store.remedy}") from error
+        if table.dtype != dtype or len(table) != entry["samples"] or len(table) != self.starts[-1]:
+            raise InputError(f"{path}: does not match index.json ({len(table)} rows, {entry['samples']} expected); {self.store.remedy}")
+        return table
+
+    def _select(self, index: dict[str, Any], entry: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of the split that belong to the task, int64 [n], and the class of each, int16 [n]."""
         if not self.classes:
-            if self.masks and not self.table["mask_len"].all():
-                missing = int((self.table["mask_len"] == 0).sum())
+            missing = entry["samples"] - entry["masks"]
+            if self.masks and missing:
                 raise InputError(
-                    f"{self.root}/{self.split}: {missing} of {len(bits)} samples have no lung mask; "
+                    f"{self.store.name}/{self.split}: {missing} of {entry['samples']} samples have no lung mask; "
                     "pack them with `python -m shards masks` or `python -m shards phantom`"
                 )
-            return np.arange(len(bits)), np.zeros(len(bits), np.int64)
-        labels = np.full(len(bits), -1, np.int64)
-        for k, name in enumerate(self.classes):
-            if name not in findings:
-                raise InputError(f"{self.root}: has no images with finding {name!r}; {nearest(name, findings)}")
-            labels[bits == np.uint64(1 << findings.index(name))] = k
-        rows = np.flatnonzero(labels >= 0)
-        counts = np.bincount(labels[rows], minlength=len(self.classes))
-        empty = [name for name, count in zip(self.classes, counts, strict=True) if not count]
+            return np.arange(entry["samples"]), np.zeros(entry["samples"], np.int16)
+        for name in self.classes:
+            if name not in index["findings"]:
+                raise InputError(f"{self.store.name}: has no images with finding {name!r}; {nearest(name, index['findings'])}")
+        codes = self._codes(index, entry)
+        none = len(self.classes)
+        number = {(name,): k for k, name in enumerate(self.classes)}
+        label = np.array([number.get(tuple(found), none) for found in index["labels"]], np.int16)[codes]
+        rows = np.flatnonzero(label != none)
+        counts = np.bincount(label, minlength=none)
+        empty = [name for name, count in zip(self.classes, counts, strict=False) if not count]
         if empty:
             raise InputError(
-                f"{self.root}: the {self.split} split has no image whose one finding is {listed(empty)}; "
+                f"{self.store.name}: the {self.split} split has no image whose one finding is {listed(empty)}; "
                 "pack images of it into every split, or choose another --task"
             )
-        return rows, labels[rows]
+        return rows, label[rows]
+
+    def _codes(self, index: dict[str, Any], entry: dict[str, Any]) -> np.ndarray:
+        codes = self._table(f"{self.split}.labels.npy", np.dtype("<u2"), entry)
+        if len(codes) and codes.max() >= len(index["labels"]):
+            raise InputError(f"{self.store.name}: {self.split}.labels.npy names labels that index.json does not have; {self.store.remedy}")
+        return codes
+
+    def findings(self) -> list[tuple[str, ...]]:
+        """Findings of every sample of the split, of the task or not, in the order of the shards."""
+        index = self.store.index()
+        return [tuple(index["labels"][code]) for code in self._codes(index, index["splits"][self.split])]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -109,13 +143,13 @@ class Split(Dataset[Batch]):
 
     def shard_sizes(self) -> np.ndarray:
         """Samples of each shard that belong to the task: int64 [shards]."""
-        return np.bincount(self.table["shard"][self.rows], minlength=len(self.paths))
+        return np.diff(np.searchsorted(self.rows, self.starts))
 
     # -- one sample ---------------------------------------------------------------------------------------------
 
     def image(self, position: int) -> np.ndarray:
         """Radiograph: uint8 [H, W]."""
-        return decode_image(self._member(position, "image"), self.name(position))
+        return _decode(self._member(position, "image"), lambda: self.name(position))
 
     def mask(self, position: int) -> np.ndarray | None:
         """Lungs: bool [H, W], or None where unknown."""
@@ -124,45 +158,65 @@ class Split(Dataset[Batch]):
 
     def meta(self, position: int) -> dict[str, Any]:
         """The JSON member: findings, boxes (LesionBox, pixels of the stored image) and whatever else was stored."""
-        data = self._member(position, "json")
+        data = bytes(self._member(position, "json"))
         return parse_meta(data, self.name(position)) if data else {"findings": [], "boxes": []}
 
     def key(self, position: int) -> str:
         """The sample's key, read from its tar header."""
-        row = self.table[self.rows[position]]
-        header = self._read(int(row["shard"]), int(row["image_at"]) - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE)
+        row = int(self.rows[position])
+        header = self._read(row, int(self.table[row]["image_at"]) - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE)
         try:
             name = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
         except tarfile.HeaderError as error:
-            raise self._mismatch(int(row["shard"])) from error
+            raise self._mismatch(row) from error
         folder, _, base = name.rpartition("/")
         return "/".join(filter(None, [folder, base.partition(".")[0]]))
 
     def name(self, position: int) -> str:
         """Shard and key, for messages."""
-        return f"{self.paths[self.table['shard'][self.rows[position]]]}:{self.key(position)}"
+        return f"{self._shard_name(int(self.rows[position]))}:{self.key(position)}"
 
-    def _member(self, position: int, kind: str) -> bytes:
-        row = self.table[self.rows[position]]
-        return self._read(int(row["shard"]), int(row[f"{kind}_at"]), int(row[f"{kind}_len"]))
+    def _shard(self, row: int) -> int:
+        return bisect_right(self.starts, row) - 1
 
-    def _read(self, shard: int, at: int, size: int) -> bytes:
+    def _shard_name(self, row: int) -> str:
+        return f"{self.store.name}/{self.shards[self._shard(row)]['name']}"
+
+    def _member(self, position: int, kind: str) -> bytearray:
+        row = int(self.rows[position])
+        members = self.table[row]
+        return self._read(row, int(members[f"{kind}_at"]), int(members[f"{kind}_len"]))
+
+    def _read(self, row: int, at: int, size: int) -> bytearray:
+        shard = self._shard(row)
         if shard in self._files:
             self._files.move_to_end(shard)
         else:
-            try:
-                self._files[shard] = os.open(self.paths[shard], os.O_RDONLY)
-            except OSError as error:
-                raise InputError(f"{self.paths[shard]}: cannot be opened ({error.strerror})") from error
+            self._files[shard] = self._open(shard)
             if len(self._files) > MAX_OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1])
-        data = os.pread(self._files[shard], size, at)
-        if len(data) != size:
-            raise self._mismatch(shard)
+        data = bytearray(size)
+        if os.preadv(self._files[shard], [data], at) != size:
+            raise self._mismatch(row)
         return data
 
-    def _mismatch(self, shard: int) -> InputError:
-        return InputError(f"{self.paths[shard]}: does not match its index; run `python -m shards index {self.root}`")
+    def _open(self, shard: int) -> int:
+        for _ in range(10):
+            path = self.store.shard(self.shards[shard])
+            try:
+                return os.open(path, os.O_RDONLY)
+            except FileNotFoundError as error:
+                problem: OSError = error
+                if not self.store.remote:
+                    break
+                # another process made room in the cache between our two looks at it: fetch the shard again
+            except OSError as error:
+                problem = error
+                break
+        raise InputError(f"{path}: cannot be opened ({problem.strerror})") from problem
+
+    def _mismatch(self, row: int) -> InputError:
+        return InputError(f"{self._shard_name(row)}: does not match its index; {self.store.remedy}")
 
     def close(self) -> None:
         """Close the shard files; they open again when read."""
@@ -174,81 +228,90 @@ class Split(Dataset[Batch]):
             self.close()
 
     def __getstate__(self) -> dict[str, Any]:  # a loader worker that is spawned opens its own files
-        return self.__dict__ | {"_files": OrderedDict()}
+        return self.__dict__ | {"_files": OrderedDict(), "_buffers": _Buffers()}
 
     # -- one batch ----------------------------------------------------------------------------------------------
 
-    def __getitem__(self, share: "Share") -> Batch:
-        images = [self.image(p) for p in share.positions]
-        if len({image.shape for image in images}) > 1:
-            sizes = listed(sorted({f"{i.shape[1]}x{i.shape[0]}" for i in images}))
-            raise InputError(f"{self.root}: images of different sizes in one batch ({sizes}); pack them to one --size")
+    def __getitem__(self, share: "Share") -> "Batch | InputError":
+        try:
+            return self._batch(share)
+        except InputError as error:
+            return error  # raised by `batches`: a loader worker would wrap it in its traceback
+
+    def _batch(self, share: "Share") -> Batch:
+        images = np.empty((0, 0, 0), np.uint8)
+        for i, position in enumerate(share.positions):
+            image = self.image(position)
+            if not i:
+                images = self._buffers.get((len(share.positions), *image.shape))
+            elif image.shape != images.shape[1:]:
+                sizes = " and ".join(f"{shape[1]}x{shape[0]}" for shape in (images.shape[1:], image.shape))
+                raise InputError(f"{self.store.name}: images of different sizes in one batch ({sizes}); pack them to one --size")
+            images[i] = image
         masks = None
         if self.masks:
             known = [self.mask(p) for p in share.positions]
             masks = torch.from_numpy(np.stack([m for m in known if m is not None]))  # all are there: checked when opened
         return Batch(
-            image=torch.from_numpy(np.stack(images))[:, None],
-            label=torch.from_numpy(self.labels[share.positions]),
+            image=torch.from_numpy(images)[:, None],
+            label=torch.from_numpy(self.labels[share.positions].astype(np.int64)),
             index=torch.from_numpy(share.positions),
             weight=torch.full((len(images),), float(share.counts)),
             mask=masks,
         )
 
-    def loader(self, plan: "EpochPlan", epoch: int, start: int, *, batch: int, rank: int, world: int, workers: int) -> DataLoader:
-        """Batches of this rank from sample ``start`` of ``epoch`` on."""
-        return DataLoader(
-            self,
-            batch_size=None,
-            sampler=Shares(plan, epoch, start, batch=batch, rank=rank, world=world),
-            num_workers=workers,
-            pin_memory=torch.cuda.is_available(),
-            collate_fn=None,
-        )
+    def batches(self, plan: "EpochPlan", epoch: int, start: int, *, batch: int, rank: int, world: int, workers: int) -> Iterator[Batch]:
+        """Batches of this rank from sample ``start`` of ``epoch`` on; every rank gets equally many.
+
+        Shards of a URL are fetched ahead, one window of the plan before they are needed.
+        """
+        shares = Shares(plan, epoch, start, batch=batch, rank=rank, world=world)
+        ahead = _Ahead(self, plan, shares) if self.store.remote else shares
+        loader = DataLoader(self, batch_size=None, sampler=ahead, num_workers=workers, pin_memory=torch.cuda.is_available(), collate_fn=None)
+        try:
+            for got in loader:
+                if isinstance(got, InputError):
+                    raise got
+                yield got
+        finally:
+            if isinstance(ahead, _Ahead):
+                ahead.close()
 
 
-def read_index(root: Path) -> dict[str, Any]:
-    """``index.json`` of a packed folder, checked for its version."""
-    path = root / "index.json"
-    if not root.is_dir():
-        raise InputError(f"--shards {root}: no such folder; make one with `python -m shards phantom|folder|masks --out {root}`")
-    if not path.is_file():
-        raise InputError(f"{root}: has no index.json; if it holds tars, run `python -m shards index {root}`")
-    try:
-        index = json.loads(path.read_text())
-        if index["version"] != VERSION:
-            raise InputError(f"{path}: version {index['version']}, expected {VERSION}; run `python -m shards index {root}`")
-        if not (isinstance(index["splits"], dict) and isinstance(index["findings"], list) and isinstance(index["dataset"], str)):
-            raise ValueError("wrong types")
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: is not an index ({error}); run `python -m shards index {root}`") from error
-    return index
+class _Buffers:
+    """Memory of batches that nobody holds any more: asking the system for new pages costs as much as a tenth of decoding."""
+
+    def __init__(self) -> None:
+        self.known: list[np.ndarray] = []
+
+    def get(self, shape: tuple[int, ...]) -> np.ndarray:
+        """An uninitialised uint8 array. It is handed out again when the tensors made from it are gone: they hold a reference to it."""
+        for array in self.known:
+            if array.shape == shape and sys.getrefcount(array) == 3:  # the list, this loop, the argument
+                return array
+        array = np.empty(shape, np.uint8)
+        self.known = [*self.known[-3:], array]
+        return array
 
 
-def _checked_shard(root: Path, shard: dict[str, Any]) -> Path:
-    path = root / shard["name"]
-    if not path.resolve().is_relative_to(root.resolve()):
-        raise InputError(f"{root}/index.json: the shard {shard['name']!r} lies outside the folder; run `python -m shards index {root}`")
-    if not path.is_file():
-        raise InputError(f"{path}: is in the index but not on disk; copy it again, or run `python -m shards index {root}`")
-    if path.stat().st_size != shard["bytes"]:
-        raise InputError(f"{path}: has {path.stat().st_size} bytes, its index says {shard['bytes']}; copy it again, or run `python -m shards index {root}`")
-    return path
+def _decode(data: bytearray, name: Callable[[], str]) -> np.ndarray:
+    """uint8 [H, W]. A gray JPEG by torchvision, which is faster and gives the same grays; the rest, and what fails, by Pillow."""
+    if data[:2] == b"\xff\xd8" and 0 < _gray_jpeg_pixels(data) <= MAX_PIXELS:
+        with suppress(RuntimeError):
+            image: np.ndarray = decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), ImageReadMode.GRAY)[0].numpy()
+            return image
+    return decode_image(data, name())
 
 
-def _checked_table(path: Path, entry: dict[str, Any]) -> np.ndarray:
-    remedy = f"run `python -m shards index {path.parent}`"
-    try:
-        table = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); {remedy}") from error
-    if table.dtype != ROW or len(table) != entry["samples"]:
-        raise InputError(f"{path}: does not match index.json ({len(table)} rows, {entry['samples']} expected); {remedy}")
-    if len(table) and table["shard"].max() >= len(entry["shards"]):
-        raise InputError(f"{path}: names shards that index.json does not have; {remedy}")
-    return table
+def _gray_jpeg_pixels(data: bytearray) -> int:
+    """Width times height as the frame header says (ITU-T T.81, B.2.2); 0 where there is none, or more than one component."""
+    at = 2
+    while at + 10 <= len(data) and data[at] == 0xFF:
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4])
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return int.from_bytes(data[at + 5 : at + 7]) * int.from_bytes(data[at + 7 : at + 9]) * (data[at + 9] == 1)
+        at += 2 + length
+    return 0
 
 
 class EpochPlan:
@@ -265,7 +328,8 @@ class EpochPlan:
         self.sizes = np.asarray(shard_sizes, np.int64)
         self.starts = np.concatenate([[0], np.cumsum(self.sizes)])
         self.seed, self.window, self.shuffle = seed, window, shuffle
-        self._cached: tuple[tuple[int, int], np.ndarray] | None = None
+        self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._last: tuple[tuple[int, int], np.ndarray] | None = None
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -275,10 +339,7 @@ class EpochPlan:
         stop = min(stop, len(self))
         if not self.shuffle or start >= stop:
             return np.arange(start, max(start, stop))
-        shards = np.random.default_rng([self.seed, epoch]).permutation(len(self.sizes))
-        ends = np.cumsum(self.sizes[shards])[self.window - 1 :: self.window]
-        if not len(ends) or ends[-1] < len(self):
-            ends = np.append(ends, len(self))
+        shards, ends = self._windows(epoch)
         first, last = np.searchsorted(ends, [start, stop - 1], side="right")
         parts = []
         for w in range(first, last + 1):
@@ -287,12 +348,28 @@ class EpochPlan:
             parts.append(positions[max(start - begin, 0) : stop - begin])
         return np.concatenate(parts)
 
+    def shards_ahead(self, epoch: int, start: int) -> list[int]:
+        """Shards of the window that sample ``start`` lies in, then those of the next one."""
+        shards, ends = self._windows(epoch)
+        w = int(np.searchsorted(ends, start, side="right"))
+        return [int(s) for s in shards[w * self.window : (w + 2) * self.window]]
+
+    def _windows(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The epoch's order of shards, and where in the epoch each window of them ends."""
+        if self._epoch is None or self._epoch[0] != epoch:
+            shards = np.random.default_rng([self.seed, epoch]).permutation(len(self.sizes)) if self.shuffle else np.arange(len(self.sizes))
+            ends = np.cumsum(self.sizes[shards])[self.window - 1 :: self.window]
+            if not len(ends) or ends[-1] < len(self):
+                ends = np.append(ends, len(self))
+            self._epoch = epoch, shards, ends
+        return self._epoch[1:]
+
     def _window(self, epoch: int, w: int, shards: np.ndarray) -> np.ndarray:
-        if self._cached is None or self._cached[0] != (epoch, w):
+        if self._last is None or self._last[0] != (epoch, w):
             members = shards[w * self.window : (w + 1) * self.window]
             positions = np.concatenate([np.arange(self.starts[s], self.starts[s + 1]) for s in members])
-            self._cached = (epoch, w), np.random.default_rng([self.seed, epoch, w]).permutation(positions)
-        return self._cached[1]
+            self._last = (epoch, w), np.random.default_rng([self.seed, epoch, w]).permutation(positions)
+        return self._last[1]
 
 
 @dataclass
@@ -313,8 +390,49 @@ class Shares(Sampler[Share]):
     def __len__(self) -> int:
         return max(0, -(-(len(self.plan) - self.start) // (self.batch * self.world)))
 
+    def starts(self) -> range:
+        """First sample of each global batch."""
+        return range(self.start, len(self.plan), self.batch * self.world)
+
+    def share(self, start: int) -> Share:
+        """This rank's part of the global batch that begins at sample ``start``."""
+        g = self.plan.order(self.epoch, start, start + self.batch * self.world)
+        mine = np.array_split(g, self.world)[self.rank]  # full batches: exactly the r-th B
+        return Share(mine) if len(mine) else Share(g[:1], counts=False)
+
     def __iter__(self) -> Iterator[Share]:
-        for c in range(self.start, len(self.plan), self.batch * self.world):
-            g = self.plan.order(self.epoch, c, c + self.batch * self.world)
-            mine = np.array_split(g, self.world)[self.rank]  # full batches: exactly the r-th B
-            yield Share(mine) if len(mine) else Share(g[:1], counts=False)
+        return map(self.share, self.starts())
+
+
+class _Ahead(Sampler[Share]):
+    """Hands out shares and has the shards of this window of the plan and of the next one fetched meanwhile."""
+
+    def __init__(self, split: Split, plan: EpochPlan, shares: Shares) -> None:
+        self.split, self.plan, self.shares = split, plan, shares
+        self.pool: ThreadPoolExecutor | None = None
+        self.asked: set[int] = set()
+        self.room = split.store.room_ahead() if isinstance(split.store, Remote) else 0
+
+    def __len__(self) -> int:
+        return len(self.shares)
+
+    def __iter__(self) -> Iterator[Share]:
+        # Threads start here, after the loader has forked its workers.
+        self.pool, self.asked = ThreadPoolExecutor(4), set()
+        for start in self.shares.starts():
+            room = self.room
+            for shard in self.plan.shards_ahead(self.shares.epoch, start):
+                room -= self.split.shards[shard]["bytes"]
+                if shard not in self.asked and room >= 0:
+                    self.asked.add(shard)
+                    self.pool.submit(self._fetch, shard)
+            yield self.shares.share(start)
+
+    def _fetch(self, shard: int) -> None:
+        with suppress(InputError):  # whoever needs the shard tries again and says so
+            self.split.store.shard(self.split.shards[shard])
+
+    def close(self) -> None:
+        """Wait for the fetches under way, drop the others: nothing of them is left when the next loader forks."""
+        if self.pool is not None:
+            self.pool.shutdown(wait=True, cancel_futures=True)

@@ -9,7 +9,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 
 from shards.pack import pack
-from shards.phantom import phantoms
+from shards.phantom import Phantoms
 from trainer.lungs import LungSegmenter
 
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -28,7 +28,7 @@ def fresh_accelerator():
 def shards(tmp_path_factory) -> Path:
     """100 phantoms of 64 px with all four findings: 60 train, 20 val, 20 test, in small tars."""
     root = tmp_path_factory.mktemp("data") / "shards"
-    pack(phantoms(100, 0, size=64), root, dataset="phantom", total=100, per_shard=7)
+    pack(Phantoms(100, 0, size=64), root, dataset="phantom", per_shard=7)
     return root
 
 

@@ -72,7 +72,7 @@ def test_the_help_has_every_docstring(capsys):
         parse(Config, ["--help"])
     out = " ".join(capsys.readouterr().out.split())
     assert "CAM values above it are hot" in out
-    assert "Folder of packed shards" in out
+    assert "Folder or URL (s3, gs, http, https, file) of packed shards" in out
 
 
 @pytest.mark.parametrize("recipe", sorted((Path(__file__).parents[1] / "launch" / "recipes").glob("*.yaml")), ids=lambda p: p.name)

@@ -3,14 +3,15 @@ import pytest
 import torch
 
 from shards.errors import InputError
-from shards.phantom import phantoms, split_sizes
+from shards.phantom import Phantoms, split_sizes
 from shards.sample import FINDINGS, NO_FINDING
 from trainer.lungs import lung_boxes
 from trainer.regions import finding_regions
 
 
 def make(count=60, seed=1, **options):
-    return list(phantoms(count, seed, **{"size": 64, **options}))
+    source = Phantoms(count, seed, **{"size": 64, **options})
+    return [(item.split, source.load(item)) for item in source.items]
 
 
 def test_the_same_seed_gives_the_same_images_and_another_seed_others():

@@ -46,7 +46,7 @@ def test_no_lungs_found_leaves_emphysema_an_empty_region():
 
 
 def test_tasks():
-    assert set(TASKS) == {"ne", "np", "ns", "nep", "neps"}
+    assert set(TASKS) == {"ne", "np", "ns", "nc", "nep", "neps"}
     assert task_findings("No Finding, Nodule") == ("No Finding", "Nodule")
     assert without_rule(("No Finding", "Effusion", "Cardiomegaly")) == ["Cardiomegaly"]
     with pytest.raises(InputError, match="did you mean nep"):

@@ -1,3 +1,6 @@
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -5,7 +8,8 @@ from PIL import Image
 from shards.__main__ import main
 from shards.errors import InputError
 from shards.sources import folder_finding
-from shards.stream import Split, read_index
+from shards.store import open_store
+from shards.stream import Split
 
 
 def picture(path, value=100, size=(40, 30), mode="L"):
@@ -19,7 +23,7 @@ def class_folders(tmp_path):
     for split in ("train", "val", "test"):
         for number, name in enumerate(("0NoFinding", "1Effusion", "2Nodule")):
             for i in range(2):
-                picture(root / split / name / f"im.{i}.png", value=50 * number)
+                picture(root / split / name / f"im.{i}.png", value=50 * number + 10 * i + len(split))
     return root
 
 
@@ -35,13 +39,13 @@ def test_class_folders_become_shards(class_folders, tmp_path, capsys):
     picture(class_folders / "train" / "1Effusion" / "rgb.jpg", mode="RGB")
     (class_folders / "train" / "1Effusion" / "Thumbs.db").write_bytes(b"x")
     main(["folder", "--path", str(class_folders), "--out", str(tmp_path / "out"), "--size", "32"])
-    assert "skipped 1: not an image file" in capsys.readouterr().out
+    assert "left out 1: not an image file" in capsys.readouterr().out
     split = Split(tmp_path / "out", "train", ("No Finding", "Effusion"))
     assert split.counts() == {"No Finding": 2, "Effusion": 3}
     assert split.left_out == 2
     assert split.image(0).shape == (32, 32)
-    assert split.key(0) == "0NoFinding-im_0"
-    assert read_index(tmp_path / "out")["findings"] == ["No Finding", "Effusion", "Nodule"]
+    assert {split.key(i) for i in range(5)} == {"0NoFinding-im_0", "0NoFinding-im_1", "1Effusion-im_0", "1Effusion-im_1", "1Effusion-rgb"}
+    assert open_store(tmp_path / "out").index()["findings"] == ["No Finding", "Effusion", "Nodule"]
     main(["verify", str(tmp_path / "out")])
 
 
@@ -53,12 +57,17 @@ def test_a_class_missing_from_a_split_is_named(class_folders, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_corrupt_image_leaves_nothing_behind(class_folders, tmp_path):
+def test_a_corrupt_image_leaves_nothing_that_looks_whole(class_folders, tmp_path):
     bad = class_folders / "test" / "1Effusion" / "im.1.png"
     bad.write_bytes(bad.read_bytes()[:40])
-    with pytest.raises(InputError, match=r"im\.1\.png: cannot be decoded"):
+    with pytest.raises(InputError, match=r"im\.1\.png: cannot be decoded.*2 finished shards are kept in .*out\.partial"):
         main(["folder", "--path", str(class_folders), "--out", str(tmp_path / "out")])
-    assert [p.name for p in tmp_path.iterdir()] == ["images"]
+    assert not (tmp_path / "out").exists()
+    bad = class_folders / "train" / "0NoFinding" / "im.0.png"
+    bad.write_bytes(b"")
+    with pytest.raises(InputError, match=r"im\.0\.png: cannot be decoded.*nothing was left there"):
+        main(["folder", "--path", str(class_folders), "--out", str(tmp_path / "other")])
+    assert not list(tmp_path.glob("other*"))
 
 
 @pytest.mark.parametrize("content", [[], ["train"], ["train/0NoFinding"]])
@@ -109,3 +118,215 @@ def test_existing_output_and_unknown_flags_are_refused(tmp_path, shards):
         main(["phantom", "--count", "40", "--cuont", "3", "--out", str(tmp_path / "x")])
     with pytest.raises(InputError, match="--help"):
         main(["phantoms", "--out", str(tmp_path / "x")])
+
+
+# -- tables -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def listed_images(tmp_path):
+    """40 images of 20 patients in a folder, and a function that writes the table and packs it."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "files/a").mkdir(parents=True)
+    for i in range(40):
+        Image.fromarray(rng.integers(0, 255, (20, 30), np.uint8)).save(tmp_path / f"files/a/{i}.png")
+
+    def packed(header, row, *flags, name="out", rows=40):
+        (tmp_path / "table.csv").write_text("\n".join([header, *(row(i) for i in range(rows))]) + "\n")
+        main(["csv", "--csv", str(tmp_path / "table.csv"), "--images", str(tmp_path / "files"), "--out", str(tmp_path / name), "--size", "16", *flags])
+        return {split: Split(tmp_path / name, split) for split in open_store(tmp_path / name).index()["splits"]}
+
+    return packed
+
+
+def finding(i):
+    return ("No Finding", "Effusion")[i // 2 % 2]
+
+
+def test_a_table_with_patients_is_split_by_them(listed_images, capsys):
+    splits = listed_images("path,finding,who", lambda i: f"a/{i}.png,{finding(i)},p{i // 2}", "--patient-column", "who")
+    homes = [{split.meta(i)["patient"] for i in range(len(split))} for split in splits.values()]
+    assert sum(map(len, homes)) == len(set.union(*homes)) == 20
+    assert [len(split) for split in splits.values()] == [24, 8, 8]
+    assert "counts as a patient" not in capsys.readouterr().out
+    assert splits["train"].key(0).startswith("a_")
+
+
+def test_a_table_without_patients_says_so(listed_images, capsys):
+    listed_images("path,finding", lambda i: f"a/{i}.png,{finding(i)}", "--ratios", "0.5,0.5,0")
+    assert "no --patient-column" in capsys.readouterr().out
+
+
+def test_columns_by_name_several_findings_and_a_split_of_ones_own(listed_images):
+    splits = listed_images(
+        "label;file;part".replace(";", ","),
+        lambda i: f"{'Mass/Nodule' if i % 2 else 'Mass'},a/{i}.png,{('train', 'valid')[i % 4 == 3]}",
+        *("--path-column", "file", "--finding-column", "label", "--split-column", "part", "--separator", "/"),
+        rows=16,
+    )
+    assert [len(split) for split in splits.values()] == [12, 4]
+    assert set(splits["val"].findings()) == {("Mass", "Nodule")}
+
+
+def test_findings_as_columns_of_0_and_1(listed_images, capsys):
+    splits = listed_images(
+        "path,Mass,Nodule", lambda i: f"a/{i}.png,{('1.0', '', '-1', '0')[i % 4]},{('0', '1', '0', '')[i % 4]}", "--finding-column", "Mass,Nodule"
+    )
+    assert {found for split in splits.values() for found in split.findings()} == {("Mass",), ("Nodule",), ("No Finding",)}
+    assert "left out 10: uncertain finding (-1)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("header", "row", "flags", "words"),
+    [
+        ("file,finding", "a/{i}.png,Mass", (), "has no column 'path'; its columns are file, finding"),
+        ("path,finding", "b/{i}.png,Mass", (), "40 of 40 images that it lists are missing: .*b/0.png.* and 35 more"),
+        ("path,finding", "a/{i}.png,Mas", ("--findings", "Mass,No Finding"), "row 2: the finding 'Mas' was not declared; did you mean Mass"),
+        ("path,finding", "a/{i}.png,", (), "row 2: no finding in column 'finding'; write 'No Finding'"),
+        ("path,finding", "a/1.png,Mass", (), "1 images are listed more than once"),
+        ("path,finding,s", "a/{i}.png,Mass,training2", ("--split-column", "s"), "unknown split 'training2'; expected train, val or test"),
+        ("path,finding,s,p", "a/{i}.png,Mass,{s},p", ("--split-column", "s", "--patient-column", "p"), "1 patients are in two splits: p"),
+        ("path,finding,s", "a/{i}.png,{f},{s}", ("--split-column", "s"), "the train split gets no image of Nodule"),
+        ("path,finding,x", "a/{i}.png,Mass", (), "row 2 has 2 cells, the header 3"),
+        ("path,finding", "a/{i}.png,Mass", ("--ratios", "0.5,0.5"), "--ratios 0.5,0.5: expected three shares"),
+        ("path,finding", "a/{i}.png,Mass", ("--ratios", "0.9,0.9,0.1"), "add up to 1"),
+        ("path,Mass,Nodule", "a/{i}.png,maybe,0", ("--finding-column", "Mass,Nodule"), "column 'Mass' holds 'maybe'; expected 1, 0, -1"),
+    ],
+)
+def test_tables_that_cannot_be_used(listed_images, tmp_path, header, row, flags, words):
+    fill = {0: "train", 1: "val"}
+    with pytest.raises(InputError, match=words):
+        listed_images(header, lambda i: row.format(i=i, s=fill[i % 2], f=("Mass", "Nodule")[i % 2]), *flags)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_missing_images_can_be_left_out(listed_images, capsys):
+    splits = listed_images("path,finding", lambda i: f"a/{i}.png,Mass", "--on-bad", "skip", "--ratios", "0.5,0.25,0.25", rows=44)
+    assert sum(len(split) for split in splits.values()) == 40
+    assert "left out 4: listed but missing" in capsys.readouterr().out
+
+
+def test_a_table_that_is_no_text(tmp_path):
+    (tmp_path / "t.csv").write_bytes(bytes(range(256)))
+    for content in (bytes(range(128, 256)), b"", b"path,finding\n"):
+        (tmp_path / "t.csv").write_bytes(content)
+        with pytest.raises(InputError, match=r"has no rows|cannot be read as a CSV"):
+            main(["csv", "--csv", str(tmp_path / "t.csv"), "--out", str(tmp_path / "out")])
+
+
+# -- NIH --------------------------------------------------------------------------------------------------------
+
+HEADER = "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient {},View Position,OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]"
+HEADER_2017, HEADER_2020 = HEADER.format("Gender") + ",", HEADER.format("Sex")
+
+
+@pytest.fixture
+def archive(tmp_path):
+    """120 images of 40 patients in the archive's folders, its metadata, lists and boxes."""
+    rng = np.random.default_rng(0)
+    rows, names = [], []
+    for p in range(40):
+        for i in range(3):
+            name = f"{p:08d}_{i:03d}.png"
+            label = ("No Finding", "Effusion", ["No Finding", "Mass"][1], "No Finding")[p % 4]
+            names.append(name)
+            rows.append(f"{name},{label},{i},{p},058Y,M,PA,2500,2048,0.1,0.1,")
+            folder = tmp_path / f"nih/images_{p % 3 + 1:03d}/images"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 255, (64, 64), np.uint8)).save(folder / name)
+    (tmp_path / "entry.csv").write_text("\n".join([HEADER_2017, *rows]))
+    (tmp_path / "test_list.txt").write_text("\n".join(names[90:]))
+    (tmp_path / "train_val_list.txt").write_text("\n".join(names[:90]))
+    (tmp_path / "boxes.csv").write_text("Image Index,Finding Label,Bbox [x,y,w,h],,,\n" + f"{names[3]},Effusion,512,256,256,128\n")
+    return tmp_path
+
+
+def nih(root, *flags):
+    return ["nih", "--images", str(root / "nih"), "--metadata", str(root / "entry.csv"), "--size", "32", "--out", str(root / "out"), *flags]
+
+
+@pytest.mark.parametrize("how", ["published", "official", "random"])
+def test_nih_as_downloaded(archive, how, capsys):
+    main(nih(archive, "--task", "ne", "--split", how, "--boxes", str(archive / "boxes.csv")))
+    index = open_store(archive / "out").index()
+    assert index["findings"] == ["No Finding", "Effusion"]
+    for name, entry in index["splits"].items():
+        assert entry["findings"]["No Finding"] == entry["findings"]["Effusion"] > 0
+        split = Split(archive / "out", name, ("No Finding", "Effusion"))
+        for i in range(len(split)):
+            meta = split.meta(i)
+            assert meta["age"] == 58
+            assert meta["source"].startswith(f"{int(meta['patient']):08d}")
+            assert [box.xyxy for box in meta["boxes"]] == ([(16.0, 8.0, 24.0, 12.0)] if meta["source"] == "00000001_000.png" else [])
+    main(["verify", str(archive / "out")])
+    assert "not drawn" in capsys.readouterr().out
+
+
+def test_the_newer_column_names_and_the_same_bytes_twice(archive):
+    text = (archive / "entry.csv").read_text().replace(HEADER_2017, HEADER_2020).replace("058Y", "58")
+    main(nih(archive, "--task", "ne"))
+    one = {p.name: p.read_bytes() for p in (archive / "out").rglob("*.tar")}
+    (archive / "entry.csv").write_text(text)
+    (archive / "out").rename(archive / "before")
+    main(nih(archive, "--task", "ne", "--workers", "2"))
+    assert {p.name: p.read_bytes() for p in (archive / "out").rglob("*.tar")} == one
+    main([*nih(archive, "--task", "ne", "--seed", "1")[:-4], "--task", "ne", "--seed", "1", "--out", str(archive / "seed")])
+    assert {p.name: p.read_bytes() for p in (archive / "seed").rglob("*.tar")} != one
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--task", "ns"), "Subcutaneous Emphysema is not a label of NIH ChestX-ray14"),
+        (("--task", "No Finding,Efusion"), "did you mean Effusion"),
+        (("--task", "nx"), "--task nx: unknown"),
+        (("--task", "No Finding,Hernia"), "the train split gets no image whose one finding is .*Hernia"),
+        (("--task", "ne", "--split", "official", "--lists", "/nowhere"), "needs train_val_list.txt"),
+        (("--task", "ne", "--boxes", "/nowhere.csv"), "--boxes /nowhere.csv: no such file"),
+        (("--task", "ne", "--split", "best"), "invalid choice: 'best'"),
+    ],
+)
+def test_nih_flags_that_cannot_be_used(archive, flags, words):
+    with pytest.raises(InputError, match=words):
+        main(nih(archive, *flags))
+    assert not list(archive.glob("out*"))
+
+
+def test_nih_files_that_cannot_be_used(archive):
+    lost = archive / "nih/images_002/images/00000001_000.png"
+    kept = lost.read_bytes()
+    lost.unlink()
+    with pytest.raises(InputError, match=r"1 of 60 images that it lists are missing: .*00000001_000\.png"):
+        main(nih(archive, "--task", "ne"))
+    main(nih(archive, "--task", "ne", "--on-bad", "skip"))
+    (archive / "out").rename(archive / "without")
+    lost.write_bytes(kept)
+    (archive / "nih/images_001/images/00000001_000.png").write_bytes(kept)
+    with pytest.raises(InputError, match="is there twice"):
+        main(nih(archive, "--task", "ne"))
+    (archive / "nih/images_001/images/00000001_000.png").unlink()
+    text = (archive / "entry.csv").read_text()
+    (archive / "entry.csv").write_text(text.replace("Finding Labels", "Labels"))
+    with pytest.raises(InputError, match="has no column 'Finding Labels'; its columns are Image Index, Labels"):
+        main(nih(archive, "--task", "ne"))
+    (archive / "entry.csv").write_text(text.replace(",Mass,", ",Massive,"))
+    with pytest.raises(InputError, match="labels that the archive does not have: Massive; did you mean Mass"):
+        main(nih(archive, "--task", "ne"))
+
+
+def test_the_archive_s_own_images(tmp_path):
+    """The 48 originals, from the archive's layout, against its whole metadata."""
+    real = os.environ.get("CXR_FOCUS_REAL_DATA")
+    if not real:
+        pytest.skip("CXR_FOCUS_REAL_DATA is not set")
+    meta = Path(real) / "nih/meta"
+    flags = ["nih", "--images", f"{real}/nih/original", "--metadata", str(meta / "Data_Entry_2017_v2020.csv.gz")]
+    flags += ["--boxes", str(meta / "BBox_List_2017.csv.gz"), "--out", str(tmp_path / "out")]
+    with pytest.raises(InputError, match=r"79\d\d of 7910 images that it lists are missing"):
+        main([*flags, "--task", "ne"])
+    flags += ["--task", "No Finding,Pneumonia", "--split", "random", "--no-balanced", "--on-bad", "skip"]
+    with pytest.raises(InputError, match="the test split gets no image whose one finding is Pneumonia"):
+        main(flags)
+    main([*flags, "--ratios", "0.5,0.5,0"])
+    main(["verify", str(tmp_path / "out")])
+    assert sum(entry["samples"] for entry in open_store(tmp_path / "out").index()["splits"].values()) > 20

@@ -1,16 +1,24 @@
 import gc
+import io
 import json
+import os
 import shutil
+import tarfile
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import webdataset
+from PIL import Image
 
 from shards.__main__ import main
 from shards.errors import InputError
-from shards.pack import build_index
-from shards.stream import EpochPlan, Shares, Split
+from shards.pack import build_index, pack
+from shards.sample import decode_image
+from shards.sources import Item, Source
+from shards.stream import EpochPlan, Shares, Split, _decode
 
 
 def positions(plan, epoch, start, *, batch, world):
@@ -69,7 +77,7 @@ def test_batches_carry_images_labels_and_weights(shards, workers):
     split = Split(shards, "train", ("No Finding", "Effusion"))
     plan = EpochPlan(split.shard_sizes(), 0)
     seen = []
-    for batch in split.loader(plan, 0, 0, batch=4, rank=0, world=1, workers=workers):
+    for batch in split.batches(plan, 0, 0, batch=4, rank=0, world=1, workers=workers):
         assert batch.image.dtype == torch.uint8
         assert batch.image.shape[1:] == (1, 64, 64)
         for i, p in enumerate(batch.index.tolist()):
@@ -82,12 +90,84 @@ def test_batches_carry_images_labels_and_weights(shards, workers):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves the tars open
 def test_any_webdataset_reader_reads_the_shards(shards):
     split = Split(shards, "val")
-    theirs = webdataset.WebDataset([str(p) for p in split.paths], shardshuffle=False, empty_check=False)
+    theirs = webdataset.WebDataset([f"{split.store.name}/{shard['name']}" for shard in split.shards], shardshuffle=False, empty_check=False)
     keys = {sample["__key__"]: sample for sample in theirs}
     del theirs
     gc.collect()
     assert sorted(keys) == sorted(split.key(i) for i in range(len(split)))
     assert json.loads(keys[split.key(3)]["json"])["findings"] == split.meta(3)["findings"]
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory):
+    """Folders with 1 to 9 shards of 3 images of 8 px, the last shard smaller; keys are known."""
+    root = tmp_path_factory.mktemp("grid")
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(root / "i.png")
+    for n in range(1, 10):
+        items = [Item(split, f"{split}{i}", ("No Finding",), str(root / "i.png")) for split in ("train", "val") for i in range(3 * n - 1 - n % 2)]
+        pack(Source(items, size=8), root / str(n), dataset="grid", per_shard=3)
+    return root
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # more workers than cores
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("number", range(1, 10))
+def test_every_key_exactly_once_whatever_divides(grid, number, world, workers):
+    """The real loader, for training and for evaluation, with as many batches on every rank, so that none waits for another."""
+    for name, shuffle in (("train", True), ("val", False)):
+        split = Split(grid / str(number), name)
+        assert len(split.shards) == number
+        plan = EpochPlan(split.shard_sizes(), 1, window=2, shuffle=shuffle)
+        read = [list(split.batches(plan, 3, 0, batch=2, rank=r, world=world, workers=workers)) for r in range(world)]
+        assert len({len(batches) for batches in read}) == 1
+        keys = [split.key(int(p)) for batches in read for b in batches for p, weight in zip(b.index, b.weight, strict=True) if weight]
+        assert sorted(keys) == sorted(f"{name}{i}" for i in range(3 * number - 1 - number % 2))
+        split.close()
+
+
+def ten_million(root: Path) -> Path:
+    """An index of 10 million samples in 40,000 shards; each shard is a link to the same tar."""
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(root / "i.png")
+    items = [Item("train", f"{i:06d}", (("No Finding", "Effusion")[i % 2],), str(root / "i.png")) for i in range(250)]
+    pack(Source(items, size=8), root / "one", dataset="x", per_shard=250)
+    index = json.loads((root / "one/index.json").read_text())
+    entry = index["splits"]["train"]
+    shard = entry["shards"][0]
+    (root / "many/train").mkdir(parents=True)
+    for i in range(40_000):
+        os.symlink(root / "one/train/000000.tar", root / f"many/train/{i:06d}.tar")
+    entry["shards"] = [shard | {"name": f"train/{i:06d}.tar"} for i in range(40_000)]
+    entry["samples"] = 10_000_000
+    for name in ("train.npy", "train.labels.npy"):
+        np.save(root / "many" / name, np.tile(np.load(root / "one" / name), 40_000))
+    (root / "many/index.json").write_text(json.dumps(index))
+    return root / "many"
+
+
+def test_ten_million_samples_open_and_resume_at_once(tmp_path):
+    """Bounds are several times what was measured: they catch work that grows with the position, not a slow machine."""
+    root = ten_million(tmp_path)
+    Split(root, "train", ("No Finding", "Effusion"))  # the system's file cache is warm
+    begin = time.perf_counter()
+    split = Split(root, "train", ("No Finding", "Effusion"))
+    opened = time.perf_counter() - begin
+    assert len(split) == 10_000_000
+    first = {}
+    for step in (0, 10, 100_000):
+        plan = EpochPlan(split.shard_sizes(), 0)
+        begin = time.perf_counter()
+        batches = split.batches(plan, 0, step * 64, batch=32, rank=1, world=2, workers=0)
+        next(batches)
+        first[step] = time.perf_counter() - begin
+        ordinary = []
+        for _ in range(5):
+            begin = time.perf_counter()
+            next(batches)
+            ordinary.append(time.perf_counter() - begin)
+    print(f"opened in {opened:.2f} s; first batch {first}, an ordinary one {min(ordinary):.4f} s")
+    assert opened < 5
+    assert first[100_000] < 3 * first[0] + 0.1
 
 
 @pytest.fixture
@@ -122,7 +202,7 @@ def test_a_changed_shard_is_found_by_verify(copied):
     data = bytearray(tar.read_bytes())
     data[600] ^= 255
     tar.write_bytes(data)
-    with pytest.raises(InputError, match="problems"):
+    with pytest.raises(InputError, match="1 problem, above"):
         main(["verify", str(copied)])
 
 
@@ -171,3 +251,80 @@ def test_two_samples_with_one_key(tmp_path):
             writer.write({"__key__": "same", "png": b"x"})
     with pytest.raises(InputError, match="'same' has two image members"):
         build_index(tmp_path, dataset="x")
+
+
+def jpeg(image: Image.Image) -> bytearray:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=95)
+    return bytearray(buffer.getvalue())
+
+
+def test_images_decode_as_pillow_does_it():
+    rng = np.random.default_rng(0)
+    gray, colour = rng.integers(0, 255, (40, 30), np.uint8), rng.integers(0, 255, (40, 30, 3), np.uint8)
+    for image in (Image.fromarray(gray), Image.fromarray(colour), Image.fromarray(colour).convert("CMYK")):
+        data = jpeg(image)
+        assert (_decode(data, lambda: "x") == decode_image(data, "x")).all()
+
+
+def test_images_that_do_not_decode_are_named():
+    whole = jpeg(Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64), np.uint8)))
+    for data in (whole[: len(whole) // 2], whole[:4], whole[:2], bytearray(b""), bytearray(b"x" * 50)):
+        with pytest.raises(InputError, match=r"here.*cannot be decoded"):
+            _decode(data, lambda: "here")
+    at = whole.index(b"\xff\xc0")
+    whole[at + 5 : at + 9] = b"\xff\xff\xff\xff"  # 65535 x 65535
+    with pytest.raises(InputError, match=r"here: 65535 x 65535 pixels is beyond the limit|here: cannot be decoded"):
+        _decode(whole, lambda: "here")
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "text"])
+def test_damaged_tars_are_not_indexed(copied, damage):
+    tar = copied / "train" / "000001.tar"
+    tar.write_bytes({"empty": b"", "cut": tar.read_bytes()[:3000], "text": b"<html>" * 2000}[damage])
+    with pytest.raises(InputError, match=r"000001\.tar: not a whole tar file"):
+        main(["index", str(copied)])
+
+
+def test_one_key_in_two_tars_of_a_split(copied):
+    shutil.copy(copied / "train/000000.tar", copied / "train/000009.tar")
+    with pytest.raises(InputError, match=r"000009\.tar: the key 'train-000000' is in 000000\.tar, too"):
+        main(["index", str(copied)])
+
+
+@pytest.mark.parametrize("name", ["../evil.png", "/etc/evil.png", "a/../../evil.png"])
+def test_members_that_would_escape_are_refused(copied, name):
+    with tarfile.open(copied / "train/000009.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo(name))
+    with pytest.raises(InputError, match="not a plain relative name"):
+        main(["index", str(copied)])
+    with tarfile.open(copied / "train/000009.tar", "w") as tar:
+        link = tarfile.TarInfo("a.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    with pytest.raises(InputError, match="not a plain file"):
+        main(["index", str(copied)])
+
+
+def test_a_batch_is_not_overwritten_while_somebody_holds_it(shards):
+    split = Split(shards, "train")
+    plan = EpochPlan(split.shard_sizes(), 0)
+    kept = list(split.batches(plan, 0, 0, batch=4, rank=0, world=1, workers=0))
+    for batch in kept:
+        assert all((image[0].numpy() == split.image(int(p))).all() for p, image in zip(batch.index, batch.image, strict=True))
+    addresses = set()
+    for batch in split.batches(plan, 0, 0, batch=4, rank=0, world=1, workers=0):
+        addresses.add(batch.image.data_ptr())
+    assert len(addresses) <= 4, "memory is not used again"
+
+
+def test_an_error_in_a_loader_process_is_one_line(copied):
+    split = Split(copied, "train")
+    at = int(split.table[5]["image_at"])
+    tar = copied / "train/000000.tar"
+    data = bytearray(tar.read_bytes())
+    data[at : at + 20] = b"x" * 20
+    tar.write_bytes(data)
+    plan = EpochPlan(split.shard_sizes(), shuffle=False)
+    with pytest.raises(InputError, match=r"^\S*000000\.tar:train-000005: cannot be decoded.*remove it$"):
+        list(split.batches(plan, 0, 0, batch=4, rank=0, world=1, workers=1))

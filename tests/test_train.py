@@ -42,7 +42,7 @@ def test_every_task_backbone_and_policy_takes_two_steps(flags, t, b):
     job.state.epoch = 5  # the published lambda begins at 1
     job.net.train()
     split = job.splits["train"]
-    loader = split.loader(loop.EpochPlan(split.shard_sizes()), 5, 0, batch=4, rank=0, world=1, workers=0)
+    loader = split.batches(loop.EpochPlan(split.shard_sizes()), 5, 0, batch=4, rank=0, world=1, workers=0)
     before = {name: value.clone() for name, value in job.model.named_parameters()}
     for _, batch in zip(range(2), loader, strict=False):
         lam = job.balance.value(5)

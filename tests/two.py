@@ -28,7 +28,7 @@ def gradients(argv: list[str]) -> tuple[dict[str, torch.Tensor], list[list[int]]
     job.net.train()
     split, c, acc = job.splits["train"], job.config, job.accelerator
     plan = EpochPlan(split.shard_sizes(), c.seed)
-    loader = split.loader(plan, 0, 0, batch=c.batch, rank=acc.process_index, world=acc.num_processes, workers=0)
+    loader = split.batches(plan, 0, 0, batch=c.batch, rank=acc.process_index, world=acc.num_processes, workers=0)
     group = next(train._groups(loader, c.accumulate))
     job.step(group, c.balance.lam)
     return kept, [b.label.tolist() for b in group]

@@ -83,11 +83,11 @@ class Config:
     """Train a classifier that looks where the finding is."""
 
     shards: str
-    """Folder of packed shards with train and val (and test)."""
+    """Folder or URL (s3, gs, http, https, file) of packed shards with train and val (and test)."""
     out: str
     """Run folder to make."""
     task: str = "ne"
-    """ne, np, ns, nep, neps, or names of findings separated by commas; the first is class 0."""
+    """ne, np, ns, nc, nep, neps, or names of findings separated by commas; the first is class 0."""
     backbone: str = "pvt"
     """pvt, vgg, resnet (the published ones) or any timm model."""
     pretrained: str = "true"
@@ -164,7 +164,7 @@ class LungsTrainConfig:
     """Train a lung segmenter from shards with lung masks."""
 
     shards: str
-    """Folder of packed shards with lung masks (python -m shards masks, or phantom)."""
+    """Folder or URL of packed shards with lung masks (python -m shards masks, or phantom)."""
     out: str
     """Run folder to make; lung_unet.safetensors goes there."""
     width: int = 16

@@ -4,18 +4,21 @@ Legend: N images of a split, K classes, S pixels of a side.
 """
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from shards.errors import InputError, run
 from shards.sample import SPLITS
-from shards.stream import EpochPlan, Split, read_index
+from shards.store import open_store
+from shards.stream import EpochPlan, Split
 from trainer.augment import resize
 from trainer.classifier import FocusClassifier, normalize_cam
 from trainer.config import Config, from_yaml, parse
@@ -70,7 +73,7 @@ def evaluate(accelerator: Accelerator, model: FocusClassifier, split: Split, lun
     rank, world = accelerator.process_index, accelerator.num_processes
     training = model.training
     model.eval()
-    for batch in split.loader(plan, 0, 0, batch=config.batch, rank=rank, world=world, workers=config.workers):
+    for batch in split.batches(plan, 0, 0, batch=config.batch, rank=rank, world=world, workers=config.workers):
         raw, labels = batch.image.to(device), batch.label.to(device)
         images = resize(raw, size)
         names = [findings[k] for k in batch.label.tolist()]
@@ -99,7 +102,7 @@ def evaluate(accelerator: Accelerator, model: FocusClassifier, split: Split, lun
     assert (table[:, classes] == 1).all(), "every image is evaluated exactly once"
     logits, _, *parts = table.split([classes, 1, columns, 1, columns, 1, 1, 1], 1)
     expected, lesion, term = (torch.where(known > 0, value, torch.nan) for value, known in zip(parts[::2], parts[1::2], strict=True))
-    return Outcome(logits.float(), torch.from_numpy(split.labels), term[:, 0], expected, lesion)
+    return Outcome(logits.float(), torch.from_numpy(split.labels.astype(np.int64)), term[:, 0], expected, lesion)
 
 
 def lesion_regions(split: Split, index: torch.Tensor, stored: Sequence[int], size: int) -> torch.Tensor:
@@ -175,7 +178,7 @@ class EvaluateConfig:
     run: str
     """Run folder of trainer.train."""
     shards: str
-    """Folder of packed shards with val, or test, or both."""
+    """Folder or URL of packed shards with val, or test, or both."""
     out: str = ""
     """Folder for the reports; empty: the run folder for its own shards, RUN/evaluate_<dataset> for others."""
     batch: int = 32
@@ -191,15 +194,15 @@ class EvaluateConfig:
 def main(argv: list[str] | None = None) -> None:
     """Evaluate, write the reports, print where they are."""
     options = parse(EvaluateConfig, argv, prog="trainer.evaluate")
-    path, shards = Path(options.run), Path(options.shards)
+    path, store = Path(options.run), open_store(options.shards)
     config, model, segmenter, _ = open_run(path)
     accelerator = start(config.seed)
-    index = read_index(shards)
-    splits = {name: Split(shards, name, task_findings(config.task)) for name in SPLITS[1:] if name in index["splits"]}
+    index = store.index()
+    splits = {name: Split(store, name, task_findings(config.task)) for name in SPLITS[1:] if name in index["splits"]}
     if not splits:
-        raise InputError(f"--shards {shards}: has neither val nor test; pack one")
+        raise InputError(f"--shards {store.name}: has neither val nor test; pack one")
 
-    own = shards.resolve() == Path(config.shards).resolve()
+    own = os.path.realpath(options.shards) == os.path.realpath(config.shards)
     out = Path(options.out) if options.out else path if own else path / f"evaluate_{index['dataset']}"
     out.mkdir(parents=True, exist_ok=True)
     old = path / "report.json"

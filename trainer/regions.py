@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from shards.errors import InputError, nearest
-from shards.sample import EFFUSION, NO_FINDING, PNEUMOTHORAX, SUBCUTANEOUS_EMPHYSEMA
+from shards.sample import EFFUSION, NO_FINDING, PNEUMOTHORAX, SUBCUTANEOUS_EMPHYSEMA, TASKS
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,6 @@ RULES: dict[str, Rule] = {
     PNEUMOTHORAX: Rule(bottom=0.5),
     # As published: the band above the box belongs to the region, the band below it does not.
     SUBCUTANEOUS_EMPHYSEMA: Rule(bottom=math.inf, outside=True),
-}
-
-TASKS: dict[str, tuple[str, ...]] = {
-    "ne": (NO_FINDING, EFFUSION),
-    "np": (NO_FINDING, PNEUMOTHORAX),
-    "ns": (NO_FINDING, SUBCUTANEOUS_EMPHYSEMA),
-    "nep": (NO_FINDING, EFFUSION, PNEUMOTHORAX),
-    "neps": (NO_FINDING, EFFUSION, PNEUMOTHORAX, SUBCUTANEOUS_EMPHYSEMA),
 }
 
 

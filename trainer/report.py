@@ -56,7 +56,7 @@ def tiles(accelerator: Accelerator, model: FocusClassifier, split: Split, lungs:
     index = torch.as_tensor(np.array(chosen))
     device, size = accelerator.device, config.size
     raw = torch.from_numpy(np.stack([split.image(p) for p in chosen]))[:, None].to(device)
-    labels = torch.as_tensor(split.labels[chosen]).to(device)
+    labels = torch.as_tensor(split.labels[chosen].astype(np.int64)).to(device)
     names = [split.classes[k] for k in labels.tolist()]
     training = model.training
     with torch.no_grad(), accelerator.autocast():

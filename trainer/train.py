@@ -24,7 +24,8 @@ from accelerate.utils import broadcast
 from tqdm import tqdm
 
 from shards.errors import InputError, listed, run
-from shards.stream import Batch, EpochPlan, Split, read_index
+from shards.store import open_store
+from shards.stream import Batch, EpochPlan, Split
 from trainer import checkpoint
 from trainer.augment import augment, draw, resize
 from trainer.balance import Balance
@@ -97,7 +98,7 @@ class Trainer:
             self.net.train()
             logged = _Logged(acc.device)
             clock = time.monotonic()
-            loader = split.loader(plan, state.epoch, state.position, batch=c.batch, rank=rank, world=world, workers=c.workers)
+            loader = split.batches(plan, state.epoch, state.position, batch=c.batch, rank=rank, world=world, workers=c.workers)
             for group in _groups(loader, c.accumulate):
                 lam = self.balance.value(state.epoch)
                 sums = self.step(group, lam)
@@ -358,9 +359,9 @@ def build(config: Config) -> Trainer:
     """Check everything that can be checked, say what will happen, claim the run folder, make the parts."""
     trackers = None if config.tracker == "none" else config.tracker
     accelerator = start(config.seed, log_with=trackers, project_dir=config.out)
-    shards, out, findings = Path(config.shards), Path(config.out), task_findings(config.task)
-    index = read_index(shards)
-    splits = {name: Split(shards, name, findings) for name in ("train", "val", "test") if name in index["splits"] or name != "test"}
+    store, out, findings = open_store(config.shards), Path(config.out), task_findings(config.task)
+    index = store.index()
+    splits = {name: Split(store, name, findings) for name in ("train", "val", "test") if name in index["splits"] or name != "test"}
     total, world = len(splits["train"]), accelerator.num_processes
     per_step = config.batch * world * config.accumulate
     if per_step > total:

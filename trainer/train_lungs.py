@@ -52,7 +52,7 @@ def validate(accelerator: Accelerator, segmenter: LungSegmenter, split: Split, b
     table = torch.zeros(len(split), 3, device=accelerator.device)  # Dice, box IoU, counted
     plan = EpochPlan(split.shard_sizes(), shuffle=False)
     rank, world = accelerator.process_index, accelerator.num_processes
-    for got in split.loader(plan, 0, 0, batch=batch, rank=rank, world=world, workers=workers):
+    for got in split.batches(plan, 0, 0, batch=batch, rank=rank, world=world, workers=workers):
         assert got.mask is not None
         truth = got.mask.to(accelerator.device)
         with accelerator.autocast():
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(LungsTrainConfig, argv, prog="trainer.train_lungs")
     accelerator = start(config.seed)
     out = Path(config.out)
-    train, val = (Split(Path(config.shards), name, masks=True) for name in ("train", "val"))
+    train, val = (Split(config.shards, name, masks=True) for name in ("train", "val"))
     rank, world = accelerator.process_index, accelerator.num_processes
     if config.batch * world > len(train):
         raise InputError(f"--batch {config.batch} x {world} processes is more than the {len(train)} training images; lower --batch")
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     for epoch in range(config.epochs):
         model.train()
         total = torch.zeros((), device=accelerator.device)
-        for got in train.loader(plan, epoch, 0, batch=config.batch, rank=rank, world=world, workers=config.workers):
+        for got in train.batches(plan, epoch, 0, batch=config.batch, rank=rank, world=world, workers=config.workers):
             assert got.mask is not None  # the split was opened with masks
             images, masks = to_size(got.image.to(accelerator.device), got.mask.to(accelerator.device), config.size)
             moved = augment(images, draw(config.seed, epoch, got.index), config.augment, masks=masks)

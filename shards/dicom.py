@@ -1,0 +1,129 @@
+"""DICOM radiographs -> 8-bit images that look as a reader would see them, and nothing else of the patient.
+
+Needs the extra ``dicom`` (pydicom). Order of the standard (PS3.3 C.11): modality LUT or rescale, then VOI LUT or window,
+then the photometric interpretation.
+"""
+
+import hashlib
+import hmac
+import io
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shards.errors import InputError
+
+REMEDY = "DICOM needs pydicom: pip install 'cxr-focus[dicom]'"
+
+
+@dataclass
+class Header:
+    """What is read of a file's header; ``patient`` and ``uid`` only to be hashed."""
+
+    patient: str
+    uid: str
+    view: str
+
+
+def pseudonym(identity: str, salt: bytes) -> str:
+    """16 hex digits of HMAC-SHA256 (RFC 2104): the same for the same salt, and not to be guessed without it."""
+    return hmac.new(salt, identity.strip().encode(), hashlib.sha256).hexdigest()[:16]
+
+
+def read_header(path: Path) -> Header | str:
+    """The header of a DICOM image, or why it is none."""
+    pydicom = _pydicom()
+    try:
+        with path.open("rb") as file:
+            preamble = file.read(132)
+        if preamble[128:] != b"DICM" and path.suffix.lower() != ".dcm":
+            return "not a DICOM file"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about odd values in elements that are not used
+            data = pydicom.dcmread(path, stop_before_pixels=True, force=preamble[128:] != b"DICM")
+            if "Rows" not in data or "Columns" not in data:
+                return "a DICOM file without an image"
+            if int(data.get("NumberOfFrames", 1) or 1) > 1:
+                return "a DICOM file of several frames"
+            uid = str(data.get("SOPInstanceUID", "") or path.name)
+            return Header(str(data.get("PatientID", "") or ""), uid, str(data.get("ViewPosition", "") or ""))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except Exception as error:
+        raise InputError(f"{path}: is not a DICOM file that can be read ({error}); replace or remove it") from error
+
+
+def decode_dicom(data: bytes, where: str) -> np.ndarray:
+    """One frame as uint8 [H, W], bone bright: rescaled, windowed by the file's own LUT or window, MONOCHROME1 inverted.
+
+    Without a window the range of the values becomes the range of the grays. Raises InputError: not a DICOM image, several
+    frames, a compression that no installed decoder reads, more than `MAX_PIXELS` pixels.
+    """
+    from shards.sample import MAX_PIXELS
+
+    pydicom = _pydicom()
+    from pydicom.pixels.processing import apply_modality_lut, apply_voi_lut
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dataset = pydicom.dcmread(io.BytesIO(data), force=True)
+            if "Rows" not in dataset or "PixelData" not in dataset:
+                raise InputError(f"{where}: a DICOM file without an image; remove it")
+            if dataset.Rows * dataset.Columns > MAX_PIXELS:
+                raise InputError(f"{where}: {dataset.Columns} x {dataset.Rows} pixels is beyond the limit of {MAX_PIXELS} pixels")
+            if int(dataset.get("NumberOfFrames", 1) or 1) > 1:
+                raise InputError(f"{where}: has {dataset.NumberOfFrames} frames, a radiograph has one; remove it")
+            if "TransferSyntaxUID" not in getattr(dataset, "file_meta", {}):
+                dataset.file_meta = getattr(dataset, "file_meta", None) or pydicom.dataset.FileMetaDataset()
+                dataset.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
+            pixels = dataset.pixel_array
+            if pixels.ndim == 3:
+                return _luminance(pixels)
+            values = apply_voi_lut(apply_modality_lut(pixels, dataset), dataset).astype(np.float64)
+            low, high = _range(dataset, values)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{where}: cannot be decoded as a DICOM image ({_first_line(error)}); replace or remove it") from error
+    gray = np.clip((values - low) / max(high - low, 1e-9), 0, 1)
+    if dataset.get("PhotometricInterpretation", "") == "MONOCHROME1":
+        gray = 1 - gray
+    return np.rint(gray * 255).astype(np.uint8)
+
+
+def _range(dataset: Any, values: np.ndarray) -> tuple[float, float]:
+    """What is black and white. A VOI LUT and a window say it; otherwise the values that occur."""
+    if "VOILUTSequence" in dataset:
+        table = dataset.VOILUTSequence[0]
+        return 0.0, float(2 ** int(table.LUTDescriptor[2]) - 1)
+    if "WindowCenter" in dataset and "WindowWidth" in dataset and dataset.WindowWidth not in (None, ""):
+        # pydicom maps the window to the whole range that the stored bits have after rescaling.
+        slope, intercept = float(dataset.get("RescaleSlope", 1) or 1), float(dataset.get("RescaleIntercept", 0) or 0)
+        bits, signed = int(dataset.BitsStored), int(dataset.PixelRepresentation)
+        low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+        ends = sorted((low * slope + intercept, high * slope + intercept))
+        if "ModalityLUTSequence" not in dataset:
+            return ends[0], ends[1]
+    return float(values.min(initial=0)), float(values.max(initial=0))
+
+
+def _luminance(pixels: np.ndarray) -> np.ndarray:
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(pixels.astype(np.uint8)).convert("L"))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _pydicom() -> Any:
+    try:
+        import pydicom
+    except ModuleNotFoundError as error:
+        raise InputError(REMEDY) from error
+    return pydicom
