@@ -32,7 +32,7 @@ def call(*command: str) -> None:
 
 def launch(module: str, *flags: str) -> None:
     """The ordinary launch of an entry point."""
-    call("accelerate.commands.launch", "--config_file", "accelerate_config.yaml", "-m", module, *flags)
+    call("accelerate.commands.launch", "--quiet", "--config_file", "accelerate_config.yaml", "-m", module, *flags)
 
 
 def figures(run: Path) -> dict[str, float]:

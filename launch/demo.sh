@@ -12,7 +12,7 @@ mkdir -p "$out"; touch "$out/.cxr-focus-demo"
 # bf16 is fast only where the processor has it.
 precision=bf16
 if [ -r /proc/cpuinfo ] && ! grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo && ! command -v nvidia-smi >/dev/null; then precision=no; fi
-run() { accelerate launch --config_file accelerate_config.yaml --mixed_precision "$precision" -m "$@"; }
+run() { accelerate launch --quiet --config_file accelerate_config.yaml --mixed_precision "$precision" -m "$@"; }
 
 echo; echo "== 1/5  phantoms: synthetic radiographs with known lungs and lesions, as WebDataset shards"
 python -m shards phantom --out "$out/shards" --count 800 --size 128 --seed 0 --findings 'No Finding,Effusion,Pneumothorax'

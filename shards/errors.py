@@ -3,7 +3,10 @@
 import difflib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable
+
+ALONE = 3.0  # seconds after which a process says what the first one has not said
 
 
 class InputError(ValueError):
@@ -34,6 +37,8 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except InputError as error:
+        if rank:
+            time.sleep(ALONE)  # the first process most likely says the same; the launcher then ends this one
         print(f"{where}error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:

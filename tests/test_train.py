@@ -204,14 +204,51 @@ def test_resume_refuses_what_does_not_fit(flags, tmp_path):
     with pytest.raises(InputError, match="holds no run"):
         loop.main([*flags, "--resume"])
     loop.build(loop.resolve([*flags, "--epochs", "1"])).train()
-    with pytest.raises(InputError, match=r"made with --task ne, other images in the shards; leave that as it was"):
-        loop.main(["--out", out, "--resume", "--task", "np"])
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    for given, words in (
+        (("--task", "np"), "--task ne, other images in --shards"),
+        (("--balance.lam", "0.3"), "--balance.lam 0.5"),
+        (("--backbone", "resnet34"), "--backbone resnet18"),
+        (("--optim.lr", "0.1"), "--optim.lr 1e-05"),
+        (("--size", "96"), "--size 64"),
+    ):
+        with pytest.raises(InputError, match=f"made with {words}; leave that as it was"):
+            loop.main(["--out", out, "--resume", *given])
+        assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before, "a refused resume changed the run"
     (tmp_path / "run/checkpoints/last.pt").write_bytes(b"not a checkpoint")
     with pytest.raises(InputError, match="is not a checkpoint of this trainer"):
         loop.main(["--out", out, "--resume=true"])
-    (tmp_path / "run/checkpoints/last.pt").unlink()
-    with pytest.raises(InputError, match="no such checkpoint"):
-        loop.main(["--resume", "--out", out])
+
+
+def test_a_run_without_a_checkpoint_starts_from_the_beginning(flags, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = str(tmp_path / "run")
+    loop.build(loop.resolve([*flags, "--epochs", "1"]))
+    (tmp_path / "run/metrics.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    loop.main(["--resume", "--out", out])
+    assert "starts from the beginning" in capsys.readouterr().out
+    steps = [line["step"] for line in lines(tmp_path / "run") if "ce" in line]
+    assert steps == sorted(set(steps))
+
+
+def test_a_finished_run_is_left_as_it_is(flags, tmp_path, capsys):
+    out = str(tmp_path / "run")
+    loop.main([*flags, "--epochs", "1"])
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    loop.main(["--resume", "--out", out])
+    assert "nothing is left to train" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    loop.main(["--resume", "--out", out, "--epochs", "2", "--batch", "4"])
+    assert "note: images a step was 8 before, now it is 4" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run/report.json").read_text())["training"]["epochs"] == 2
+
+
+def test_a_task_without_regions_is_plain_cross_entropy(tmp_path, segmenter, flags):
+    config = loop.resolve([*flags, "--task", "No Finding,Cardiomegaly"])
+    assert not config.attends
+    assert loop.resolve([*flags, "--task", "No Finding,Cardiomegaly,Effusion"]).attends
 
 
 def test_patience_is_reset_by_a_better_model_and_ends_the_run(flags, monkeypatch):
@@ -308,7 +345,7 @@ def test_two_processes_have_the_gradient_of_one(flags, tmp_path, form):
 def test_processes_that_do_not_see_each_other_are_told_so(flags, tmp_path):
     # With `use_cpu: true` accelerate starts two processes that, since 1.11 or so, each believe they are alone.
     text = (ROOT / "accelerate_config.yaml").read_text()
-    (tmp_path / "wrong.yaml").write_text(text.replace("num_processes: 1", "num_processes: 2") + "use_cpu: true\n")
+    (tmp_path / "wrong.yaml").write_text(text.replace("num_processes: 1", "num_processes: 2").replace("'NO'", "MULTI_GPU") + "use_cpu: true\n")
     start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "wrong.yaml"), "-m", "trainer.train", *flags, "--epochs", "1"]
     done = subprocess.run(start, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300)
     if done.returncode == 0:  # older ones do what was meant
@@ -340,7 +377,8 @@ def test_a_tracker_that_fails_is_a_warning(tmp_path):
         end_training = log
 
     with pytest.warns(UserWarning, match=r"tracking with tensorboard ended \(ConnectionError: no route to host\); the run goes on"):
-        tracking = Tracking(Broken(), "tensorboard", tmp_path, {})
+        tracking = Tracking(Broken(), "tensorboard")
+        tracking.start(tmp_path, {})
     tracking.log({"ce": 1.0}, 1)  # nothing is called any more
     tracking.finish()
 

@@ -17,13 +17,14 @@ def write_atomic(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def claim(accelerator: Accelerator, out: Path, config: str) -> None:
+def claim(accelerator: Accelerator, out: Path, config: str, *, resumable: bool = True) -> None:
     """Make the run folder with its config.yaml; InputError on every process if it already holds something."""
     taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
     accelerator.wait_for_everyone()  # all have looked before anybody writes
     if taken:
         what = "another run" if (out / "config.yaml").is_file() else "other files"
-        raise InputError(f"--out {out}: already holds {what}; choose another folder, remove it, or go on with that run by --resume")
+        remedy = "choose another folder, remove it, or go on with that run by --resume" if resumable else "choose another folder, or remove it"
+        raise InputError(f"--out {out}: already holds {what}; {remedy}")
     if accelerator.is_main_process:
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -43,8 +44,6 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 def load(path: Path) -> dict[str, Any]:
     """Read what `save` wrote, without executing anything in it."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such checkpoint; was the run stopped before its first one? Start it again without --resume")
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged or hostile file

@@ -15,7 +15,7 @@ import yaml
 
 from shards.errors import InputError, nearest
 from trainer.augment import Strength
-from trainer.regions import task_findings
+from trainer.regions import RULES, task_findings
 
 Form = Literal["published", "coverage", "energy"]
 Policy = Literal["fixed", "published", "ratio"]
@@ -112,7 +112,7 @@ class Config:
     augment: Strength = field(default_factory=Strength)
     lungs: LungsConfig = field(default_factory=LungsConfig)
     tracker: Literal["none", "wandb", "tensorboard"] = "wandb"
-    """wandb is offline unless you are logged in."""
+    """wandb stays in the run folder unless you are logged in; then scalars, settings and a panel of test images go to its server."""
     workers: int = 2
     """Loader processes per process; 0: read in the training process."""
     log_every: int = 10
@@ -155,8 +155,9 @@ class Config:
 
     @property
     def attends(self) -> bool:
-        """Whether attention is trained at all: lambda = 1 is plain cross-entropy."""
-        return not (self.balance.policy == "fixed" and self.balance.lam == 1.0)
+        """Whether attention is trained at all: lambda = 1 is plain cross-entropy, and so is a task whose findings have no region."""
+        findings = task_findings(self.task)
+        return not (self.balance.policy == "fixed" and self.balance.lam == 1.0) and any(name in RULES for name in findings)
 
 
 @dataclass
@@ -299,6 +300,14 @@ def _check_names(kind: type, content: dict[str, Any], path: Path, prefix: str) -
             if not isinstance(value, dict):
                 raise InputError(f"--config {path}: {prefix}{name} is a section; expected `name: value` lines under it")
             _check_names(section, value, path, f"{prefix}{name}.")
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as ``{"optim.lr": 1e-5, ...}``."""
+    named: dict[str, Any] = {}
+    for name, value in settings.items():
+        named |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return named
 
 
 def to_yaml(config: Any) -> str:

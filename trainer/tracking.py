@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 
+from trainer.config import flat
+
 PROJECT = "cxr-focus"
 WANDB_SECONDS = 60.0  # well below the time after which waiting processes give up
 
@@ -19,13 +21,14 @@ class Tracking:
     Args:
         accelerator: made with ``log_with`` of the same kind.
         kind: none, wandb or tensorboard.
-        run: the run folder; offline data goes there.
-        config: the resolved configuration.
     """
 
-    def __init__(self, accelerator: Accelerator, kind: str, run: Path, config: dict[str, Any]) -> None:
+    def __init__(self, accelerator: Accelerator, kind: str) -> None:
         self.accelerator, self.kind = accelerator, kind
         self.alive = kind != "none" and accelerator.is_main_process
+
+    def start(self, run: Path, config: dict[str, Any]) -> None:
+        """Open the tracker. ``run``: the run folder, where offline data goes; ``config``: the resolved settings."""
         self._attempt(lambda: self._start(run, config))
 
     def _start(self, run: Path, config: dict[str, Any]) -> None:
@@ -34,9 +37,11 @@ class Tracking:
             import wandb
 
             mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
+            if mode == "online":
+                print("wandb: you are logged in, so scalars, settings and the panel of test radiographs go to its server; --tracker none keeps them here")
             settings = wandb.Settings(init_timeout=WANDB_SECONDS, silent=True)
             options = {"wandb": {"mode": mode, "dir": str(run), "name": run.name, "settings": settings}}
-        self.accelerator.init_trackers(PROJECT, config=_flat(config), init_kwargs=options)
+        self.accelerator.init_trackers(PROJECT, config=flat(config), init_kwargs=options)
         if not self.accelerator.trackers:
             raise ModuleNotFoundError(f"{self.kind} is not installed")
 
@@ -75,10 +80,3 @@ def _logged_in() -> bool:
     import wandb
 
     return bool(wandb.login(prompt=False))
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat

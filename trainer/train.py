@@ -30,7 +30,7 @@ from trainer import checkpoint
 from trainer.augment import augment, draw, resize
 from trainer.balance import Balance
 from trainer.classifier import FocusClassifier, normalize_cam
-from trainer.config import Config, OptimConfig, parse, to_yaml
+from trainer.config import Config, OptimConfig, flat, parse, to_yaml
 from trainer.evaluate import LUNGS, MODEL, Outcome, evaluate, finish, open_run, save_model
 from trainer.launching import Accelerator, start
 from trainer.losses import attention, attention_term, classification
@@ -78,6 +78,7 @@ class Trainer:
     balance: Balance
     lungs: dict[str, LungBoxes]
     tracking: Tracking
+    identity: dict[str, Any]
     state: State = field(default_factory=State)
 
     def train(self) -> None:
@@ -94,13 +95,13 @@ class Trainer:
             mininterval=1.0 if sys.stderr.isatty() else 15.0,
             dynamic_ncols=True,
         )
-        while state.epoch < c.epochs and state.since_best < c.patience:
+        while not self.done:
             self.net.train()
             logged = _Logged(acc.device)
             clock = time.monotonic()
             loader = split.batches(plan, state.epoch, state.position, batch=c.batch, rank=rank, world=world, workers=c.workers)
             for group in _groups(loader, c.accumulate):
-                lam = self.balance.value(state.epoch)
+                lam = self.balance.value(state.epoch) if c.attends else 1.0
                 sums = self.step(group, lam)
                 if self.balance.follows_losses:
                     self.balance.update(acc.reduce(sums, "sum").cpu())
@@ -213,7 +214,7 @@ class Trainer:
         for buffer in self.model.buffers():
             broadcast(buffer)  # each process kept its own BatchNorm statistics since the last forward
         outcome = evaluate(acc, self.model, self.splits["val"], self.lungs.get("val"), c, look=c.attends)
-        figures = validation_figures(outcome, self.balance.value(state.epoch), c)
+        figures = validation_figures(outcome, self.balance.value(state.epoch) if c.attends else 1.0, c)
         if c.optim.schedule == "plateau":
             self.schedule.step(figures["val_weighted" if c.optim.watch == "weighted" else "val_loss"])
         score = -figures["val_loss"] if c.best == "loss" else figures[f"val_{c.best}"]
@@ -237,7 +238,8 @@ class Trainer:
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             content = {
-                "identity": identity(self.config, self.splits),
+                "identity": self.identity,
+                "launch": self.launch(),
                 "state": asdict(self.state),
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
@@ -249,15 +251,30 @@ class Trainer:
             checkpoint.save(Path(self.config.out) / "checkpoints" / "last.pt", content)
         self.accelerator.wait_for_everyone()
 
+    def launch(self) -> dict[str, Any]:
+        """How the run is carried out: it may change, but not unsaid."""
+        c, acc = self.config, self.accelerator
+        return {"images a step": c.batch * acc.num_processes * c.accumulate, "precision": acc.mixed_precision}
+
     def restore(self) -> None:
         """Model, optimizer, schedule, scaler, lambda, boxes, position; then the log is cut back to that step."""
         out = Path(self.config.out)
-        content = checkpoint.load(out / "checkpoints" / "last.pt")
-        mine = identity(self.config, self.splits)
-        other = [name for name, value in mine.items() if content["identity"].get(name) != value]
+        path = out / "checkpoints" / "last.pt"
+        if not path.is_file():
+            self.accelerator.print(f"{out} was stopped before its first checkpoint: it starts from the beginning")
+            if self.accelerator.is_main_process:
+                checkpoint.rewind(out / "metrics.jsonl", -1)
+            return
+        content = checkpoint.load(path)
+        was = content["identity"]
+        other = [name for name, value in self.identity.items() if was.get(name) != value]
         if other:
-            was = [f"--{name} {content['identity'].get(name)}" if name != "shards" else "other images in the shards" for name in other]
-            raise InputError(f"--resume {out}: the run was made with {listed(was)}; leave that as it was, or start a new run")
+            special = {"shards": "other images in --shards", "lungs.weights": "another --lungs.weights"}
+            told = [special.get(name) or f"--{name} {was.get(name)}" for name in other]
+            raise InputError(f"--resume {out}: the run was made with {listed(told)}; leave that as it was, or start a new run")
+        for name, value in self.launch().items():
+            if content["launch"][name] != value:
+                self.accelerator.print(f"note: {name} was {content['launch'][name]} before, now it is {value}")
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.schedule.load_state_dict(content["schedule"])
@@ -266,11 +283,16 @@ class Trainer:
         self.balance.load_state_dict(content["balance"])
         for name, boxes in self.lungs.items():
             if name in content["boxes"] and not boxes.memory.load_state_dict(content["boxes"][name]):
-                self.accelerator.print(f"the boxes of {name} belong to another segmenter; they are found again")
+                self.accelerator.print(f"the {name} images are not those that were segmented before; their boxes are found again")
         self.state = State(**content["state"])
         if self.accelerator.is_main_process:
             checkpoint.rewind(out / "metrics.jsonl", self.state.step)
-        self.accelerator.print(f"resumed after step {self.state.step}: epoch {self.state.epoch + 1}, image {self.state.position}")
+        self.accelerator.print(f"resumed after step {self.state.step}, epoch {self.state.epoch} and {self.state.position} images")
+
+    @property
+    def done(self) -> bool:
+        """Whether epochs or patience are used up."""
+        return self.state.epoch >= self.config.epochs or self.state.since_best >= self.config.patience
 
 
 class _Logged:
@@ -319,10 +341,14 @@ def share_boxes(accelerator: Accelerator, boxes: LungBoxes) -> None:
         boxes.memory.table = table.cpu()
 
 
-def identity(config: Config, splits: dict[str, Split]) -> dict[str, Any]:
-    """What may not change when a run is resumed."""
-    own = {"task": config.task, "backbone": config.backbone, "size": config.size, "seed": config.seed, "attention.layer": config.attention.layer}
-    return own | {"optim.name": config.optim.name, "optim.schedule": config.optim.schedule, "shards": splits["train"].fingerprint}
+# Settings that a resumed run may change. All others shape the model: it would not be the one that its config.yaml describes.
+MAY_CHANGE = {"shards", "out", "epochs", "patience", "batch", "accumulate", "workers", "log_every", "save_every", "tracker", "resume", "lungs.weights"}
+
+
+def identity(config: Config, splits: dict[str, Split], segmenter: str) -> dict[str, Any]:
+    """What may not change when a run is resumed: settings, training images, the segmenter's weights."""
+    own = {name: value for name, value in flat(asdict(config)).items() if name not in MAY_CHANGE}
+    return own | {"shards": splits["train"].fingerprint, "lungs.weights": segmenter}
 
 
 def make_optimizer(model: torch.nn.Module, o: OptimConfig, steps: int) -> tuple[torch.optim.Optimizer, Any]:
@@ -352,7 +378,12 @@ def resolve(argv: list[str] | None) -> Config:
             if not (seen.out / "config.yaml").is_file():
                 raise InputError(f"--resume: {seen.out} holds no run (no config.yaml); start it without --resume")
             argv = ["--config", str(seen.out / "config.yaml"), *argv]
-    return parse(Config, argv, prog="trainer.train")
+    config = parse(Config, argv, prog="trainer.train")
+    # A run may be resumed from another working folder.
+    config.shards = config.shards if "://" in config.shards else os.path.abspath(config.shards)
+    config.lungs.weights = config.lungs.weights and os.path.abspath(config.lungs.weights)
+    config.pretrained = os.path.abspath(config.pretrained) if os.path.isfile(config.pretrained) else config.pretrained
+    return config
 
 
 def build(config: Config) -> Trainer:
@@ -369,15 +400,12 @@ def build(config: Config) -> Trainer:
             f"--batch {config.batch} x {world} processes x --accumulate {config.accumulate} = {per_step} images a step, but the train "
             f"split has {total}; lower --batch to at most {max(1, total // (world * config.accumulate))}"
         )
-    segmenter = load_segmenter(config.lungs.weights or None) if config.attends or config.lungs.weights else None
+    own = out / LUNGS  # the run's copy, if the file it came from is gone
+    weights = own if config.resume and own.is_file() and not os.path.exists(config.lungs.weights) else config.lungs.weights
+    segmenter = load_segmenter(weights or None) if config.attends or weights else None
     model = FocusClassifier(config.backbone, len(findings), size=config.size, pretrained=config.pretrained, layer=config.attention.layer)
-    stored = to_yaml(replace(config, resume=False))
     if not config.resume:
-        checkpoint.claim(accelerator, out, stored)
-    elif accelerator.is_main_process:
-        checkpoint.write_atomic(out / "config.yaml", stored)
-    if segmenter is not None and accelerator.is_main_process:
-        segmenter.save(out / LUNGS)
+        checkpoint.claim(accelerator, out, to_yaml(config))
 
     accelerator.print(
         f"{config.batch} images x {world} processes x {config.accumulate} accumulated = {per_step} a step; "
@@ -386,12 +414,12 @@ def build(config: Config) -> Trainer:
     for name, split in splits.items():
         left = f"; {split.left_out} others left out (not exactly one finding of the task)" if split.left_out else ""
         accelerator.print(f"{name}: {', '.join(f'{n} {finding}' for finding, n in split.counts().items())}{left}")
-    if config.attends and without_rule(findings):
+    if without_rule(findings):
         accelerator.print(f"no region is known for {listed(without_rule(findings))}: classification only, no attention loss for them")
     if segmenter is None:
         accelerator.print("no lung segmenter (--lungs.weights): the report will have no localization against expected regions")
 
-    lungs = {}
+    lungs, key = {}, ""
     if segmenter is not None:
         segmenter.to(accelerator.device).to(memory_format=torch.channels_last)
         key = segmenter.fingerprint()
@@ -399,10 +427,16 @@ def build(config: Config) -> Trainer:
     raw, schedule = make_optimizer(model, config.optim, config.epochs * -(-total // per_step))
     net, optimizer = accelerator.prepare(model, raw)
     balance = Balance(config.balance.policy, config.balance.lam, config.balance.low, config.balance.high)
-    tracking = Tracking(accelerator, config.tracker, out, asdict(config))
-    trainer = Trainer(config, accelerator, splits, accelerator.unwrap_model(net), net, optimizer, schedule, balance, lungs, tracking)
+    tracking = Tracking(accelerator, config.tracker)
+    parts = config, accelerator, splits, accelerator.unwrap_model(net), net, optimizer, schedule, balance, lungs, tracking
+    trainer = Trainer(*parts, identity(config, splits, key))
     if config.resume:
         trainer.restore()
+    if accelerator.is_main_process:  # a resume that is refused has changed nothing
+        checkpoint.write_atomic(out / "config.yaml", to_yaml(replace(config, resume=False)))
+        if segmenter is not None:
+            segmenter.save(out / LUNGS)
+    tracking.start(out, asdict(config))
     return trainer
 
 
@@ -411,8 +445,12 @@ def main(argv: list[str] | None = None) -> None:
     if "OMP_NUM_THREADS" not in os.environ and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         torch.set_num_threads(max(1, os.cpu_count() or 1))
     trainer = build(resolve(argv))
-    trainer.train()
     acc, config, state, out = trainer.accelerator, trainer.config, trainer.state, Path(trainer.config.out)
+    if trainer.done and (out / "report.json").is_file():
+        acc.print(f"nothing is left to train: {out} has its {state.epoch} epochs and its report; raise --epochs to go on")
+        trainer.tracking.finish()
+        return
+    trainer.train()
     acc.wait_for_everyone()
     _, best, _, _ = open_run(out)
     trainer.model.load_state_dict(best.state_dict())

@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     rank, world = accelerator.process_index, accelerator.num_processes
     if config.batch * world > len(train):
         raise InputError(f"--batch {config.batch} x {world} processes is more than the {len(train)} training images; lower --batch")
-    claim(accelerator, out, to_yaml(config))
+    claim(accelerator, out, to_yaml(config), resumable=False)
 
     segmenter = LungSegmenter(config.width, config.size).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(segmenter.parameters(), lr=config.lr, weight_decay=1e-2)
