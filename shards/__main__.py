@@ -1,6 +1,7 @@
 """python -m shards {phantom,nih,folder,csv,dicom,masks,index,verify}: make shards, and check them."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -98,10 +99,13 @@ def parser() -> tuple[_Parser, dict[str, _Parser]]:
 def main(argv: list[str] | None = None) -> None:
     """Parse and run one command."""
     whole, commands = parser()
-    arguments, unknown = whole.parse_known_args(argv)
-    if unknown:
-        flags = list(commands[arguments.command]._option_string_actions)
-        raise InputError(f"unknown argument {unknown[0]!r}; {nearest(unknown[0].partition('=')[0], flags)}")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0] in commands:
+        flags = list(commands[argv[0]]._option_string_actions)
+        for token in argv[1:]:  # before argparse complains that what is misspelt is missing
+            if token.startswith("--") and token.partition("=")[0] not in flags:
+                raise InputError(f"unknown flag {token!r}; {nearest(token.partition('=')[0], flags)}")
+    arguments = whole.parse_args(argv)
     globals()[f"_{arguments.command}"](arguments)
 
 
@@ -230,6 +234,8 @@ def _part(text: str) -> tuple[int, int] | None:
 def _made(index: dict[str, Any], out: Path) -> None:
     _table(index)
     skipped = index.get("skipped", [])
+    if "train" in index["splits"] and "val" not in index["splits"]:
+        print("there is no val split: training needs train and val")
     if skipped:
         print(f"skipped {len(skipped)} that could not be used, listed in {out / 'index.json'}; the first: {listed((s['why'] for s in skipped), 3)}")
     print(f"wrote {out}")

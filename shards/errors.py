@@ -19,6 +19,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if close:
         return f"did you mean {' or '.join(close)}?"
+    if not known:
+        return "none is known"
     shown = ", ".join(known[:12])
     return f"known are: {shown}{', ...' if len(known) > 12 else ''}"
 

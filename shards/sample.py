@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from shards.errors import InputError
 
@@ -106,8 +106,8 @@ def _decode(data: bytes | bytearray, where: str) -> Image.Image:
     except InputError:
         raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        size = f"{len(data)} bytes"
-        raise InputError(f"{where}: cannot be decoded as an image ({size}; {error}); replace or remove it") from error
+        why = "no known image format" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise InputError(f"{where}: cannot be decoded as an image ({len(data)} bytes; {why}); replace or remove it") from error
 
 
 def _to_8_bit(values: np.ndarray) -> np.ndarray:

@@ -106,6 +106,8 @@ class Split(Dataset["Batch | InputError"]):
                     "pack them with `python -m shards masks` or `python -m shards phantom`"
                 )
             return np.arange(entry["samples"]), np.zeros(entry["samples"], np.int16)
+        if not index["findings"]:
+            raise InputError(f"{self.store.name}: its images have no findings; are these shards of lung masks?")
         for name in self.classes:
             if name not in index["findings"]:
                 raise InputError(f"{self.store.name}: has no images with finding {name!r}; {nearest(name, index['findings'])}")

@@ -1,6 +1,7 @@
 """The run folder on disk: claiming it, atomic checkpoints, resuming everything."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,13 @@ def write_atomic(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text)
     partial.replace(path)
+
+
+def readable(path: Path) -> None:
+    """Give a file the usual rights: safetensors writes it for its owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def claim(accelerator: Accelerator, out: Path, config: str, *, resumable: bool = True) -> None:

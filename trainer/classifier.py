@@ -208,15 +208,15 @@ def _create(name: str, classes: int, size: int, pretrained: str) -> nn.Module:
     if cfg is not None and cfg.fixed_input_size:
         options["img_size"] = size
     try:
-        if pretrained != "true":
+        if pretrained.lower() != "true":
             net = timm.create_model(name, pretrained=False, **options)
-            return net if pretrained == "false" else _load_file(net, Path(pretrained))
+            return net if pretrained.lower() == "false" else _load_file(net, Path(pretrained))
         with _hub(), contextlib.redirect_stderr(None):
             return timm.create_model(name, pretrained=True, **options)
     except InputError:
         raise
     except Exception as error:  # every backend of the hub raises its own kinds
-        if pretrained == "true":
+        if pretrained.lower() == "true":
             raise InputError(
                 f"--backbone {name}: no ImageNet weights to be had ({type(error).__name__}: no network, or the hub has none). "
                 "Give them as a file, --pretrained FILE (safetensors or a state dict), or train from scratch with --pretrained false"

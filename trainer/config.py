@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -198,9 +199,22 @@ class LungsTrainConfig:
         return found
 
 
+KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+
+
 class _Parser(jsonargparse.ArgumentParser):
     def error(self, message: str, *_: Any) -> None:  # type: ignore[override]
-        raise InputError(" ".join(str(message).replace("Parser key", "flag").split()) + "; see --help")
+        text = " ".join(str(message).split()).removeprefix('Parser key "config": ').removesuffix("; see --help")  # told twice
+        wrong = re.search(r'Parser key "(.*?)": .*?Expected a (.*)\. Got value: (.*)', text)
+        missing = re.fullmatch(r"the following arguments are required: (.*)", text)
+        if wrong:
+            name, kind, value = wrong.groups()
+            choice = re.findall(r"'([^']*)'", kind)
+            expected = f"one of {', '.join(choice)}" if "Literal" in kind else " or ".join(KINDS.get(k, k) for k in choice)
+            text = f"--{name} {value}: expected {expected}"
+        elif missing:
+            text = "missing: " + ", ".join(f"--{name.strip()}" for name in missing[1].split(","))
+        raise InputError(f"{text}; see --help")
 
 
 def parse(kind: type[T], argv: list[str] | None = None, *, prog: str = "") -> T:
@@ -217,9 +231,8 @@ def parse(kind: type[T], argv: list[str] | None = None, *, prog: str = "") -> T:
         name = token.partition("=")[0]
         if name.startswith("--") and name not in flags:
             raise InputError(f"unknown flag {name}; {nearest(name, flags)}")
-    for file in files:
-        _check_yaml(kind, Path(file))
-    namespace = parser.parse_args([part for file in files for part in ("--config", file)] + argv)
+    settings = [yaml.safe_dump(_read_yaml(kind, Path(file))) for file in files]
+    namespace = parser.parse_args([part for text in settings for part in ("--config", text)] + argv)
     config = kind(**_sections(kind, namespace))
     problems = config.problems()  # type: ignore[attr-defined]
     if problems:
@@ -278,7 +291,7 @@ def _bare_switches(kind: type, argv: list[str]) -> list[str]:
     return done
 
 
-def _check_yaml(kind: type, path: Path) -> None:
+def _read_yaml(kind: type, path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -288,6 +301,7 @@ def _check_yaml(kind: type, path: Path) -> None:
     if not isinstance(content, dict):
         raise InputError(f"--config {path}: expected settings as `name: value` lines")
     _check_names(kind, content, path, "")
+    return content
 
 
 def _check_names(kind: type, content: dict[str, Any], path: Path, prefix: str) -> None:
@@ -300,6 +314,8 @@ def _check_names(kind: type, content: dict[str, Any], path: Path, prefix: str) -
             if not isinstance(value, dict):
                 raise InputError(f"--config {path}: {prefix}{name} is a section; expected `name: value` lines under it")
             _check_names(section, value, path, f"{prefix}{name}.")
+        elif section is str and isinstance(value, bool):
+            content[name] = str(value).lower()
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

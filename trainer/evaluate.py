@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,15 @@ from shards.errors import InputError, run
 from shards.sample import SPLITS
 from shards.store import open_store
 from shards.stream import EpochPlan, Split
+from trainer import __version__
 from trainer.augment import resize
+from trainer.checkpoint import readable
 from trainer.classifier import FocusClassifier, normalize_cam
 from trainer.config import Config, from_yaml, parse
 from trainer.launching import Accelerator, start
 from trainer.losses import attention_term
 from trainer.lungs import LungBoxes, LungSegmenter, load_segmenter
-from trainer.metrics import LOCALIZATION, classification_report, localize, summarize
+from trainer.metrics import LOCALIZATION, auc_interval, classification_report, localize, summarize, wilson
 from trainer.regions import finding_regions, task_findings
 
 MODEL, LUNGS = "model.safetensors", "lungs.safetensors"
@@ -46,9 +49,11 @@ class Outcome:
     expected: torch.Tensor
     lesion: torch.Tensor
 
-    def report(self, findings: tuple[str, ...]) -> dict[str, Any]:
+    def report(self, findings: tuple[str, ...], *, intervals: bool = False) -> dict[str, Any]:
         """Classification and localization figures; the two kinds of localization are never mixed."""
         figures = classification_report(self.logits, self.labels)
+        if intervals:
+            figures |= {"accuracy_95": wilson(figures["accuracy"], len(self.labels)), "auc_95": auc_interval(self.logits, self.labels)}
         figures["localization"] = {}
         for kind, table in (("expected", self.expected), ("lesion", self.lesion)):
             known = ~table[:, 0].isnan()
@@ -131,6 +136,7 @@ def save_model(path: Path, model: FocusClassifier, config: Config, stored_size: 
     }
     partial = path.with_name(f".{path.name}.partial")
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}, partial, metadata=metadata)
+    readable(partial)
     partial.replace(path)
 
 
@@ -138,6 +144,8 @@ def open_run(path: Path) -> tuple[Config, FocusClassifier, LungSegmenter | None,
     """Configuration, best model in eval mode, lung segmenter (None: trained without) and the model's metadata."""
     if not (path / "config.yaml").is_file():
         raise InputError(f"--run {path}: is not a run folder (no config.yaml)")
+    if (path / "lung_unet.safetensors").is_file():
+        raise InputError(f"--run {path}: is a run of trainer.train_lungs; name one of trainer.train")
     if not (path / MODEL).is_file():
         raise InputError(f"--run {path}: has no {MODEL} yet; train it, or go on with `-m trainer.train --out {path} --resume`")
     config = from_yaml(Config, path / "config.yaml")
@@ -147,7 +155,8 @@ def open_run(path: Path) -> tuple[Config, FocusClassifier, LungSegmenter | None,
         model = FocusClassifier(config.backbone, len(task_findings(config.task)), size=config.size, pretrained="false", layer=config.attention.layer)
         model.load_state_dict(load_file(path / MODEL))
     except (SafetensorError, OSError, RuntimeError) as error:
-        raise InputError(f"{path / MODEL}: does not fit the run's config.yaml ({str(error).splitlines()[0]})") from error
+        why = " ".join(str(error).split())[:200]
+        raise InputError(f"{path / MODEL}: does not fit the run's config.yaml ({why}); was one of the two changed?") from error
     segmenter = load_segmenter(path / LUNGS) if (path / LUNGS).is_file() else None
     return config, model.eval(), segmenter, metadata
 
@@ -161,8 +170,9 @@ def finish(
     findings = task_findings(config.task)
     outcomes: dict[str, Outcome] = {name: evaluate(accelerator, model, splits[name], lungs.get(name), config) for name in ("val", "test") if name in splits}
     content: dict[str, Any] = {"findings": findings, "dataset": next(iter(splits.values())).dataset, "training": training}
+    content["written"] = f"cxr-focus {__version__}, {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}"
     content["lungs_not_found"] = {name: len(boxes.memory.not_found()) for name, boxes in lungs.items()}
-    content |= {name: outcome.report(findings) for name, outcome in outcomes.items()} | {"config": asdict(config)}
+    content |= {name: outcome.report(findings, intervals=True) for name, outcome in outcomes.items()} | {"config": asdict(config)}
     if accelerator.is_main_process:
         shown = "test" if "test" in splits else "val"
         tiles = report.tiles(accelerator, model, splits[shown], lungs.get(shown), config)
@@ -195,7 +205,7 @@ def main(argv: list[str] | None = None) -> None:
     """Evaluate, write the reports, print where they are."""
     options = parse(EvaluateConfig, argv, prog="trainer.evaluate")
     path, store = Path(options.run), open_store(options.shards)
-    config, model, segmenter, _ = open_run(path)
+    config, model, segmenter, metadata = open_run(path)
     accelerator = start(config.seed)
     index = store.index()
     splits = {name: Split(store, name, task_findings(config.task)) for name in SPLITS[1:] if name in index["splits"]}
@@ -206,7 +216,9 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(options.out) if options.out else path if own else path / f"evaluate_{index['dataset']}"
     out.mkdir(parents=True, exist_ok=True)
     old = path / "report.json"
-    training = json.loads(old.read_text())["training"] if old.is_file() else {}
+    training = json.loads(old.read_text())["training"] if old.is_file() else {"unfinished": True, "best_epoch": int(metadata["epoch"]) + 1}
+    if training.get("unfinished") and accelerator.is_main_process:
+        print(f"{path} has not finished: these are figures of its best model so far, of epoch {training['best_epoch']}")
     config.batch, config.workers = options.batch, options.workers
     model.to(accelerator.device)
     lungs = {}
@@ -217,7 +229,7 @@ def main(argv: list[str] | None = None) -> None:
     if accelerator.is_main_process:
         from trainer import report
 
-        print(report.table({path.name: content}))
+        print(report.table({path.resolve().name: content}))
         print(f"wrote {out / 'report.html'}")
 
 

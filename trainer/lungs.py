@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from shards.errors import InputError, listed
+from trainer.checkpoint import readable
 
 PUBLISHED_WIDTH, PUBLISHED_SIZE = 64, 512
 
@@ -137,6 +138,7 @@ class LungSegmenter(nn.Module):
         partial = path.with_name(f".{path.name}.partial")
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.unet.state_dict().items()}
         save_file(tensors, partial, metadata={"lung_unet": json.dumps(self.settings)})
+        readable(partial)
         partial.replace(path)
 
 
@@ -158,6 +160,8 @@ def load_segmenter(path: str | Path | None = None) -> LungSegmenter:
     path = Path(path)
     if path.is_dir() and (path / "lung_unet.safetensors").is_file():
         path = path / "lung_unet.safetensors"
+    if path.is_dir():
+        raise InputError(f"--lungs.weights {path}: has no lung_unet.safetensors; name a run folder of trainer.train_lungs, or a file")
     if not path.is_file():
         raise InputError(f"--lungs.weights {path}: no such file; trainer.train_lungs writes RUN/lung_unet.safetensors")
     try:
@@ -166,7 +170,8 @@ def load_segmenter(path: str | Path | None = None) -> LungSegmenter:
             segmenter = LungSegmenter(settings.pop("width"), settings.pop("size"), **settings)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"--lungs.weights {path}: not a lung segmenter of trainer.train_lungs ({error})") from error
+        why = "it has no settings of one" if isinstance(error, KeyError) else error
+        raise InputError(f"--lungs.weights {path}: not a lung segmenter of trainer.train_lungs ({why})") from error
     _check_tensors(segmenter.unet, tensors, path)
     segmenter.unet.load_state_dict(tensors)
     return segmenter.eval().requires_grad_(False)

@@ -112,7 +112,10 @@ def localize(cam: torch.Tensor, region: torch.Tensor, threshold: float) -> torch
 
 
 def summarize(rows: torch.Tensor, names: tuple[str, ...] = LOCALIZATION) -> dict[str, Any] | None:
-    """Mean and 95% interval (normal approximation) of each column of [n,C]; None for n = 0."""
+    """Mean and 95% interval of each column of [n,C]; None for n = 0.
+
+    The interval is Wilson's for ``pointing``, a proportion (Wilson 1927), else the normal approximation of the mean.
+    """
     if not len(rows):
         return None
     rows = rows.double()
@@ -120,5 +123,31 @@ def summarize(rows: torch.Tensor, names: tuple[str, ...] = LOCALIZATION) -> dict
     figures: dict[str, Any] = {"images": len(rows)}
     for name, mean, h in zip(names, rows.mean(0).tolist(), half.tolist(), strict=True):
         figures[name] = mean
-        figures[f"{name}_95"] = [mean - h, mean + h]
+        figures[f"{name}_95"] = wilson(mean, len(rows)) if name == "pointing" else [mean - h, mean + h]
     return figures
+
+
+def wilson(share: float, n: int) -> list[float]:
+    """95% interval of a proportion seen in ``n`` cases: stays in [0, 1] and has a width at 0 and 1 (Wilson, JASA 1927)."""
+    z2 = 1.96**2
+    middle, half = share + z2 / (2 * n), 1.96 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    return [max(0.0, (middle - half) / (1 + z2 / n)), min(1.0, (middle + half) / (1 + z2 / n))]
+
+
+def auc_interval(logits: torch.Tensor, labels: torch.Tensor, resamples: int = 1000) -> list[float]:
+    """95% interval of `multiclass_auc`: percentiles of a bootstrap within the classes (Efron & Tibshirani 1993, section 13.3)."""
+    scores, truth = torch.softmax(logits.double(), 1).numpy(), labels.numpy()
+    rng = np.random.default_rng(0)
+    members = [np.flatnonzero(truth == k) for k in range(scores.shape[1])]
+    if not all(map(len, members)):
+        return [math.nan, math.nan]
+    areas = []
+    for _ in range(resamples):
+        drawn = [rng.choice(m, len(m)) for m in members]
+        each = []
+        for k in range(1 if len(members) == 2 else 0, len(members)):
+            others = np.sort(np.concatenate([scores[d, k] for j, d in enumerate(drawn) if j != k]))
+            below, upto = (np.searchsorted(others, scores[drawn[k], k], side=side).mean() for side in ("left", "right"))
+            each.append((below + upto) / 2 / len(others))
+        areas.append(np.mean(each))
+    return [float(v) for v in np.percentile(areas, [2.5, 97.5])]

@@ -1,6 +1,7 @@
 """python -m trainer.predict --run RUN IMAGE...: a JSON line and an overlay for each image file."""
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from shards.errors import InputError, run
+from shards.errors import InputError, listed, run
 from shards.sample import clean_key, fit, load_image
 from trainer.augment import resize
 from trainer.classifier import normalize_cam
@@ -36,28 +37,44 @@ class PredictConfig:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """One line on standard output for each image, in order; messages go to standard error."""
+    """One JSON line on standard output for each image, in order; messages go to standard error.
+
+    ``lung_box`` is x0 y0 x1 y1 in pixels of the image file, ends exclusive, null where no lungs were found.
+    """
     flags, names = positionals(argv)
     images = [Path(name) for name in names]
     options = parse(PredictConfig, flags, prog="trainer.predict")
     if not images:
         raise InputError("no images named: python -m trainer.predict --run RUN IMAGE...")
     config, model, segmenter, metadata = open_run(Path(options.run))
+    if not (Path(options.run) / "report.json").is_file():
+        print(f"{options.run} has not finished: its best model so far is used, of epoch {int(metadata['epoch']) + 1}", file=sys.stderr)
     findings, size = json.loads(metadata["findings"]), config.size
     if options.look_at and options.look_at not in findings:
         raise InputError(f"--look_at {options.look_at}: the run knows {', '.join(findings)}")
-    loaded = [load_image(path) for path in images]  # a bad file stops the command before anything is written
+    missing = [path for path in images if not path.is_file()]
+    if missing:
+        raise InputError(f"no such image file: {listed(missing)}")
     device = start(config.seed).device
     model.to(device)
     if segmenter is not None:
         segmenter.to(device)
     out = Path(options.out) if options.out else Path(options.run) / "predictions"
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written ({error.strerror})") from error
 
     from trainer import report
 
     taken: set[str] = set()
-    for path, image in zip(images, loaded, strict=True):
+    bad: list[str] = []
+    for path in images:
+        try:
+            image = load_image(path)
+        except InputError as error:  # the others get their line all the same
+            bad.append(str(error))
+            continue
         stored = torch.from_numpy(fit(image, int(metadata["stored_size"])).copy())[None, None].to(device)  # as packed for training
         with torch.no_grad():
             pixels = resize(stored, size)
@@ -98,6 +115,8 @@ def main(argv: list[str] | None = None) -> None:
         report.panel([tile], cam_of=shown).savefig(overlay, dpi=150)
         line["overlay"] = str(overlay)
         print(json.dumps(line), flush=True)
+    if bad:
+        raise InputError(f"{len(bad)} of {len(images)} images could not be used: {'; '.join(bad)}")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def task_findings(task: str) -> tuple[str, ...]:
         return TASKS[task]
     names = tuple(name.strip() for name in task.split(","))
     if len(names) < 2:
-        raise InputError(f"--task {task}: unknown; {nearest(task, TASKS)} Or name findings: --task 'No Finding,Cardiomegaly'")
+        raise InputError(f"--task {task}: unknown; {nearest(task, TASKS)}; or name two findings or more: --task 'No Finding,Cardiomegaly'")
     if len(set(names)) < len(names) or not all(names):
         raise InputError(f"--task {task}: expected different names of findings, separated by commas")
     return names

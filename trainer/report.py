@@ -125,8 +125,11 @@ def curves(history: list[dict[str, Any]], outcomes: dict[str, "Outcome"], findin
     axes[0].plot([line["position"] for line in steps], [line["ce"] for line in steps], lw=0.8, label="train")
     axes[0].plot([line["epoch"] + 1 for line in epochs], [line["val_loss"] for line in epochs], "o-", ms=3, label="val")
     attended = [line for line in steps if line.get("attention") is not None]
-    axes[1].plot([line["position"] for line in attended], [line["attention"] for line in attended], lw=0.8, label="attention, train")
-    axes[1].plot([line["position"] for line in steps], [line["lambda"] for line in steps], lw=0.8, label="lambda")
+    if attended:
+        axes[1].plot([line["position"] for line in attended], [line["attention"] for line in attended], lw=0.8, label="attention, train")
+        axes[1].plot([line["position"] for line in steps], [line["lambda"] for line in steps], lw=0.8, label="lambda")
+    else:
+        axes[1].text(0.5, 0.5, "none: plain cross-entropy", ha="center", va="center", transform=axes[1].transAxes)
     for name in ("val_accuracy", "val_auc", "val_energy"):
         known = [line for line in epochs if line.get(name) is not None]
         if known:
@@ -251,33 +254,56 @@ def finite(value: Any) -> Any:
 
 
 SUMMARY = ("accuracy", "AUC", "energy in region", "lift over area", "pointing hit", "energy in lesion", "pointing at lesion")
+MEANING = {
+    "energy in region": "share of the CAM's sum that lies in the region where the finding is expected (green), mean over the images of a finding",
+    "lift over area": "that share minus the region's share of the image: 0 is no better than a map that is the same everywhere",
+    "pointing hit": "share of those images whose CAM has its peak in the region",
+    "energy in lesion": "as above, in the lesion boxes (red) of the image's own finding, on images that have some",
+    "pointing at lesion": "as above",
+}
+CAUTION = (
+    "A region is where a finding is expected, not where it is: a model can look there and be wrong, so read these figures beside AUC, "
+    "and where there are lesion boxes, beside those of the lesions."
+)
 
 
-def summary(content: dict[str, Any]) -> list[float | None]:
-    """The figures of `SUMMARY` on test (on val, where there is no test)."""
-    figures = content.get("test") or content["val"]
-    expected, lesion = (figures["localization"][kind]["all"] or {} for kind in ("expected", "lesion"))
-    return [
-        figures["accuracy"],
-        figures["auc"],
-        expected.get("energy"),
-        expected.get("lift"),
-        expected.get("pointing"),
-        lesion.get("energy"),
-        lesion.get("pointing"),
-    ]
+def shown_split(content: dict[str, Any]) -> str:
+    """The split that the summary is of: test, or val where there is no test."""
+    return "test" if "test" in content else "val"
+
+
+def summary(content: dict[str, Any]) -> list[tuple[float, list[float]] | None]:
+    """The figures of `SUMMARY`, each with its 95% interval; None where there is no ground truth."""
+    figures = content[shown_split(content)]
+    pairs: list[tuple[float, list[float]] | None] = [(figures[name], figures[f"{name}_95"]) for name in ("accuracy", "auc")]
+    for kind, names in (("expected", ("energy", "lift", "pointing")), ("lesion", ("energy", "pointing"))):
+        found = figures["localization"][kind]["all"]
+        pairs += [(found[name], found[f"{name}_95"]) if found else None for name in names]
+    return pairs
+
+
+def notes(runs: dict[str, dict[str, Any]]) -> list[str]:
+    """What a reader of runs side by side must know."""
+    told = [f"{name} has not finished: its best model so far" for name, content in runs.items() if content["training"].get("unfinished")]
+    kinds = {json.dumps([c["findings"], c["dataset"], shown_split(c), c[shown_split(c)]["images"]]) for c in runs.values()}
+    if len(kinds) > 1:
+        told.append("these runs differ in their findings or images: their figures cannot be compared")
+    return told
 
 
 def table(runs: dict[str, dict[str, Any]]) -> str:
     """Runs side by side as text."""
-    width = max(18, *(len(name) for name in SUMMARY))
+    first = next(iter(runs.values()))
+    head = f"{shown_split(first)}, {first[shown_split(first)]['images']} images"
+    width = max(len(head), *(len(name) for name in SUMMARY))
     columns = [max(10, len(name)) for name in runs]
-    lines = [f"{'':{width}}  " + "  ".join(f"{name:>{c}}" for name, c in zip(runs, columns, strict=True))]
+    lines = [f"{head:{width}}  " + "  ".join(f"{name:>{c}}" for name, c in zip(runs, columns, strict=True))]
     values = [summary(content) for content in runs.values()]
     for i, name in enumerate(SUMMARY):
-        cells = ["-" if row[i] is None else f"{row[i]:.3f}" for row in values]
-        lines.append(f"{name:{width}}  " + "  ".join(f"{cell:>{c}}" for cell, c in zip(cells, columns, strict=True)))
-    return "\n".join(lines)
+        cells = ["-" if (pair := row[i]) is None or pair[0] is None else f"{pair[0]:.3f}" for row in values]
+        if set(cells) != {"-"}:
+            lines.append(f"{name:{width}}  " + "  ".join(f"{cell:>{c}}" for cell, c in zip(cells, columns, strict=True)))
+    return "\n".join([*lines, *(f"note: {note}" for note in notes(runs))])
 
 
 def _png(figure: Figure) -> bytes:
@@ -288,32 +314,90 @@ def _png(figure: Figure) -> bytes:
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1280px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em 1em;border-bottom:1px solid #ddd;text-align:right}
-td:first-child,th:first-child{text-align:left}img{max-width:100%}pre{background:#f6f6f6;padding:1em;overflow:auto;font-size:12px}"""
+td:first-child,th:first-child{text-align:left}small{color:#777;white-space:nowrap}
+dt{float:left;clear:left;width:11em;font-weight:600}dd{margin-left:11.5em}img{max-width:100%}pre{background:#f6f6f6;padding:1em;overflow:auto;font-size:12px}"""
 
 
 def _page(title: str, runs: dict[str, dict[str, Any]], pictures: dict[str, dict[str, bytes]], text: str = "") -> str:
     """One HTML file that needs nothing beside it."""
     first = next(iter(runs.values()))
-    what = "test" if "test" in first else "val"
-    parts = [f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>"]
-    parts.append(f"<p>{html.escape(', '.join(first['findings']))} on {html.escape(first['dataset'])}; figures of the {what} split.</p>")
-    parts.append("<table><tr><th></th>" + "".join(f"<th>{html.escape(name)}</th>" for name in runs) + "</tr>")
+    split, esc = shown_split(first), html.escape
+    parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{esc(title)}</title><style>{STYLE}</style><h1>{esc(title)}</h1>"]
+    parts.append(f"<p>{esc(', '.join(first['findings']))} on {esc(first['dataset'])}; {first[split]['images']} images of the {split} split.</p>")
+    parts += [f"<p><b>Note: {esc(note)}.</b></p>" for note in notes(runs)]
     values = [summary(content) for content in runs.values()]
-    for i, name in enumerate(SUMMARY):
-        cells = "".join(f"<td>{'&ndash;' if row[i] is None else f'{row[i]:.3f}'}</td>" for row in values)
-        parts.append(f"<tr><td>{name}</td>{cells}</tr>")
-    parts.append("</table>")
-    for name, images in pictures.items():
-        for kind, data in images.items():
-            code = base64.b64encode(data).decode()
-            heading = {"panel": "Where the model looks", "curves": "Curves"}[kind]
-            parts.append(f"<h2>{heading}: {html.escape(name)}</h2><img alt='{kind}' src='data:image/png;base64,{code}'>")
-    if text:
-        parts.append(f"<h2>Text report</h2><pre>{html.escape(text)}</pre>")
+    rows = [[name, *(_figure(row[i]) for row in values)] for i, name in enumerate(SUMMARY) if any(row[i] for row in values)]
+    parts.append(_rows(["with 95% intervals", *map(esc, runs)], rows))
+    shown = {row[0] for row in rows}
+    meanings = "".join(f"<dt>{name}</dt><dd>{meaning}</dd>" for name, meaning in MEANING.items() if name in shown)
+    if meanings:
+        parts.append(f"<dl>{meanings}</dl><p>{CAUTION}</p>")
     for name, content in runs.items():
+        parts.append(f"<h2>{esc(name)}</h2><p>{esc(_training(content))}</p>")
+        parts.append(_by_finding(content, split if split in content else shown_split(content)))
+        for kind, data in pictures[name].items():
+            heading = {"panel": "Where the model looks", "curves": "Curves"}[kind]
+            parts.append(f"<h3>{heading}</h3><img alt='{kind}' src='data:image/png;base64,{base64.b64encode(data).decode()}'>")
         settings = json.dumps({"training": content["training"], "config": content["config"]}, indent=1)
-        parts.append(f"<details><summary>Settings: {html.escape(name)}</summary><pre>{html.escape(settings)}</pre></details>")
+        parts.append(f"<details><summary>Settings</summary><pre>{esc(settings)}</pre></details>")
+    if text:
+        parts.append(f"<h2>Text report</h2><pre>{esc(text)}</pre>")
     return "\n".join(parts)
+
+
+def _rows(head: list[str], rows: list[list[str]]) -> str:
+    """A table of HTML cells."""
+    lines = ["".join(f"<th>{cell}</th>" for cell in head), *("".join(f"<td>{cell}</td>" for cell in row) for row in rows)]
+    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+
+
+def _figure(pair: tuple[float, list[float]] | None) -> str:
+    """``0.838 <small>0.76 to 0.91</small>``."""
+    if pair is None or pair[0] is None:
+        return "&ndash;"
+    (value, (low, high)) = pair
+    return f"{value:.3f}" + (f" <small>{low:.2f} to {high:.2f}</small>" if low is not None else "")
+
+
+def _training(content: dict[str, Any]) -> str:
+    """How the model came about, in a line."""
+    t, c = content["training"], content["config"]
+    lost = ", ".join(f"{count} in {split}" for split, count in content["lungs_not_found"].items() if count)
+    told = [f"{c['backbone']}, {c['size']} px"]
+    if "epochs" in t:
+        told.append(f"best of {t['epochs']} epochs by {t['best']} on val: epoch {t['best_epoch']}")
+        told.append(f"{t['minutes']:.1f} minutes on {t['processes']} x {t['device']}, {t['precision']}")
+    told.append(f"no lungs found, whole image used: {lost or 'nowhere'}" if content["lungs_not_found"] else "without a lung segmenter")
+    return "; ".join(told) + f". {content.get('written', '')}"
+
+
+def _by_finding(content: dict[str, Any], split: str) -> str:
+    """Tables of each finding, and of the operating point of a binary task."""
+    figures = content[split]
+    place = figures["localization"]
+    head = ["finding", "images", "sensitivity", "precision", "F1", "energy in region", "pointing hit", "energy in lesion", "pointing at lesion"]
+    rows = []
+    for name, row in zip(content["findings"], figures["per_class"], strict=True):
+        cells = [html.escape(name), str(row["support"]), f"{row['recall']:.3f}", f"{row['precision']:.3f}", f"{row['f1']:.3f}"]
+        for kind in ("expected", "lesion"):
+            found = place[kind].get(name)
+            cells += [_figure((found[f], found[f"{f}_95"])) if found else "&ndash;" for f in ("energy", "pointing")]
+        rows.append(cells)
+    keep = [i for i in range(len(head)) if i < 5 or any(row[i] != "&ndash;" for row in rows)]
+    parts = [_rows([head[i] for i in keep], [[row[i] for i in keep] for row in rows])]
+    confusion = [[html.escape(name), *map(str, line)] for name, line in zip(content["findings"], figures["confusion"], strict=True)]
+    parts.append(_rows(["is \\ predicted", *map(html.escape, content["findings"])], confusion))
+    if "binary" in figures:
+        b = figures["binary"]
+        names = {
+            "sensitivity": "sensitivity",
+            "specificity": "specificity",
+            "ppv": "PPV",
+            "youden": "Youden's index",
+            "best_threshold": "threshold of the best Youden",
+        }
+        parts.append(_rows(list(names.values()), [["&ndash;" if b[n] is None else f"{b[n]:.3f}" for n in names]]))
+    return "".join(parts)
 
 
 @dataclass
@@ -337,15 +421,23 @@ def main(argv: list[str] | None = None) -> None:
     runs, pictures = {}, {}
     for folder in map(Path, folders):
         if not (folder / "report.json").is_file():
-            raise InputError(f"{folder}: has no report.json; is it the folder of a finished run?")
+            raise InputError(f"{folder}: has no report.json; is it the folder of a finished run of trainer.train?")
+        content = json.loads((folder / "report.json").read_text())
+        if "findings" not in content:
+            raise InputError(f"{folder}: is a run of trainer.train_lungs; runs of trainer.train are compared here")
         if folder.resolve().name in runs:
             raise InputError(f"{folder}: a second run of that name; the columns could not be told apart, rename one folder")
         name = folder.resolve().name
-        runs[name] = json.loads((folder / "report.json").read_text())
+        runs[name] = content
         pictures[name] = {kind: (folder / f"{kind}.png").read_bytes() for kind in ("panel", "curves") if (folder / f"{kind}.png").is_file()}
     out = Path(options.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(out, _page("cxr-focus", runs, pictures))
+    if out.is_dir():
+        raise InputError(f"--out {out}: is a folder; name the HTML file to write, such as {out / 'report.html'}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(out, _page("cxr-focus", runs, pictures))
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written ({error.strerror})") from error
     print(table(runs))
     print(f"\nreport: {out.resolve()}")
 
