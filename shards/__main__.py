@@ -238,6 +238,8 @@ def _made(index: dict[str, Any], out: Path) -> None:
         print("there is no val split: training needs train and val")
     if skipped:
         print(f"skipped {len(skipped)} that could not be used, listed in {out / 'index.json'}; the first: {listed((s['why'] for s in skipped), 3)}")
+    if index.get("in_two_splits"):
+        print(f"warning: {index['in_two_splits']} images are in more than one split: `python -m shards verify {out}` names them")
     print(f"wrote {out}")
 
 

@@ -251,13 +251,15 @@ class _Packer:
                 pass  # not a note of ours, or its shard is gone: make it again
             note.unlink()
         partial = path.with_name(f".{path.name}.{os.getpid()}")
-        skipped = []
+        skipped, contents = [], []
         try:
             # Fixed owner and time: the same samples give the same bytes.
             with webdataset.TarWriter(str(partial), encoder=False, mtime=0.0, user="", group="") as writer:
                 for item in items:
                     try:
-                        writer.write(encode(self.source.load(item), self.form))
+                        record = encode(self.source.load(item), self.form)
+                        writer.write(record)
+                        contents.append(hashlib.blake2b(record[self.form], digest_size=12).hexdigest())
                     except InputError as error:
                         if self.on_bad == "stop":
                             raise
@@ -266,7 +268,13 @@ class _Packer:
             done: dict[str, Any] = {"made_from": made_from, "skipped": skipped, "rows": [], "findings": []}
             if len(skipped) < len(items):
                 rows, findings, _ = index_tar(partial)
-                done |= {"rows": [row.tolist() for row in rows], "findings": findings, "bytes": partial.stat().st_size, "sha256": file_sha256(partial)}
+                done |= {
+                    "rows": [row.tolist() for row in rows],
+                    "findings": findings,
+                    "contents": contents,
+                    "bytes": partial.stat().st_size,
+                    "sha256": file_sha256(partial),
+                }
                 _sync(partial)
                 partial.replace(path)
             else:
@@ -355,6 +363,7 @@ def merge(out: Path) -> dict[str, Any]:
     tables: dict[str, list[np.ndarray]] = defaultdict(list)
     findings: dict[str, list[tuple[str, ...]]] = defaultdict(list)
     skipped: list[dict[str, str]] = []
+    homes: dict[str, set[str]] = defaultdict(set)  # of each image
     for name in names:
         split, note = name.partition("/")[0], json.loads((work / name).with_suffix(".done").read_text())
         skipped += note["skipped"]
@@ -365,9 +374,12 @@ def merge(out: Path) -> dict[str, Any]:
         shards[split].append({"name": name, "bytes": note["bytes"], "sha256": note["sha256"], "samples": len(note["rows"])})
         tables[split].append(np.array([tuple(row) for row in note["rows"]], ROW))
         findings[split] += [tuple(found) for found in note["findings"]]
+        for content in note["contents"]:
+            homes[content].add(split)
     if not shards:
         raise InputError(f"{work}: every sample was skipped: {listed(s['why'] for s in skipped)}")
-    more = {"stored": plan["stored"], "left_out": plan["left_out"], "skipped": skipped}
+    shared = sum(len(splits) > 1 for splits in homes.values())
+    more = {"stored": plan["stored"], "left_out": plan["left_out"], "skipped": skipped, "in_two_splits": shared}
     index = _write_index(work, plan["dataset"], plan["classes"], shards, tables, findings, more)
     for path in (*work.glob("*/*.done"), work / "plan.json", work / ".lock"):
         path.unlink(missing_ok=True)

@@ -78,3 +78,30 @@ def test_the_help_has_every_docstring(capsys):
 @pytest.mark.parametrize("recipe", sorted((Path(__file__).parents[1] / "launch" / "recipes").glob("*.yaml")), ids=lambda p: p.name)
 def test_recipes_are_valid(recipe):
     parse(LungsTrainConfig if "lungs" in recipe.name else Config, [*NEEDED, "--config", str(recipe)])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--batch", "abc"], "^--batch abc: expected a whole number; see --help$"),
+        (["--attention.form", "x"], "^--attention.form x: expected one of published, coverage, energy; see --help$"),
+        (["--balance.lam", "nan"], "^--balance.lam nan: expected a number; see --help$"),
+        (["--resume", "maybe"], "^--resume maybe: expected true or false; see --help$"),
+    ],
+)
+def test_values_of_the_wrong_kind(flags, words):
+    with pytest.raises(InputError, match=words):
+        parse(Config, ["--shards", "s", "--out", "o", *flags])
+
+
+def test_what_is_missing_is_named_as_a_flag():
+    with pytest.raises(InputError, match=r"^missing: --shards, --out; see --help$"):
+        parse(Config, [])
+
+
+def test_a_file_may_say_false_and_is_checked_like_flags(tmp_path):
+    (tmp_path / "c.yaml").write_text("pretrained: false\n")
+    assert parse(Config, ["--shards", "s", "--out", "o", "--config", str(tmp_path / "c.yaml")]).pretrained == "false"
+    (tmp_path / "c.yaml").write_text("batch: abc\n")
+    with pytest.raises(InputError, match=r"^--batch abc: expected a whole number; see --help$"):
+        parse(Config, ["--shards", "s", "--out", "o", "--config", str(tmp_path / "c.yaml")])

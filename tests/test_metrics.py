@@ -6,7 +6,7 @@ import torch
 from conftest import GOLDEN
 
 from trainer.balance import Balance, published_lambda
-from trainer.metrics import binary_report, classification_report, localize, summarize
+from trainer.metrics import auc_interval, binary_report, classification_report, localize, multiclass_auc, summarize, wilson
 
 PUBLISHED = json.loads((GOLDEN / "published.json").read_text())
 
@@ -74,3 +74,21 @@ def test_fixed_and_published_do_not_follow_losses():
     assert Balance("fixed", 0.25).value(40) == 0.25
     assert Balance("published").value(10) == published_lambda(10)
     assert not Balance("fixed").follows_losses
+
+
+@pytest.mark.parametrize(("share", "n", "low", "high"), [(0.5, 100, 0.4038, 0.5962), (1.0, 53, 0.9324, 1.0), (0.0, 10, 0.0, 0.2775)])
+def test_wilson_interval(share, n, low, high):
+    assert wilson(share, n) == pytest.approx([low, high], abs=1e-4)
+
+
+def test_the_bootstrap_of_the_auc_is_centred_and_as_wide_as_hanley_and_mcneil_say():
+    torch.manual_seed(0)
+    labels = torch.arange(400) % 2
+    logits = torch.stack([torch.zeros(400), labels * 1.2 + torch.randn(400)], 1)
+    auc = multiclass_auc(logits, labels)
+    low, high = auc_interval(logits, labels)
+    q1, q2 = auc / (2 - auc), 2 * auc**2 / (1 + auc)
+    error = math.sqrt((auc * (1 - auc) + 199 * (q1 - auc**2) + 199 * (q2 - auc**2)) / 200**2)  # Hanley & McNeil 1982
+    assert (low + high) / 2 == pytest.approx(auc, abs=0.01)
+    assert high - low == pytest.approx(2 * 1.96 * error, rel=0.15)
+    assert all(map(math.isnan, auc_interval(logits[:1], labels[:1])))

@@ -17,6 +17,7 @@ from shards.errors import InputError
 from shards.pack import merge, pack
 from shards.sample import FORMATS
 from shards.sources import Item, Source
+from shards.store import open_store
 from shards.stream import Split
 from shards.verify import verify
 
@@ -223,6 +224,7 @@ def test_verify_finds_one_patient_and_one_image_in_two_splits(tmp_path, capsys):
     splits = ["train"] * 4 + ["val"] * 2 + ["test"] * 2
     items = [Item(s, f"k{i}", ("No Finding",), str(tmp_path / f"{i}.png"), extra=(("patient", f"p{i % 5}"),)) for i, s in enumerate(splits)]
     pack(Source(items, size=16), tmp_path / "out", dataset="x", form="png")
+    assert open_store(tmp_path / "out").index()["in_two_splits"] == 1
     with pytest.raises(InputError, match="4 problems, above"):
         main(["verify", str(tmp_path / "out")])
     said = capsys.readouterr().out

@@ -5,9 +5,11 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import two
+from PIL import Image
 
 from shards.errors import InputError
 from trainer import evaluate, launching, predict, report
@@ -407,3 +409,54 @@ def test_wandb_offline_keeps_everything_in_the_run_folder(flags, tmp_path, monke
         loop.main([*flags, "--tracker", "wandb", "--epochs", "1", "--balance.lam", "1"])
     assert list((tmp_path / "run/wandb").rglob("*.wandb"))
     assert list((tmp_path / "run/wandb").rglob("media/images/panel*.png"))
+
+
+def test_an_unfinished_run_is_called_so(flags, tmp_path, capsys):
+    job = loop.build(loop.resolve([*flags, "--epochs", "2"]))
+    job.train()  # trained, but not evaluated
+    run = str(tmp_path / "run")
+    evaluate.main(["--run", run, "--shards", flags[1], "--workers", "0"])
+    assert "has not finished: these are figures of its best model so far" in capsys.readouterr().out
+    report.main(["--out", str(tmp_path / "page.html"), run])
+    assert "note: run has not finished" in capsys.readouterr().out
+    assert "has not finished" in (tmp_path / "page.html").read_text()
+
+
+def test_reports_of_what_is_no_run(flags, tmp_path):
+    (tmp_path / "lungs").mkdir()
+    (tmp_path / "lungs/report.json").write_text('{"dice": 0.9}')
+    (tmp_path / "lungs/config.yaml").write_text("")
+    (tmp_path / "lungs/lung_unet.safetensors").write_bytes(b"")
+    for main, argv, words in (
+        (report.main, ["--out", str(tmp_path / "x.html"), str(tmp_path / "lungs")], "is a run of trainer.train_lungs"),
+        (report.main, ["--out", str(tmp_path / "x.html"), str(tmp_path)], "has no report.json"),
+        (evaluate.main, ["--run", str(tmp_path / "lungs"), "--shards", flags[1]], "is a run of trainer.train_lungs"),
+    ):
+        with pytest.raises(InputError, match=words):
+            main(argv)
+    loop.main([*flags, "--epochs", "1"])
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match="is a folder; name the HTML file"):
+        report.main(["--out", str(tmp_path / "folder"), str(tmp_path / "run")])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "lungs", "run"]
+
+
+def test_prediction_goes_on_after_a_bad_file_and_says_so(flags, tmp_path, capsys):
+    loop.main([*flags, "--epochs", "1"])
+    Image.fromarray(np.full((70, 90), 99, np.uint8)).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_text("x")
+    with pytest.raises(InputError, match=r"1 of 2 images could not be used: .*bad\.png: cannot be decoded as an image \(1 bytes; no known image format\)"):
+        predict.main(["--run", str(tmp_path / "run"), str(tmp_path / "bad.png"), str(tmp_path / "good.png")])
+    assert '"image": ' in capsys.readouterr().out
+    with pytest.raises(InputError, match="no such image file: nowhere"):
+        predict.main(["--run", str(tmp_path / "run"), "nowhere.png"])
+    with pytest.raises(InputError, match="--out /proc/x: cannot be written"):
+        predict.main(["--run", str(tmp_path / "run"), "--out", "/proc/x", str(tmp_path / "good.png")])
+    assert (tmp_path / "run/model.safetensors").stat().st_mode & 0o044
+
+
+def test_a_launch_for_several_processes_that_starts_one(monkeypatch):
+    for name in ("ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, {"ACCELERATE_MIXED_PRECISION": "no"}.get(name, "29500"))
+    with pytest.raises(InputError, match="was asked for several processes and started one: add --multi_gpu"):
+        launching.start(0)
