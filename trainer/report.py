@@ -352,11 +352,11 @@ def _rows(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _figure(pair: tuple[float, list[float]] | None) -> str:
-    """``0.838 <small>0.76 to 0.91</small>``."""
+    """``0.838 <small>0.761 to 0.906</small>``."""
     if pair is None or pair[0] is None:
         return "&ndash;"
     (value, (low, high)) = pair
-    return f"{value:.3f}" + (f" <small>{low:.2f} to {high:.2f}</small>" if low is not None else "")
+    return f"{value:.3f}" + (f" <small>{low:.3f} to {high:.3f}</small>" if low is not None else "")
 
 
 def _training(content: dict[str, Any]) -> str:
