@@ -26,3 +26,4 @@ lint: setup
 
 bench: setup
 	$(BIN)/python bench/step.py
+	$(BIN)/python bench/reading.py

@@ -146,7 +146,7 @@ def main() -> None:
         rates = [float(line.split("|")[2]) for line in lines]
         memory = measure_memory(str(root / "shards"))
     projection = "\n".join(
-        f"| {cores} | {112120 / rates[4] / cores / 60:.1f} | {112120 / rates[0] / cores / 60:.2f} |" for cores in (2, 16, 256)
+        f"| {cores} | {112120 / rates[4] / cores:.3g} | {112120 / rates[0] / cores:.2g} |" for cores in (2, 16, 256)
     )  # fmt: skip
     text = f"""# Reading and packing
 
@@ -159,7 +159,7 @@ def main() -> None:
 
 Private memory of a reading process beyond its imports, MB, after 1, 2, 3 and 4 epochs: {", ".join(f"{m:.1f}" for m in memory)}.
 
-On paper, the 112,120 images of NIH ChestX-ray14 at these rates, if cores and disks scale (minutes):
+On paper, the 112,120 images of NIH ChestX-ray14 at these rates, if cores and disks scale (seconds):
 
 | cores | packing | one epoch read |
 |---|---|---|
