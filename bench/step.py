@@ -56,7 +56,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         pack(Phantoms(max(40, 5 * a.batch), 0, size=512, findings=("No Finding", "Effusion")), root / "shards", dataset="phantom")
-        LungSegmenter(16, 256).eval().save(root / "lungs.safetensors")
+        LungSegmenter([24, 48, 96, 192, 256], 256, patch=2).eval().save(root / "lungs.safetensors")
         config = Config(
             str(root / "shards"), str(root / "run"), backbone=a.backbone, pretrained="false", batch=a.batch, size=a.size, tracker="none",
             workers=0, attention=AttentionConfig(form="energy"), lungs=LungsConfig(str(root / "lungs.safetensors")),

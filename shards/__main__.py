@@ -69,9 +69,11 @@ def parser() -> tuple[_Parser, dict[str, _Parser]]:
     masks.add_argument("--images", type=Path, required=True, help="folder of radiographs")
     masks.add_argument("--masks", type=Path, required=True, help="folder of masks with the same names (or NAME_mask)")
     masks.add_argument("--val-share", type=float, default=0.2, help="share of the pairs kept for validation")
+    masks.add_argument("--test-share", type=float, default=0.0, help="share of the pairs kept for the figures of the report")
+    masks.add_argument("--source", help="name of the hospital or data set in reports (without it: the folder that holds --images)")
 
     for command in (phantom, nih, table, dicom):
-        command.add_argument("--seed", type=int, default=0, help="the same seed gives the same shards")
+        command.add_argument("--seed", type=_seed, default=0, help="the same seed gives the same shards")
     for command in (nih, table, dicom):
         command.add_argument("--ratios", default=",".join(map(str, SHARES)), help="shares of train, val and test where patients are dealt")
     for command in (phantom, nih, folder, table, dicom, masks):
@@ -142,6 +144,8 @@ def _folder(a: argparse.Namespace) -> None:
 def _columns(a: argparse.Namespace) -> Any:
     from shards.sources import Columns
 
+    if not a.separator:
+        raise InputError("--separator: must not be empty; leave it out where a cell holds one finding")
     return Columns(a.path_column, _names(a.finding_column), a.split_column, getattr(a, "patient_column", ""), a.separator)
 
 
@@ -175,7 +179,7 @@ def _masks(a: argparse.Namespace) -> None:
 
     if not 0 < a.val_share < 1:
         raise InputError(f"--val-share {a.val_share}: a share lies between 0 and 1")
-    _pack(a, image_masks(a.images, a.masks, a.val_share), a.images.resolve().parent.name)
+    _pack(a, image_masks(a.images, a.masks, a.val_share, a.test_share), a.source or a.images.resolve().parent.name)
 
 
 def _names(text: str) -> list[str]:
@@ -222,6 +226,12 @@ def _pack(a: argparse.Namespace, source: Any, dataset: str) -> None:
     _made(index, a.out)
 
 
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise InputError(f"--seed {text}: expected a whole number, 0 or larger")
+    return int(text)
+
+
 def _part(text: str) -> tuple[int, int] | None:
     if not text:
         return None
@@ -237,7 +247,9 @@ def _made(index: dict[str, Any], out: Path) -> None:
     if "train" in index["splits"] and "val" not in index["splits"]:
         print("there is no val split: training needs train and val")
     if skipped:
-        print(f"skipped {len(skipped)} that could not be used, listed in {out / 'index.json'}; the first: {listed((s['why'] for s in skipped), 3)}")
+        print(
+            f"skipped {len(skipped)} that could not be used, listed in {out / 'index.json'}; the first: {listed((s['key'] + ': ' + s['why'] for s in skipped), 3)}"
+        )
     if index.get("in_two_splits"):
         print(f"warning: {index['in_two_splits']} images are in more than one split: `python -m shards verify {out}` names them")
     print(f"wrote {out}")

@@ -43,6 +43,11 @@ def run(main: Callable[[], None]) -> None:
             time.sleep(ALONE)  # the first process most likely says the same; the launcher then ends this one
         print(f"{where}error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        if error.filename is None:
+            raise
+        print(f"{where}error: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
+        sys.exit(2)
     except KeyboardInterrupt:
         print(f"{where}interrupted", file=sys.stderr, flush=True)
         sys.exit(130)

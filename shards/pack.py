@@ -5,9 +5,9 @@
     DIR/<split>.npy          one row a sample: where its members lie
     DIR/<split>.labels.npy   one number a sample: its set of findings, as in ``labels`` of index.json
 
-Shards are made in ``DIR.partial``, each under a temporary name until it is whole; a note beside it (``000000.done``) says
-from what it was made. Run again, finished shards whose input is still the same are kept. The index comes last, then the
-folder gets its name: DIR is whole or not there.
+Shards are made in ``DIR.partial/shards``, each under a temporary name until it is whole; a note in ``DIR.partial/notes`` says
+from what it was made. Run again, finished shards whose input is still the same are kept. The index comes last, then that
+folder gets the name DIR, which is whole or not there.
 """
 
 import fcntl
@@ -39,6 +39,7 @@ from shards.sample import IMAGE_SUFFIXES, SPLITS, check_key, encode, parse_meta
 from shards.sources import Source
 
 VERSION = 2
+SHARDS, NOTES = "shards", "notes"  # in the working folder
 SMALL = 400  # items below which starting processes costs more than it saves
 
 # One row a sample. Members are (offset of the data in the tar, bytes); a length of 0 says that there is none.
@@ -92,19 +93,24 @@ def pack(
     """
     refuse_existing(out)
     jobs = _jobs(source, per_shard)
-    work = out.with_name(out.name + ".partial")
+    work = _work_folder(out)
     packer = _Packer(source, work, form, on_bad)
     plan = {"version": VERSION, "dataset": dataset, "classes": list(source.classes), "stored": source.settings() | {"format": form}}
     plan["left_out"] = source.skipped
     plan["shards"] = [job.name for job in jobs]
+    digest = hashlib.sha256()
+    for item in source.items:
+        digest.update(repr(item).encode(errors="surrogateescape"))
+    plan["items"] = digest.hexdigest()  # parts of other items, such as other splits of the same patients, do not go together
     text = json.dumps(plan, indent=1, default=list)
     with _claimed(work, shared=part is not None):
         try:
             _agree(work, text, part)
             mine = [job for n, job in enumerate(jobs) if part is None or n % part[1] == part[0] - 1]
             for split in {job.split for job in mine}:
-                (work / split).mkdir(exist_ok=True)
-            _run(packer, mine, jobs, min(workers or cores(), len(mine)) if workers or len(source.items) > SMALL else 1, out, part)
+                (work / SHARDS / split).mkdir(parents=True, exist_ok=True)
+            (work / NOTES).mkdir(exist_ok=True)
+            _run(packer, mine, min(workers or cores(), len(mine)) if workers or len(source.items) > SMALL else 1, out, part)
             return merge(out) if part is None else None
         except OSError as error:
             raise InputError(f"--out {out}: cannot be written ({error.strerror or error}); {_kept(work)}") from error
@@ -115,8 +121,23 @@ def pack(
             raise
 
 
+def _work_folder(out: Path) -> Path:
+    out = Path(os.path.abspath(out))
+    return out.with_name(out.name + ".partial")
+
+
+def _note(work: Path, name: str) -> Path:
+    """The note of the shard ``train/000000.tar``."""
+    return work / NOTES / f"{name.replace('/', '-')}.json"
+
+
 def refuse_existing(out: Path) -> None:
-    """InputError unless ``out`` is missing or an empty folder: shards are never overwritten or mixed."""
+    """InputError unless ``out`` is missing or an empty folder that can be replaced: shards are never overwritten or mixed."""
+    if out.is_symlink():
+        raise InputError(f"--out {out}: is a link; name the folder itself")
+    if out.is_dir() and (os.path.ismount(out) or out.resolve() == Path.cwd()):
+        what = "a mounted volume" if os.path.ismount(out) else "the working folder"
+        raise InputError(f"--out {out}: is {what}, which cannot be replaced in one step; name a folder inside it, such as {out / 'shards'}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {out}: already holds something; choose another folder or remove this one first")
 
@@ -152,7 +173,7 @@ def _claimed(work: Path, *, shared: bool) -> Iterator[None]:
             raise InputError(f"{work}: another process is packing there; wait for it, or choose another --out")
         yield
     finally:
-        if work.is_dir() and not any(work.glob("*/*.done")) and _lock(lock, fcntl.LOCK_EX):
+        if work.is_dir() and not any(work.glob(f"{NOTES}/*.json")) and _lock(lock, fcntl.LOCK_EX):
             shutil.rmtree(work, ignore_errors=True)
         os.close(lock)
 
@@ -178,13 +199,13 @@ def _agree(work: Path, plan: str, part: tuple[int, int] | None) -> None:
 
 
 def _kept(work: Path) -> str:
-    done = len(list(work.glob("*/*.done"))) if work.is_dir() else 0
+    done = len(list(work.glob(f"{NOTES}/*.json"))) if work.is_dir() else 0
     if not done:
         return "nothing was left there"
     return f"{done} finished shards are kept in {work}: the same command goes on from there"
 
 
-def _run(packer: "_Packer", mine: list[Job], jobs: list[Job], workers: int, out: Path, part: tuple[int, int] | None) -> None:
+def _run(packer: "_Packer", mine: list[Job], workers: int, out: Path, part: tuple[int, int] | None) -> None:
     """Make the shards, show the rate and what was skipped."""
     name = out.name if part is None else f"{out.name} {part[0]}/{part[1]}"
     with tqdm(total=sum(job.stop - job.start for job in mine), desc=f"packing {name}", unit="img", mininterval=0.5, dynamic_ncols=True) as bar:
@@ -201,11 +222,6 @@ def _run(packer: "_Packer", mine: list[Job], jobs: list[Job], workers: int, out:
                 finished(packer.shard(job, lambda: bar.update()))
         else:
             _run_parallel(packer, mine, workers, bar, finished)
-    if part is None:
-        expected = {job.name for job in jobs}
-        for path in packer.work.glob("*/*"):  # of an earlier plan, or of a process that was killed
-            if path.with_suffix(".tar").relative_to(packer.work).as_posix() not in expected or path.suffix not in (".tar", ".done"):
-                path.unlink()
 
 
 def _run_parallel(packer: "_Packer", mine: list[Job], workers: int, bar: Any, finished: Any) -> None:
@@ -235,8 +251,8 @@ class _Packer:
 
     def shard(self, job: Job, tick: Any) -> dict[str, Any]:
         """Make the shard, or find that it is made; returns its note."""
-        path = self.work / job.name
-        note = path.with_suffix(".done")
+        path = self.work / SHARDS / job.name
+        note = _note(self.work, job.name)
         items = self.source.items[job.start : job.stop]
         made_from = self._made_from(items)
         if note.is_file():
@@ -254,7 +270,8 @@ class _Packer:
         skipped, contents = [], []
         try:
             # Fixed owner and time: the same samples give the same bytes.
-            with webdataset.TarWriter(str(partial), encoder=False, mtime=0.0, user="", group="") as writer:
+            # An open file: of a name webdataset would make a command or a URL.
+            with partial.open("wb") as raw, webdataset.TarWriter(raw, encoder=False, mtime=0.0, user="", group="") as writer:
                 for item in items:
                     try:
                         record = encode(self.source.load(item), self.form)
@@ -263,7 +280,10 @@ class _Packer:
                     except InputError as error:
                         if self.on_bad == "stop":
                             raise
-                        skipped.append({"split": job.split, "key": item.key, "why": str(error)})
+                        why = str(error)
+                        for file in filter(None, (item.image, item.mask)):  # names of files may name patients
+                            why = why.replace(f"{file}: ", "").replace(file, "the file")
+                        skipped.append({"split": job.split, "key": item.key, "why": why})
                     tick()
             done: dict[str, Any] = {"made_from": made_from, "skipped": skipped, "rows": [], "findings": []}
             if len(skipped) < len(items):
@@ -349,14 +369,14 @@ def _sync(path: Path) -> None:
 
 def merge(out: Path) -> dict[str, Any]:
     """Finished shards in ``out.partial`` -> their index, then the name ``out``. InputError: which shards are missing."""
-    work = out.with_name(out.name + ".partial")
+    work = _work_folder(out)
     refuse_existing(out)
     try:
         plan = json.loads((work / "plan.json").read_text())
         names: list[str] = plan["shards"]
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{work}: holds no packed parts; make them with `python -m shards ... --out {out} --part 1/N`") from error
-    missing = [name for name in names if not (work / name).with_suffix(".done").is_file()]
+    missing = [name for name in names if not _note(work, name).is_file()]
     if missing:
         raise InputError(f"{work}: {len(missing)} of {len(names)} shards are not made yet: {listed(missing)}; run the parts that make them")
     shards: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -365,28 +385,33 @@ def merge(out: Path) -> dict[str, Any]:
     skipped: list[dict[str, str]] = []
     homes: dict[str, set[str]] = defaultdict(set)  # of each image
     for name in names:
-        split, note = name.partition("/")[0], json.loads((work / name).with_suffix(".done").read_text())
+        split, note = name.partition("/")[0], json.loads(_note(work, name).read_text())
         skipped += note["skipped"]
         if not note["rows"]:
             continue
-        if not (work / name).is_file() or (work / name).stat().st_size != note["bytes"]:
-            raise InputError(f"{work / name}: is not the shard that was made; copy it again or run its part again")
+        tar = work / SHARDS / name
+        if not tar.is_file() or tar.stat().st_size != note["bytes"]:
+            raise InputError(f"{tar}: is not the shard that was made; copy it again or run its part again")
         shards[split].append({"name": name, "bytes": note["bytes"], "sha256": note["sha256"], "samples": len(note["rows"])})
         tables[split].append(np.array([tuple(row) for row in note["rows"]], ROW))
         findings[split] += [tuple(found) for found in note["findings"]]
         for content in note["contents"]:
             homes[content].add(split)
     if not shards:
-        raise InputError(f"{work}: every sample was skipped: {listed(s['why'] for s in skipped)}")
+        raise InputError(f"{work}: every sample was skipped: {listed(s['key'] + ': ' + s['why'] for s in skipped)}")
     shared = sum(len(splits) > 1 for splits in homes.values())
     more = {"stored": plan["stored"], "left_out": plan["left_out"], "skipped": skipped, "in_two_splits": shared}
-    index = _write_index(work, plan["dataset"], plan["classes"], shards, tables, findings, more)
-    for path in (*work.glob("*/*.done"), work / "plan.json", work / ".lock"):
-        path.unlink(missing_ok=True)
+    whole = work / SHARDS
+    wanted = {shard["name"] for of_split in shards.values() for shard in of_split}
+    for path in whole.glob("*/*"):  # of an earlier plan, or of a process that was killed
+        if path.relative_to(whole).as_posix() not in wanted:
+            path.unlink()
+    index = _write_index(whole, plan["dataset"], plan["classes"], shards, tables, findings, more)
     if out.exists():
         out.rmdir()  # refuse_existing made sure that it is empty
-    work.rename(out)
-    _sync(out.parent)
+    whole.rename(out)
+    _sync(work.parent)
+    shutil.rmtree(work, ignore_errors=True)
     return index
 
 
@@ -411,7 +436,7 @@ def build_index(root: Path, *, dataset: str, classes: Sequence[str] | None = Non
                 tables[split].append(rows)
                 findings[split] += found
                 bar.update()
-    return _write_index(root, dataset, [], shards, tables, findings, {})
+    return _write_index(root, dataset, [], shards, tables, findings, {"classes": list(classes)} if classes else {})
 
 
 def _write_index(
@@ -482,8 +507,14 @@ def index_tar(path: Path, classes: Sequence[str] | None = None, keys: dict[bytes
                     raw.seek(member.offset_data)
                     meta = parse_meta(raw.read(member.size), f"{path}:{member.name}")
                     found[key] = tuple(dict.fromkeys(meta["findings"])) or found.get(key, ())
-        if end > path.stat().st_size:
-            raise tarfile.ReadError("unexpected end of data")
+            # tarfile takes a broken header for the end of the file: there must be nothing but zeros from here on.
+            raw.seek(tar.offset)
+            rest = raw.read(tarfile.BLOCKSIZE)
+            whole = len(rest) == tarfile.BLOCKSIZE and not any(rest)
+            while whole and (rest := raw.read(2**20)):
+                whole = not any(rest)
+        if end > path.stat().st_size or not whole:
+            raise tarfile.ReadError(f"cut or damaged after {len(rows)} samples")
     except (tarfile.TarError, EOFError, OSError) as error:
         raise InputError(f"{path}: not a whole tar file ({error}); pack or copy it again") from error
     table = np.zeros(len(rows), ROW)

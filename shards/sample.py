@@ -41,10 +41,12 @@ TASKS: dict[str, tuple[str, ...]] = {
 SPLITS = ("train", "val", "test")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 FORMATS = ("jpg", "png", "webp")
+OPENED = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000")  # Pillow's EPS reader, for one, runs another program
 MAX_PIXELS = 2**27  # 134 million: beyond any detector, far below what exhausts a machine
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow would warn below our limit; above it `decode_image` refuses
 JPEG_QUALITY = 95
 ASPECTS = ("stretch", "pad")
+PHOTOMETRIC = 262  # TIFF tag: 0 is white for zero
 
 
 @dataclass
@@ -83,7 +85,7 @@ def decode_image(data: bytes | bytearray, where: str) -> np.ndarray:
     """Decode any image file to grayscale uint8 ``[H, W]``.
 
     Colour becomes luminance, an alpha channel is dropped, and more than 8 bits are scaled down from the smallest even
-    bit depth that holds the image's maximum (12-bit data in a 16-bit file does not come out black).
+    bit depth that holds the image's maximum (12-bit data in a 16-bit file does not come out black); floats up to 1 are shares of white.
 
     Raises:
         InputError: not an image, truncated, or more than ``MAX_PIXELS`` pixels. ``where`` names it.
@@ -94,24 +96,31 @@ def decode_image(data: bytes | bytearray, where: str) -> np.ndarray:
 def _decode(data: bytes | bytearray, where: str) -> Image.Image:
     """As `decode_image`, decoded but not copied out of Pillow's memory: mode L."""
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=OPENED)
         if image.width * image.height > MAX_PIXELS:
             raise InputError(f"{where}: {image.width} x {image.height} pixels is beyond the limit of {MAX_PIXELS} pixels")
         if image.mode.startswith(("I", "F")):
-            return Image.fromarray(_to_8_bit(np.asarray(image)))
+            gray = _to_8_bit(np.asarray(image))
+            negative = image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == 0  # Pillow inverts 8 bits only
+            return Image.fromarray(255 - gray if negative else gray)
         if image.mode != "L":
             return image.convert("L")
         image.load()
         return image
     except InputError:
         raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except (OSError, SyntaxError, ValueError, OverflowError, NotImplementedError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         why = "no known image format" if isinstance(error, UnidentifiedImageError) else str(error)
         raise InputError(f"{where}: cannot be decoded as an image ({len(data)} bytes; {why}); replace or remove it") from error
 
 
 def _to_8_bit(values: np.ndarray) -> np.ndarray:
+    fractions = values.dtype.kind == "f" and values.max(initial=0) <= 1
     values = values.astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("pixels that are not numbers")
+    if fractions:
+        return np.clip(np.rint(values * 255), 0, 255).astype(np.uint8)
     top = values.max(initial=0.0)
     depth = max(8, 2 * int(np.ceil(np.log2(top + 1) / 2)))
     return np.clip(np.rint(values * (255.0 / (2.0**depth - 1))), 0, 255).astype(np.uint8)
@@ -209,8 +218,8 @@ def parse_meta(data: bytes, where: str) -> dict[str, Any]:
         for box in meta.get("boxes", []):
             x0, y0, x1, y1 = (float(v) for v in box["xyxy"])
             boxes.append(LesionBox(str(box["finding"]), (x0, y0, x1, y1)))
-        if not all(isinstance(f, str) for f in findings):
-            raise ValueError("findings must be names")
+        if not isinstance(findings, list) or not all(isinstance(f, str) for f in findings):
+            raise ValueError("findings must be a list of names")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{where}: its JSON is not a sample's ({error}); see shards/sample.py for the contract") from error
     return meta | {"findings": findings, "boxes": boxes}

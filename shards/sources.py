@@ -8,6 +8,7 @@ import csv
 import gzip
 import os
 import re
+import sys
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -86,7 +87,9 @@ class Source:
                 raise InputError(f"{item.mask}: is {lungs.shape[1]}x{lungs.shape[0]}, its image {image.width}x{image.height}; they must agree")
             if not lungs.any():
                 raise InputError(f"{item.mask}: has no lung pixel (all 0); remove the pair")
-            lungs = np.where(lungs > lungs.max() // 2, 255, 0).astype(np.uint8)  # 0/1 and 0/255 masks alike
+            # 0 and 1, 0 and 255, a number for each lung; many values are a mask that was saved as a JPEG or smoothed.
+            limit = 0 if len(np.unique(lungs)) <= 3 else lungs.max() // 2
+            lungs = np.where(lungs > limit, 255, 0).astype(np.uint8)
             mask = fit(lungs, self.size, self.aspect, mask=True)
         frame = Frame.of((image.height, image.width), self.size, self.aspect)
         boxes = [LesionBox(finding, frame.box(share)) for finding, share in item.boxes]
@@ -115,6 +118,19 @@ def images_of(folder: Path, skipped: dict[str, int] | None = None) -> Iterator[P
         elif skipped is not None:
             kind = "a folder inside a class folder" if path.is_dir() else "a DICOM file: see `python -m shards dicom`"
             skipped[kind if path.is_dir() or path.suffix.lower() == ".dcm" else "not an image file"] += 1
+
+
+def walk(root: Path) -> Iterator[Path]:
+    """Files at any depth, sorted, links to folders followed (each folder once), hidden files left out."""
+    seen: set[str] = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        folders.sort()
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(folder, file) for file in sorted(files) if not file.startswith("."))
 
 
 def class_folders(root: Path) -> Source:
@@ -163,10 +179,10 @@ def folder_finding(name: str) -> str:
     return FOLDER_FINDINGS.get(re.sub(r"[\s_-]", "", bare).lower(), bare)
 
 
-def image_masks(images: Path, masks: Path, val_share: float = 0.2) -> Source:
+def image_masks(images: Path, masks: Path, val_share: float = 0.2, test_share: float = 0.0) -> Source:
     """Images and lung masks in two folders, matched by name (``x.png`` with ``x.png``, ``x_mask.png`` or ``x-lungs.png``).
 
-    A share of ``val_share`` of the names, drawn by their checksum and so the same wherever they lie, becomes val.
+    Shares of the names, drawn by their checksum and so the same wherever they lie, become val and test.
     InputError: an empty folder, an image without a mask, a mask without an image.
     """
     found: list[dict[str, Path]] = []
@@ -190,10 +206,13 @@ def image_masks(images: Path, masks: Path, val_share: float = 0.2) -> Source:
     if len(by_image) < 2:
         raise InputError("one image with a mask cannot be split into train and val; give at least two")
     ranked = sorted(by_image, key=lambda stem: (zlib.crc32(clean_key(stem).encode()), stem))
-    val = set(ranked[: max(1, round(val_share * len(ranked)))])
+    first = max(1, round(val_share * len(ranked)))
+    last = first + round(test_share * len(ranked))
+    if last >= len(ranked):
+        raise InputError(f"--val-share {val_share} and --test-share {test_share} leave none of {len(ranked)} images for training")
+    part = dict.fromkeys(ranked[:first], "val") | dict.fromkeys(ranked[first:last], "test")
     items = [
-        Item("val" if stem in val else "train", clean_key(stem), (), str(path), str(by_mask[stem]), extra=(("source", path.name),))
-        for stem, path in by_image.items()
+        Item(part.get(stem, "train"), clean_key(stem), (), str(path), str(by_mask[stem]), extra=(("source", path.name),)) for stem, path in by_image.items()
     ]
     return Source(mixed(items))
 
@@ -271,13 +290,16 @@ def table(
     skipped: dict[str, int] = defaultdict(int)
     found = [_row_findings(row, columns, declared, f"{flag}, row {n}", skipped) for n, row in enumerate(rows, 2)]
     taken = [(row, findings) for row, findings in zip(rows, found, strict=True) if findings is not None]
-    paths = [images / row[columns.path] for row, _ in taken]
+    paths = [images / row[columns.path].strip() for row, _ in taken]
+    outside = [str(path) for path in paths if not path.is_relative_to(images)]
+    if outside:
+        raise InputError(f"{flag}: {len(outside)} images are not below --images {images}: {listed(outside)}; name the folder that holds them all")
     twice = [str(p) for p, count in Counter(paths).items() if count > 1]
     if twice:
         raise InputError(f"{flag}: {len(twice)} images are listed more than once: {listed(twice)}; keep one row of each")
     here = present(paths, flag, skipped, skip_missing)
     taken, paths = [t for t, h in zip(taken, here, strict=True) if h], [p for p, h in zip(paths, here, strict=True) if h]
-    patient = np.array([row[columns.patient] if columns.patient else str(i) for i, (row, _) in enumerate(taken)])
+    patient = np.array([row[columns.patient].strip() if columns.patient else str(i) for i, (row, _) in enumerate(taken)])
     if columns.split:
         parts = [_split_name(row[columns.split], f"{flag}, image {row[columns.path]}") for row, _ in taken]
     else:
@@ -404,12 +426,11 @@ def nih(
     if not images.is_dir():
         raise InputError(f"--images {images}: no such folder")
     where: dict[str, str] = {}
-    for folder, _, files in os.walk(images):
-        for file in files:
-            if file.endswith(".png") or file.endswith(".jpg"):
-                other = where.setdefault(file.rpartition(".")[0], os.path.join(folder, file))
-                if other != os.path.join(folder, file):
-                    raise InputError(f"--images {images}: {file} is there twice, in {os.path.dirname(other)} and in {folder}; remove one")
+    for path in walk(images):
+        if path.suffix in (".png", ".jpg"):
+            other = where.setdefault(path.stem, str(path))
+            if other != str(path):
+                raise InputError(f"--images {images}: {path.name} is there twice, in {os.path.dirname(other)} and in {path.parent}; remove one")
     if not where:
         raise InputError(f"--images {images}: no .png or .jpg at any depth; expected the archive's folders, such as images_001/images")
 
@@ -418,7 +439,7 @@ def nih(
     unknown = sorted({name for found in findings for name in found} - set(NIH_FINDINGS))
     if unknown:
         raise InputError(f"{flag}: labels that the archive does not have: {listed(unknown)}; {nearest(unknown[0], NIH_FINDINGS)}")
-    who = np.array([row[patient] for row in rows])
+    who = np.array([row[patient].strip() for row in rows])
     cases = split.Cases([row[image] for row in rows], findings, who, np.array([not skip_missing or stem in where for stem in stems]))
     if how == "published":
         parts = split.published(cases, classes, seed, balanced=balanced)
@@ -508,7 +529,7 @@ def dicom(
     Findings come from ``labels`` (a CSV whose path column names files below ``root``) or from the folders:
     ``train|val|test/<class>/...`` or ``<class>/...``, which is split by patient.
     """
-    from shards.dicom import pseudonym, read_header
+    from shards.dicom import UNREADABLE, pseudonym, read_header
 
     if not root.is_dir():
         raise InputError(f"--path {root}: no such folder")
@@ -521,22 +542,29 @@ def dicom(
             column(names, f"--csv {labels}", name)
         for n, row in enumerate(rows, 2):
             found = _row_findings(row, columns, declared, f"--csv {labels}, row {n}", skipped)
+            name = os.path.normpath(row[columns.path].strip() or ".")
+            name = os.path.relpath(name, root) if os.path.isabs(name) else name
+            if name.startswith(".."):
+                raise InputError(f"--csv {labels}, row {n}: {row[columns.path]} is not below --path {root}")
+            if name in listed_rows:
+                raise InputError(f"--csv {labels}, row {n}: {name} is listed more than once; keep one row of each, with all its findings")
             if found is not None:
                 part = _split_name(row[columns.split], f"--csv {labels}, row {n}") if columns.split else ""
-                listed_rows[os.path.normpath(row[columns.path])] = found, part
+                listed_rows[name] = found, part
         here = present([root / name for name in listed_rows], f"--csv {labels}", skipped, skip_bad)
         listed_rows = {name: row for (name, row), there in zip(listed_rows.items(), here, strict=True) if there}
         paths = [root / name for name in listed_rows]
     else:
-        paths = sorted(p for p in root.rglob("*") if p.is_file() and not p.name.startswith("."))
-    items, patients = [], []
+        paths = list(walk(root))
+    items, patients, nameless = [], [], 0
     same: dict[str, list[Path]] = defaultdict(list)
     for path in paths:
         header = read_header(path)
         if isinstance(header, str):
-            if labels is not None and not skip_bad:
-                raise InputError(f"{path}: {header}; correct --csv or leave it out with --on-bad skip")
-            skipped[header] += 1
+            if not skip_bad and (labels is not None or header.startswith(UNREADABLE)):
+                remedy = "correct --csv" if labels is not None else "replace or remove it"
+                raise InputError(f"{path}: {header}; {remedy}, or leave it out with --on-bad skip")
+            skipped[header.partition(":")[0]] += 1
             continue
         if any(path.stat().st_size == other.stat().st_size and path.read_bytes() == other.read_bytes() for other in same[header.uid]):
             skipped["a copy of another file"] += 1
@@ -551,12 +579,15 @@ def dicom(
             findings, part = (folder_finding(folders[0]),), ""
         else:
             raise InputError(f"{path}: has no class; put files into <class>/ or train|val|test/<class>/ folders, or name a table with --csv")
-        who = pseudonym(header.patient or header.uid, salt)
+        nameless += not header.patient.strip()
+        who = pseudonym(header.patient.strip() or header.study or header.uid, salt)
         extra = (("patient", who), *((("view", header.view),) if header.view else ()))
         number = len(same[header.uid])
         key = pseudonym(header.uid, salt) + (f"-{number}" if number > 1 else "")
         items.append(Item(part, key, findings, str(path), extra=extra))
         patients.append(who)
+    if nameless:
+        print(f"warning: {nameless} images have no patient ID: the images of one study count as one patient", file=sys.stderr)
     if not items:
         raise InputError(f"--path {root}: no DICOM image in it ({', '.join(f'{n} {why}' for why, n in skipped.items()) or 'it is empty'})")
     if not all(item.split for item in items):

@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import random
+import re
 import tempfile
 import threading
 import time
@@ -23,6 +24,7 @@ from shards.pack import VERSION, file_sha256
 ATTEMPTS = 6  # with pauses of about 0.5, 1, 2, 4 and 8 seconds
 FIRST_PAUSE = 0.5
 DEFAULT_GB = 100.0
+CACHED = re.compile("[0-9a-f]{64}")  # a name in the cache
 LEFTOVER = 3600.0  # seconds after which a download counts as abandoned
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
 
@@ -42,6 +44,11 @@ def parse_index(text: str | bytes, where: str, remedy: str) -> dict[str, Any]:
         if not (isinstance(index["splits"], dict) and isinstance(index["findings"], list) and isinstance(index["dataset"], str)):
             raise ValueError("wrong types")
         for entry in index["splits"].values():
+            for shard in entry["shards"]:
+                if not all(isinstance(shard[name], int) for name in ("bytes", "samples")) or not CACHED.fullmatch(shard["sha256"]):
+                    raise ValueError(f"the shard {shard['name']!r} lacks its size or checksum")
+            if not isinstance(entry["samples"], int):
+                raise ValueError("samples must be a number")
             for name in (*(shard["name"] for shard in entry["shards"]), *entry["tables"]):
                 if name.startswith("/") or "\\" in name or ".." in name.split("/"):
                     raise InputError(f"{where}: the shard {name!r} lies outside the folder; {remedy}")
@@ -74,8 +81,11 @@ class Folder:
         return parse_index(path.read_bytes(), str(path), self.remedy)
 
     def table(self, name: str, entry: dict[str, Any]) -> Path:
-        """Local path of a table of the index."""
-        return self.root / name
+        """Local path of a table of the index; InputError: it is not there."""
+        path = self.root / name
+        if not path.is_file():
+            raise InputError(f"{path}: is in the index but not on disk; copy it again, or {self.remedy}")
+        return path
 
     def check(self, shards: list[dict[str, Any]]) -> None:
         """InputError for a shard that is not there, or has another size than the index says."""
@@ -197,12 +207,13 @@ class Cache:
                 except OSError:
                     continue  # another process has just removed or renamed it
                 held = entry.name.endswith((".hold", ".part"))
-                if held and time.time() - stat.st_mtime > LEFTOVER:
+                if held and (time.time() - stat.st_mtime > LEFTOVER or (entry.name.endswith(".hold") and _gone(entry.name))):
                     os.unlink(entry.path)  # of a process that was killed
-                elif not entry.name.endswith((".lock", ".part")):  # what becomes of a .part is held
+                elif entry.name.endswith(".hold"):  # what becomes of a .part is held
                     used += stat.st_size
-                    if not held:
-                        files.append((stat.st_mtime, stat.st_size, entry.path))
+                elif CACHED.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):  # whatever else lies here is not ours
+                    used += stat.st_size
+                    files.append((stat.st_mtime, stat.st_size, entry.path))
             for _, bytes_, path in sorted(files):
                 if used + size <= self.limit:
                     break
@@ -229,6 +240,18 @@ class Cache:
         finally:
             if os.path.exists(partial):
                 os.unlink(partial)
+
+
+def _gone(hold: str) -> bool:
+    """Whether the process that a hold is named after has ended."""
+    pid = hold.partition("-")[0]
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, ValueError, OverflowError):
+        return False
+    return False
 
 
 class _BrokenError(Exception):

@@ -49,6 +49,10 @@ class Batch:
     weight: torch.Tensor
     mask: torch.Tensor | None = None
 
+    def pin_memory(self) -> "Batch":
+        """For the loader: in page-locked memory, from which copies to a GPU do not wait."""
+        return Batch(*(None if t is None else t.pin_memory() for t in (self.image, self.label, self.index, self.weight, self.mask)))  # type: ignore[arg-type]
+
 
 class Split(Dataset["Batch | InputError"]):
     """One split of packed shards, as far as it belongs to a task.
@@ -171,8 +175,15 @@ class Split(Dataset["Batch | InputError"]):
             name = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
         except tarfile.HeaderError as error:
             raise self._mismatch(row) from error
+        if len(name) >= tarfile.LENGTH_NAME:  # longer names have a record of their own before the header
+            name = self._long_name(row) or name
         folder, _, base = name.rpartition("/")
         return "/".join(filter(None, [folder, base.partition(".")[0]]))
+
+    def _long_name(self, row: int) -> str:
+        at = int(self.table[row]["image_at"])
+        with tarfile.open(self.store.shard(self.shards[self._shard(row)]), "r:") as tar:
+            return next((member.name for member in tar if member.offset_data == at), "")
 
     def name(self, position: int) -> str:
         """Shard and key, for messages."""
@@ -267,17 +278,87 @@ class Split(Dataset["Batch | InputError"]):
 
         Shards of a URL are fetched ahead, one window of the plan before they are needed.
         """
-        shares = Shares(plan, epoch, start, batch=batch, rank=rank, world=world)
-        ahead = _Ahead(self, plan, shares) if self.store.remote else shares
+        ahead = self._ahead(plan, Shares(plan, epoch, start, batch=batch, rank=rank, world=world))
         loader = DataLoader(self, batch_size=None, sampler=ahead, num_workers=workers, pin_memory=torch.cuda.is_available(), collate_fn=None)
         try:
             for got in loader:
                 if isinstance(got, InputError):
                     raise got
                 yield got
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise InputError("a loader process was killed, most likely for want of memory or of space in /dev/shm; use fewer --workers") from error
         finally:
             if isinstance(ahead, _Ahead):
                 ahead.close()
+
+    def _ahead(self, plan: "EpochPlan", shares: "Shares") -> "_Ahead | Shares":
+        return _Ahead(self, plan, shares) if self.store.remote else shares
+
+
+class Joined(Split):
+    """Several splits read as one, such as lung masks of several hospitals: their positions follow each other, labels are the number of the part.
+
+    Raises:
+        InputError: images of different sizes.
+    """
+
+    def __init__(self, parts: Sequence[Split]) -> None:
+        self.parts = list(parts)
+        self.masks = all(part.masks for part in parts)
+        self.ends = list(accumulate(len(part) for part in parts))
+        self.labels = np.repeat(np.arange(len(parts), dtype=np.int16), [len(part) for part in parts])
+        self.fingerprint = hashlib.sha256("".join(part.fingerprint for part in parts).encode()).hexdigest()
+        self._buffers = _Buffers()
+        sizes = {part.image(0).shape: part.store.name for part in parts if len(part)}
+        if len(sizes) > 1:
+            raise InputError(f"images of different sizes: {', '.join(f'{w}x{h} in {name}' for (h, w), name in sizes.items())}; pack all to one --size")
+
+    def _part(self, position: int) -> tuple[Split, int]:
+        k = bisect_right(self.ends, position)
+        return self.parts[k], int(position) - (self.ends[k - 1] if k else 0)
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def shard_sizes(self) -> np.ndarray:
+        """See Split."""
+        return np.concatenate([part.shard_sizes() for part in self.parts])
+
+    def image(self, position: int) -> np.ndarray:
+        """See Split."""
+        part, at = self._part(position)
+        return part.image(at)
+
+    def mask(self, position: int) -> np.ndarray | None:
+        """See Split."""
+        part, at = self._part(position)
+        return part.mask(at)
+
+    def key(self, position: int) -> str:
+        """See Split."""
+        part, at = self._part(position)
+        return part.key(at)
+
+    def name(self, position: int) -> str:
+        """See Split."""
+        part, at = self._part(position)
+        return part.name(at)
+
+    def close(self) -> None:
+        """See Split."""
+        for part in self.parts:
+            part.close()
+
+    def __del__(self) -> None:  # the parts close themselves
+        pass
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_buffers": _Buffers()}
+
+    def _ahead(self, plan: "EpochPlan", shares: "Shares") -> "_Ahead | Shares":
+        return shares  # sets of lung masks are small: a shard of a URL is fetched when it is needed
 
 
 class _Buffers:
@@ -285,11 +366,20 @@ class _Buffers:
 
     def __init__(self) -> None:
         self.known: list[np.ndarray] = []
+        self.idle = self._idle([np.empty(1, np.uint8)])
+
+    @staticmethod
+    def _idle(known: list[np.ndarray]) -> int:
+        """References that Python counts for an array that only the list holds, asked as `get` asks: 3, from Python 3.14 on 2."""
+        for array in known:
+            if array.shape == (1,) and (count := sys.getrefcount(array)):
+                return count
+        raise AssertionError
 
     def get(self, shape: tuple[int, ...]) -> np.ndarray:
         """An uninitialised uint8 array. It is handed out again when the tensors made from it are gone: they hold a reference to it."""
         for array in self.known:
-            if array.shape == shape and sys.getrefcount(array) == 3:  # the list, this loop, the argument
+            if array.shape == shape and sys.getrefcount(array) == self.idle:
                 return array
         array = np.empty(shape, np.uint8)
         self.known = [*self.known[-3:], array]

@@ -2,9 +2,11 @@
 
 import hashlib
 import multiprocessing
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +17,9 @@ from shards.errors import InputError, listed
 from shards.pack import SMALL, cores, file_sha256, index_tar
 from shards.sample import decode_image, parse_meta
 from shards.store import Folder, Remote, open_store
+
+# Store, shard, rows of its index, findings of its samples, names of the classes of .cls members.
+Job = tuple[Folder | Remote, dict[str, Any], np.ndarray, list[tuple[str, ...]], list[str] | None]
 
 
 @dataclass
@@ -45,15 +50,16 @@ def verify(root: str, workers: int | None = None) -> tuple[dict[str, Any], list[
                 problems.append(f"{store.name}/{name}: changed since it was written; {store.remedy}")
         opened = Split(store, split)  # the cheap checks, which stop with one message
         labels = opened.findings()
+        problems += [f"{store.name}/{split}: {told}; {store.remedy}" for told in _counts(entry, opened.table, labels)]
         for shard, start, stop in zip(entry["shards"], opened.starts[:-1], opened.starts[1:], strict=True):
-            jobs.append((store, shard, np.array(opened.table[start:stop]), labels[start:stop]))
+            jobs.append((store, shard, np.array(opened.table[start:stop]), labels[start:stop], index.get("classes")))
     where: list[str] = [split for split, entry in index["splits"].items() for _ in entry["shards"]]
     patients: dict[str, dict[str, str]] = defaultdict(dict)
     contents: dict[bytes, dict[str, str]] = defaultdict(dict)
     keys: dict[str, set[str]] = defaultdict(set)
     images = sum(entry["samples"] for entry in index["splits"].values())
     with tqdm(total=images, desc="verifying", unit="img", mininterval=0.5, dynamic_ncols=True) as bar:
-        for split, found, (_, shard, rows, _) in zip(where, _each(jobs, workers, images), jobs, strict=True):
+        for split, found, (_, shard, rows, *_) in zip(where, _each(jobs, workers, images), jobs, strict=True):
             problems += found.problems
             for key, patient, content in zip(found.keys, found.patients, found.contents, strict=True):
                 name = f"{shard['name']}:{key}"
@@ -73,6 +79,17 @@ def verify(root: str, workers: int | None = None) -> tuple[dict[str, Any], list[
     return index, problems
 
 
+def _counts(entry: dict[str, Any], table: np.ndarray, labels: list[tuple[str, ...]]) -> Iterator[str]:
+    """Counts of a split in the index that are not those of its tables."""
+    counted = Counter(name for found in labels for name in found)
+    for name in dict.fromkeys((*entry["findings"], *counted)):
+        if entry["findings"].get(name, 0) != counted[name]:
+            yield f"the index counts {entry['findings'].get(name, 0)} {name}, there are {counted[name]}"
+    masks = int((table["mask_len"] > 0).sum())
+    if entry["masks"] != masks:
+        yield f"the index counts {entry['masks']} masks, there are {masks}"
+
+
 def _each(jobs: list[Any], workers: int | None, images: int) -> Iterator[Found]:
     count = min(workers or (cores() if images > SMALL else 1), len(jobs))
     if count <= 1:
@@ -80,18 +97,27 @@ def _each(jobs: list[Any], workers: int | None, images: int) -> Iterator[Found]:
         return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["shards.verify"])
-    with ProcessPoolExecutor(count, context) as pool:
-        yield from pool.map(_check, jobs)
+    try:
+        with ProcessPoolExecutor(count, context) as pool:
+            yield from pool.map(_check, jobs)
+    except BrokenProcessPool as error:
+        raise InputError("a verifying process was killed, most likely for want of memory; use fewer --workers") from error
 
 
-def _check(job: tuple[Folder | Remote, dict[str, Any], np.ndarray, list[tuple[str, ...]]]) -> Found:
-    store, shard, rows, findings = job
+def _check(job: Job) -> Found:
+    for _ in range(10):
+        with suppress(FileNotFoundError):  # another process made room in the cache: fetch the shard again
+            return _check_shard(*job)
+    return Found([f"{job[0].name}/{job[1]['name']}: does not stay in the cache long enough to be read; raise CXR_FOCUS_CACHE_GB"])
+
+
+def _check_shard(store: Folder | Remote, shard: dict[str, Any], rows: np.ndarray, findings: list[tuple[str, ...]], classes: list[str] | None) -> Found:
     found, name = Found(), f"{store.name}/{shard['name']}"
     try:
         path = store.shard(shard)
         if file_sha256(path) != shard["sha256"]:
             found.problems.append(f"{name}: changed since it was indexed; copy it again, or {store.remedy}")
-        there, labels, keys = index_tar(path)
+        there, labels, keys = index_tar(path, classes)
     except InputError as error:
         found.problems.append(str(error))
         return found
@@ -114,6 +140,6 @@ def _check(job: tuple[Folder | Remote, dict[str, Any], np.ndarray, list[tuple[st
                 found.problems.append(str(error))
                 continue
             found.keys.append(key)
-            found.patients.append(str(meta.get("patient") or ""))
+            found.patients.append("" if meta.get("patient") is None else str(meta["patient"]).strip())
             found.contents.append(hashlib.sha256(repr(image.shape).encode() + image.tobytes()).digest())
     return found

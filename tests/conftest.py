@@ -37,7 +37,7 @@ def segmenter(tmp_path_factory) -> Path:
     """A tiny segmenter that has seen nothing: its boxes are as good as any for mechanics."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("lungs") / "lung_unet.safetensors"
-    LungSegmenter(2, 32).eval().save(path)
+    LungSegmenter([2, 4, 8, 16, 32], 32).eval().save(path)
     return path
 
 

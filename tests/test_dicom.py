@@ -161,3 +161,77 @@ def test_real_files():
     twin = next(image for name, image in images.items() if name.startswith("siim_1"))
     assert (twin.astype(int) + images["siim_Fake_MONOHR1.dcm"] == 255).all()
     assert all(image.max() > 200 and image.min() < 60 for image in images.values())
+
+
+def test_without_a_window_the_smallest_value_is_black(tmp_path):
+    image = load_image(write(tmp_path / "x.dcm", RAMP + 1000))
+    np.testing.assert_allclose(image, RAMP * 255 / 1023, atol=0.51)
+
+
+def test_padding_does_not_count(tmp_path):
+    pixels = RAMP + 1000
+    pixels[:4] = 4095
+    for photometric in ("MONOCHROME2", "MONOCHROME1"):
+        image = load_image(write(tmp_path / "x.dcm", pixels, photometric=photometric, PixelPaddingValue=4095))
+        gray = (RAMP[4:] - RAMP[4, 0]) * 255 / (1023 - RAMP[4, 0])
+        np.testing.assert_allclose(image[4:], gray if photometric == "MONOCHROME2" else 255 - gray, atol=1.01)
+        assert (image[:4] == 0).all()
+
+
+def test_odd_windows_are_no_window(tmp_path):
+    for more in ({"WindowCenter": None, "WindowWidth": 100}, {"WindowCenter": 100, "WindowWidth": 0}, {"VOILUTSequence": []}):
+        np.testing.assert_allclose(load_image(write(tmp_path / "x.dcm", RAMP, **more)), RAMP * 255 / 1023, atol=0.51)
+
+
+def test_an_empty_patient_id_is_the_study(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for study in range(12):
+        uid = pydicom.uid.generate_uid()
+        for i in range(2):
+            write(tmp_path / "in" / ("A" if study % 2 else "B") / f"{study}-{i}.dcm", rng.integers(0, 1024, (16, 16)), patient="", StudyInstanceUID=uid)
+    (tmp_path / "salt").write_text("0123456789abcdef0123")
+    main(["dicom", "--path", str(tmp_path / "in"), "--salt-file", str(tmp_path / "salt"), "--out", str(tmp_path / "out"), "--size", "16"])
+    assert "24 images have no patient ID" in capsys.readouterr().err
+    homes = {}
+    for name in ("train", "val", "test"):
+        split = Split(tmp_path / "out", name)
+        for i in range(len(split)):
+            homes.setdefault(split.meta(i)["patient"], []).append(name)
+    assert len(homes) == 12
+    assert all(len(set(where)) == 1 for where in homes.values())
+
+
+def folder_of_two(tmp_path):
+    rng = np.random.default_rng(0)
+    for k, name in enumerate("AB"):
+        for i in range(6):
+            write(tmp_path / "in" / name / f"{i}.dcm", rng.integers(0, 1024, (16, 16)), patient=f"{k}-{i}")
+    (tmp_path / "salt").write_text("0123456789abcdef0123")
+    return ["dicom", "--path", str(tmp_path / "in"), "--salt-file", str(tmp_path / "salt"), "--out", str(tmp_path / "out"), "--size", "16"]
+
+
+def test_a_file_listed_twice_is_refused(tmp_path):
+    flags = folder_of_two(tmp_path)
+    (tmp_path / "t.csv").write_text("path,finding\nA/0.dcm,Mass\nA/0.dcm,Nodule\n")
+    with pytest.raises(InputError, match="listed more than once"):
+        main([*flags, "--csv", str(tmp_path / "t.csv")])
+
+
+def test_paths_of_a_table_may_be_absolute(tmp_path):
+    flags = folder_of_two(tmp_path)
+    rows = [f"{tmp_path}/in/{name}/{i}.dcm,{'Mass' if name == 'A' else 'No Finding'}" for name in "AB" for i in range(6)]
+    (tmp_path / "t.csv").write_text("path,finding\n" + "\n".join(rows))
+    main([*flags, "--csv", str(tmp_path / "t.csv")])
+
+
+def test_names_of_skipped_files_are_not_stored_and_bad_headers_are_skipped(tmp_path):
+    flags = folder_of_two(tmp_path)
+    path = tmp_path / "in" / "A" / "DOE_JOHN.dcm"
+    write(path, RAMP, patient="x")
+    path.write_bytes(path.read_bytes()[:-700])
+    bad = write(tmp_path / "in" / "A" / "frames.dcm", RAMP, patient="y")
+    bad.write_bytes(bad.read_bytes()[:128] + b"DICM" + b"\xff" * 50)
+    main([*flags, "--on-bad", "skip"])
+    text = (tmp_path / "out" / "index.json").read_text()
+    assert "DOE_JOHN" not in text
+    assert str(tmp_path) not in text

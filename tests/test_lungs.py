@@ -8,7 +8,8 @@ from conftest import GOLDEN
 from safetensors.torch import save_file
 
 from shards.errors import InputError
-from trainer.lungs import BoxMemory, LungBoxes, LungSegmenter, UNet, load_segmenter, lung_boxes, two_largest
+from trainer.cleanup import two_largest
+from trainer.lungs import BoxMemory, LungBoxes, LungSegmenter, UNet, load_segmenter, lung_boxes
 
 
 def test_the_published_unet():
@@ -64,14 +65,15 @@ def test_two_largest_components_of_each_image():
     masks[0, 30, 30] = True
     masks[1, 5:7, 5:7] = True
     masks[2] = True
-    cleaned = two_largest(masks)
+    cleaned, count = two_largest(masks)
+    assert count.tolist() == [2, 1, 1, 0]
     assert cleaned[0].sum() == masks[0].sum() - 1
     assert not cleaned[0, 30, 30]
     assert (cleaned[1:] == masks[1:]).all()
 
 
 def test_segmenter_takes_any_size_and_round_trips(tmp_path):
-    segmenter = LungSegmenter(2, 32).eval()
+    segmenter = LungSegmenter([2, 4, 8, 16, 32], 32).eval()
     segmenter.save(tmp_path / "s.safetensors")
     loaded = load_segmenter(tmp_path / "s.safetensors")
     images = torch.rand(2, 1, 50, 70)
@@ -79,7 +81,7 @@ def test_segmenter_takes_any_size_and_round_trips(tmp_path):
     assert loaded(images).dtype == torch.bool
     assert (loaded(images) == segmenter(images)).all()
     assert loaded.fingerprint() == segmenter.fingerprint()
-    assert load_segmenter(tmp_path / "s.safetensors").fingerprint() != LungSegmenter(2, 32).fingerprint()
+    assert load_segmenter(tmp_path / "s.safetensors").fingerprint() != LungSegmenter([2, 4, 8, 16, 32], 32).fingerprint()
 
 
 def test_files_that_are_no_segmenter(tmp_path):
@@ -93,7 +95,7 @@ def test_files_that_are_no_segmenter(tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
     with pytest.raises(InputError, match="not a lung segmenter"):
         load_segmenter(tmp_path / "a.safetensors")
-    settings = {"lung_unet": json.dumps(LungSegmenter(2, 32).settings)}
+    settings = {"lung_unet": json.dumps(LungSegmenter([2, 4, 8, 16, 32], 32).settings)}
     save_file({"e1.conv.conv1.weight": torch.zeros(1)}, tmp_path / "b.safetensors", metadata=settings)
     with pytest.raises(InputError, match=r"e1\.conv\.conv1\.weight: expected \(2, 3, 3, 3\), got \(1,\)"):
         load_segmenter(tmp_path / "b.safetensors")
@@ -103,7 +105,7 @@ class Counting(LungSegmenter):
     """Foreground is what is brighter than half; counts the images it sees."""
 
     def __init__(self) -> None:
-        super().__init__(1, 16)
+        super().__init__([1] * 5, 16)
         self.seen = 0
 
     def forward(self, images):

@@ -83,7 +83,7 @@ def test_killed_at_any_moment_and_run_again_it_ends_with_the_same_bytes(pictures
             process.send_signal(signal.SIGKILL)
             process.wait()
             assert not out.exists() or (out / "index.json").is_file()
-        kept += len(list(partial.rglob("*.done")))
+        kept += len(list(partial.rglob("notes/*.json")))
         if not out.exists():
             main(command(pictures, out))
         assert files(tmp_path / "killed") == expected
@@ -100,7 +100,7 @@ def test_workers_end_with_their_parent(pictures, tmp_path):
     script.write_text(code)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
     process = subprocess.Popen([sys.executable, str(script), str(tmp_path / "out")], env=environment, stderr=subprocess.DEVNULL)
-    mark = tmp_path / "out.partial" / "train"
+    mark = tmp_path / "out.partial" / "shards" / "train"
     deadline = time.monotonic() + 60
     while len(list(mark.glob(".*")) if mark.is_dir() else []) < 2:
         assert time.monotonic() < deadline
@@ -127,7 +127,7 @@ def test_a_changed_file_is_packed_anew_and_the_rest_is_kept(pictures, tmp_path):
     bad.write_bytes(good[:50])
     with pytest.raises(InputError, match=r"3\.png: cannot be decoded.*finished shards are kept"):
         main(command(pictures, tmp_path / "out"))
-    notes = {p: p.stat().st_mtime_ns for p in (tmp_path / "out.partial").rglob("*.done")}
+    notes = {p: p.stat().st_mtime_ns for p in (tmp_path / "out.partial").rglob("notes/*.json")}
     assert len(notes) >= 9
     with pytest.raises(InputError, match="packing has not finished"):
         Split(tmp_path / "out", "train")
@@ -145,7 +145,7 @@ def test_bad_images_are_skipped_counted_and_named(pictures, tmp_path, capsys):
     main(command(pictures, tmp_path / "out", "--on-bad", "skip"))
     said = capsys.readouterr().out
     assert "skipped 3 that could not be used" in said
-    assert "3.png: cannot be decoded" in said
+    assert "1Effusion-3: cannot be decoded" in said
     index = json.loads((tmp_path / "out" / "index.json").read_text())
     assert [s["key"] for s in index["skipped"]].count("1Effusion-3") == 1
     assert Split(tmp_path / "out", "train", ("No Finding", "Effusion")).counts() == {"No Finding": 30, "Effusion": 28}
@@ -240,3 +240,102 @@ def test_verify_finds_what_reading_would(pictures, tmp_path):
     problems = verify(str(tmp_path / "out"))[1]
     assert any("train.npy: changed since it was written" in p for p in problems)
     assert any("its members are not those of the index" in p for p in problems)
+
+
+def test_shards_are_kept_when_the_folder_cannot_get_its_name(pictures, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(OSError(16, "Device or resource busy")))
+        with pytest.raises(InputError, match=r"finished shards are kept"):
+            main(command(pictures, out))
+    assert list((tmp_path / "out.partial").rglob("*.tar"))
+    main(command(pictures, out))
+    assert verify(str(out))[1] == []
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_out_that_is_a_link_is_refused_before_any_work(pictures, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with pytest.raises(InputError, match="is a link"):
+        main(command(pictures, tmp_path / "link"))
+    assert not (tmp_path / "link.partial").exists()
+
+
+def test_parts_of_other_items_do_not_go_together(tmp_path):
+    rows = []
+    for i in range(24):
+        Image.fromarray(np.full((16, 16), 5 * i, np.uint8)).save(tmp_path / f"{i}.png")
+        rows.append(f"{i}.png,{'Mass' if i % 2 else 'No Finding'},P{i // 2}")
+    (tmp_path / "t.csv").write_text("path,finding,patient\n" + "\n".join(rows))
+    flags = ["csv", "--csv", str(tmp_path / "t.csv"), "--images", str(tmp_path), "--patient-column", "patient", "--out", str(tmp_path / "out"), "--size", "16"]
+    main([*flags, "--part", "1/2", "--seed", "0"])
+    with pytest.raises(InputError, match="other settings or other files"):
+        main([*flags, "--part", "2/2", "--seed", "1"])
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut"])
+def test_a_tar_damaged_in_a_later_header_is_not_indexed(pictures, tmp_path, damage):
+    main(command(pictures, tmp_path / "out"))
+    path = tmp_path / "out" / "train" / "000000.tar"
+    data = bytearray(path.read_bytes())
+    row = Split(tmp_path / "out", "train").table[3]
+    header = int(row["image_at"]) - 512
+    if damage == "flip":
+        data[header + 5] ^= 1
+    path.write_bytes(data if damage == "flip" else data[: header + 100])
+    with pytest.raises(InputError, match=r"000000\.tar"):
+        main(["index", str(tmp_path / "out")])
+
+
+def test_a_table_that_is_gone_or_counts_that_are_wrong_are_problems(pictures, tmp_path, capsys):
+    main(command(pictures, tmp_path / "out"))
+    index = json.loads((tmp_path / "out" / "index.json").read_text())
+    index["splits"]["train"]["findings"]["Effusion"] = 999
+    index["splits"]["train"]["masks"] = 3
+    (tmp_path / "out" / "index.json").write_text(json.dumps(index))
+    problems = verify(str(tmp_path / "out"))[1]
+    assert any("Effusion" in p and "999" in p for p in problems)
+    assert any("masks" in p for p in problems)
+    (tmp_path / "out" / "train.npy").unlink()
+    with pytest.raises(InputError, match=r"train\.npy"):
+        verify(str(tmp_path / "out"))
+
+
+def test_foreign_tars_with_class_numbers_verify(tmp_path):
+    import webdataset
+
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        with webdataset.TarWriter(str(tmp_path / split / "0.tar"), encoder=False) as tar:
+            for i in range(3):
+                image = Image.fromarray(np.full((16, 16), 10 * i + len(split), np.uint8))
+                image.save(tmp_path / "x.png")
+                tar.write({"__key__": f"{split}{i}", "png": (tmp_path / "x.png").read_bytes(), "cls": str(i % 2).encode()})
+    main(["index", str(tmp_path), "--findings", "No Finding,Mass"])
+    main(["verify", str(tmp_path)])
+
+
+def test_out_is_a_path_whatever_it_looks_like(pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("run:1", "pipe:touch pwned; cat >"):
+        main(command(pictures, Path(name)))
+        assert (tmp_path / name / "index.json").is_file()
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_what_a_killed_part_left_is_removed(pictures, tmp_path):
+    out = tmp_path / "out"
+    main(command(pictures, out, "--part", "1/1"))
+    (tmp_path / "out.partial" / "shards" / "train" / ".000000.tar.12345").write_bytes(b"half")
+    main(["index", str(out), "--merge"])
+    assert not [p for p in out.rglob("*") if p.name.startswith(".")]
+
+
+def test_bad_arguments_are_one_line(pictures, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="--seed"):
+        main(["phantom", "--count", "20", "--seed", "-1", "--out", str(tmp_path / "a")])
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(InputError, match="the working folder"):
+        main(command(pictures, Path(".")))

@@ -78,3 +78,37 @@ def test_meta_survives_and_nonsense_is_refused():
     for bad in (b"[]", b"{", b'{"findings": [1]}', b'{"boxes": [{"finding": "x", "xyxy": [1]}]}'):
         with pytest.raises(InputError, match="JSON"):
             parse_meta(bad, "x")
+
+
+def saved(image, form="TIFF", **more):
+    buffer = io.BytesIO()
+    image.save(buffer, form, **more)
+    return buffer.getvalue()
+
+
+def test_floats_from_0_to_1_are_not_black():
+    ramp = np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)
+    np.testing.assert_allclose(decode_image(saved(Image.fromarray(ramp)), "x"), ramp * 255, atol=0.51)
+
+
+def test_white_is_zero_in_16_bits_as_in_8():
+    values = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    stored = saved(Image.fromarray(values.astype(np.uint16) * 257), tiffinfo={262: 0})  # Pillow writes 16 bits as they are
+    assert (decode_image(stored, "x") == 255 - values).all()
+    assert (decode_image(saved(Image.fromarray(values), tiffinfo={262: 0}), "x") == values).all()  # 8 bits it inverts both ways
+
+
+def test_floats_that_are_no_numbers_name_the_place():
+    broken = np.array([[0.0, np.inf], [1.0, np.nan]], np.float32)
+    with pytest.raises(InputError, match="here"):
+        decode_image(saved(Image.fromarray(broken)), "here")
+
+
+def test_formats_that_run_other_programs_are_not_opened():
+    with pytest.raises(InputError, match="no known image format"):
+        decode_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n", "x.png")
+
+
+def test_findings_must_be_a_list():
+    with pytest.raises(InputError, match="list"):
+        parse_meta(b'{"findings": "Mass"}', "x")

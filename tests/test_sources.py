@@ -330,3 +330,56 @@ def test_the_archive_s_own_images(tmp_path):
     main([*flags, "--ratios", "0.5,0.5,0"])
     main(["verify", str(tmp_path / "out")])
     assert sum(entry["samples"] for entry in open_store(tmp_path / "out").index()["splits"].values()) > 20
+
+
+def table_of(tmp_path, rows, header="path,finding,patient"):
+    (tmp_path / "t.csv").write_text(header + "\n" + "\n".join(rows) + "\n")
+    return ["csv", "--csv", str(tmp_path / "t.csv"), "--images", str(tmp_path), "--out", str(tmp_path / "out"), "--size", "16"]
+
+
+def test_patients_are_the_same_with_a_blank_behind(tmp_path):
+    rows = []
+    for i in range(60):
+        picture(tmp_path / f"{i}.png", value=4 * i)
+        rows.append(f"{i}.png,{'Mass' if i // 2 % 2 else 'No Finding'},P{i // 2}{' ' if i % 2 else ''}")
+    main([*table_of(tmp_path, rows), "--patient-column", "patient"])
+    homes = {}
+    for name in ("train", "val", "test"):
+        split = Split(tmp_path / "out", name)
+        for i in range(len(split)):
+            assert homes.setdefault(split.meta(i)["patient"].strip(), name) == name
+
+
+def test_tables_that_name_odd_paths_and_separators(tmp_path):
+    picture(tmp_path / "other" / "a.png")
+    picture(tmp_path / "in" / "b.png")
+    flags = table_of(tmp_path, [f"{tmp_path}/other/a.png,Mass,1", f"{tmp_path}/in/b.png,No Finding,2"])
+    flags[4] = str(tmp_path / "in")
+    with pytest.raises(InputError, match=r"not below --images .*other/a\.png"):
+        main(flags)
+    with pytest.raises(InputError, match="--separator"):
+        main([*flags, "--separator", ""])
+
+
+def test_linked_folders_are_followed(tmp_path):
+    from shards.sources import walk
+
+    picture(tmp_path / "elsewhere" / "a.png")
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "root" / "link" / "loop").symlink_to(tmp_path / "root")
+    assert [p.name for p in walk(tmp_path / "root")] == ["a.png"]
+
+
+@pytest.mark.parametrize("values", [(1, 2), (127, 255), (1, 1), (255, 255)])
+def test_masks_with_a_number_for_each_lung_keep_both(tmp_path, values):
+    for i in range(2):
+        picture(tmp_path / "i" / f"{i}.png", value=50 * i, size=(32, 32))
+        lungs = np.zeros((32, 32), np.uint8)
+        lungs[4:20, 2:12], lungs[4:20, 20:30] = values
+        (tmp_path / "m").mkdir(exist_ok=True)
+        Image.fromarray(lungs).save(tmp_path / "m" / f"{i}.png")
+    main(["masks", "--images", str(tmp_path / "i"), "--masks", str(tmp_path / "m"), "--out", str(tmp_path / "out"), "--size", "32"])
+    mask = Split(tmp_path / "out", "train", masks=True).mask(0)
+    assert mask[10, 5]
+    assert mask[10, 25]

@@ -211,3 +211,28 @@ def test_what_is_no_url_of_shards(served, tmp_path):
     (tmp_path / "index.json").write_text("<html>")
     with pytest.raises(InputError, match="is not an index"):
         open_store(f"file://{tmp_path}").index()
+
+
+def test_the_cache_touches_its_own_files_only(tmp_path):
+    folder = tmp_path / "mine"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "thesis.docx").write_bytes(b"x" * 900)
+    origin = tmp_path / "origin"
+    origin.write_bytes(b"y" * 1000)
+    Cache(folder, 1500).fetch(origin.as_uri(), 1000, store.file_sha256(origin))
+    assert (folder / "thesis.docx").exists()
+
+
+def test_room_held_by_a_process_that_is_gone_is_given_back(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    folder = tmp_path / "held"
+    folder.mkdir()
+    with (folder / f"{gone.pid}-1.hold").open("wb") as hold:
+        hold.truncate(1000)
+    origin = tmp_path / "origin"
+    origin.write_bytes(b"y" * 1000)
+    done = threading.Thread(target=Cache(folder, 1500).fetch, args=(origin.as_uri(), 1000, store.file_sha256(origin)), daemon=True)
+    done.start()
+    done.join(5)
+    assert not done.is_alive()

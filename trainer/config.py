@@ -4,6 +4,8 @@
 (`accelerate_config.yaml`, `accelerate launch --mixed_precision ...`) and is not configured here.
 """
 
+import argparse
+import contextlib
 import dataclasses
 import re
 import sys
@@ -16,6 +18,7 @@ import yaml
 
 from shards.errors import InputError, nearest
 from trainer.augment import Strength
+from trainer.paint import Painting
 from trainer.regions import RULES, task_findings
 
 Form = Literal["published", "coverage", "energy"]
@@ -166,36 +169,47 @@ class LungsTrainConfig:
     """Train a lung segmenter from shards with lung masks."""
 
     shards: str
-    """Folder or URL of packed shards with lung masks (python -m shards masks, or phantom)."""
+    """Folders or URLs of packed shards with lung masks (python -m shards masks, or phantom), separated by commas: one for each source."""
     out: str
     """Run folder to make; lung_unet.safetensors goes there."""
-    width: int = 16
-    """Width of the U-Net: 16 is light (1.9 M parameters), 64 the published one (31.04 M)."""
+    test: str = ""
+    """More of them, separated by commas, that are only measured at the end, all their splits: hospitals that are left out of training."""
+    channels: list[int] = field(default_factory=lambda: [24, 48, 96, 192, 256])
+    """Of the U-Net's five levels: the default is light (3.3 M parameters, 1.6 GMAC), [64, 128, 256, 512, 1024] the published one (31.04 M, 193 GMAC)."""
+    patch: int = 2
+    """Side of the squares of pixels that the first level takes together; published: 1."""
     size: int = 256
-    """Working size in pixels, a multiple of 16: 256 is light, 512 the published one."""
+    """Working size in pixels, a multiple of 16 x patch: 256 is light, 512 the published one."""
     batch: int = 8
     """Images per process."""
-    epochs: int = 30
+    epochs: int = 40
     """Passes over the training images."""
     lr: float = 2e-3
-    """Largest learning rate of AdamW with a one-cycle schedule."""
+    """Largest learning rate of AdamW, reached after a fifth of the steps, then down to 0 along a cosine."""
     seed: int = 0
     """Of weights, order and augmentation."""
     augment: Strength = field(
-        default_factory=lambda: Strength(rotate=15, scale=0.2, shift=0.08, contrast=0.4, brightness=0.15, gamma=0.5, noise=0.05, invert=0.1)
+        default_factory=lambda: Strength(rotate=15, scale=0.2, shift=0.08, flip=0.3, contrast=0.4, brightness=0.15, gamma=0.5, noise=0.05, invert=0.15)
     )
+    paint: Painting = field(default_factory=lambda: Painting(opacity=0.5, gas=0.3, collapse=0.1, devices=0.4, tone=0.5, warp=0.5, frame=0.3))
     workers: int = 2
     """Loader processes per process."""
+    resume: bool = False
+    """Go on with the run in --out after its last whole epoch."""
 
     def problems(self) -> list[str]:
         """Everything that is wrong with the values, each naming its flag."""
-        found = [f"--{n} {getattr(self, n)}: must be at least 1" for n in ("width", "batch", "epochs") if getattr(self, n) < 1]
-        if self.size < 32 or self.size % 16:
-            found.append(f"--size {self.size}: must be a multiple of 16, at least 32")
+        found = [f"--{n} {getattr(self, n)}: must be at least 1" for n in ("patch", "batch", "epochs") if getattr(self, n) < 1]
+        if len(self.channels) != 5 or min(self.channels) < 1:
+            found.append(f"--channels {self.channels}: expected five whole numbers, such as [24, 48, 96, 192, 256]")
+        if self.patch > 0 and (self.size < 16 * self.patch or self.size % (16 * self.patch)):
+            found.append(f"--size {self.size}: must be a multiple of 16 x --patch {self.patch}")
         if not self.lr > 0:
             found.append(f"--lr {self.lr}: must be above 0")
         if self.workers < 0 or self.seed < 0:
             found.append("--workers and --seed must not be negative")
+        chances = dataclasses.asdict(self.paint) | {"augment.flip": self.augment.flip, "augment.invert": self.augment.invert}
+        found += [f"--{n if '.' in n else f'paint.{n}'} {v}: must lie in [0, 1]" for n, v in chances.items() if not 0 <= v <= 1]
         return found
 
 
@@ -238,6 +252,21 @@ def parse(kind: type[T], argv: list[str] | None = None, *, prog: str = "") -> T:
     if problems:
         raise InputError("; ".join(problems))
     return config
+
+
+def resumed(argv: list[str] | None, prog: str) -> list[str]:
+    """The command line; with ``--resume``, the run folder's config.yaml before it, so that flags given now win."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    peek = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False, exit_on_error=False)
+    peek.add_argument("--out", type=Path)
+    peek.add_argument("--resume", nargs="?", const="true", default="false")
+    with contextlib.suppress(argparse.ArgumentError):  # the real parser says it better
+        seen, _ = peek.parse_known_args(argv)
+        if seen.out and yaml.safe_load(seen.resume) is True:
+            if not (seen.out / "config.yaml").is_file():
+                raise InputError(f"--resume: {seen.out} holds no run (no config.yaml); start it without --resume")
+            argv = ["--config", str(seen.out / "config.yaml"), *argv]
+    return argv
 
 
 def _sections(kind: type, namespace: Any) -> dict[str, Any]:

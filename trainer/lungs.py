@@ -4,22 +4,28 @@ Legend: images float [B,1,H,W] in [0,1]; masks bool [B,H,W]; boxes int64 [B,4] x
 size x size image.
 """
 
+import contextlib
 import hashlib
 import json
+import math
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from kornia.contrib import connected_components_union_find
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from shards.errors import InputError, listed
+from shards.errors import InputError, listed, run
 from trainer.checkpoint import readable
+from trainer.cleanup import clean
 
-PUBLISHED_WIDTH, PUBLISHED_SIZE = 64, 512
+PUBLISHED_CHANNELS, PUBLISHED_SIZE = (64, 128, 256, 512, 1024), 512
+CERTAIN = 4.0  # logit of what clean-up decided
+SHIPPED = Path(__file__).parent / "weights" / "lung_unet.safetensors"
 
 
 class _Convs(nn.Module):
@@ -55,50 +61,73 @@ class _Decoder(nn.Module):
 
 
 class UNet(nn.Module):
-    """The published lung U-Net, 3-w-2w-4w-8w-16w; w = 64 is the published one (31.04 M parameters).
+    """The published lung U-Net (31.04 M parameters) and lighter ones of its kind. Names of the state dict are the published ones.
 
-    forward: [B,3,H,W], H and W multiples of 16 -> logits [B,1,H,W]. Names of the state dict are the published ones.
+    forward: [B,inputs,H,W], H and W multiples of 16 * patch -> logits [B,1,H,W].
+
+    Args:
+        channels: of the five levels.
+        inputs: planes of the input.
+        patch: each patch x patch pixels are the planes of one position of the first level, and come back so from its logits.
+            The first level is where nearly all the time goes; with patch 2 it has a quarter of the positions.
     """
 
-    def __init__(self, width: int = PUBLISHED_WIDTH) -> None:
+    def __init__(self, channels: Sequence[int] = PUBLISHED_CHANNELS, *, inputs: int = 3, patch: int = 1) -> None:
         super().__init__()
-        w = width
-        self.e1, self.e2, self.e3, self.e4 = _Encoder(3, w), _Encoder(w, 2 * w), _Encoder(2 * w, 4 * w), _Encoder(4 * w, 8 * w)
-        self.b = _Convs(8 * w, 16 * w)
-        self.d1, self.d2 = _Decoder(16 * w, 8 * w), _Decoder(8 * w, 4 * w)
-        self.d3, self.d4 = _Decoder(4 * w, 2 * w), _Decoder(2 * w, w)
-        self.outputs = nn.Conv2d(w, 1, 1)
+        a, b, c, d, e = channels
+        self.patch = patch
+        self.e1, self.e2, self.e3, self.e4 = _Encoder(inputs * patch**2, a), _Encoder(a, b), _Encoder(b, c), _Encoder(c, d)
+        self.b = _Convs(d, e)
+        self.d1, self.d2, self.d3, self.d4 = _Decoder(e, d), _Decoder(d, c), _Decoder(c, b), _Decoder(b, a)
+        self.outputs = nn.Conv2d(a, patch**2, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """See the class."""
-        s1, x = self.e1(x)
+        s1, x = self.e1(F.pixel_unshuffle(x, self.patch))
         s2, x = self.e2(x)
         s3, x = self.e3(x)
         s4, x = self.e4(x)
         x = self.d1(self.b(x), s4)
         x = self.d4(self.d3(self.d2(x, s3), s2), s1)
-        return self.outputs(x)
+        return F.pixel_shuffle(self.outputs(x), self.patch)
 
 
 class LungSegmenter(nn.Module):
     """A U-Net with what it needs to be used on any radiograph.
 
     Args:
-        width: of the U-Net.
-        size: working size, a multiple of 16; images are resampled to size x size.
+        channels: of the U-Net's five levels.
+        size: working size, a multiple of 16 x patch; images are resampled to size x size.
+        patch, inputs: see UNet; the gray image is given ``inputs`` times.
         standardise: give the net each image with mean 0 and deviation 1 (ours) or as it is (the published weights).
-        clean_up: keep the two largest connected components; without it, every foreground pixel counts (published).
+        clean_up: at most two lungs without specks and holes, a missing one mirrored, nothing where no believable pair is found (`trainer.cleanup`);
+            without it every foreground pixel counts, as published.
         threshold: of the sigmoid.
     """
 
-    def __init__(self, width: int, size: int, *, standardise: bool = True, clean_up: bool = True, threshold: float = 0.5) -> None:
+    def __init__(
+        self,
+        channels: Sequence[int],
+        size: int,
+        *,
+        patch: int = 1,
+        inputs: int = 1,
+        standardise: bool = True,
+        clean_up: bool = True,
+        threshold: float = 0.5,
+    ) -> None:
         super().__init__()
-        if width < 1 or size < 16 or size % 16:
-            raise InputError(f"a U-Net of width {width} at {size} px cannot be built; width is at least 1, size a multiple of 16")
-        self.unet = UNet(width)
+        if len(channels) != 5 or min(channels) < 1 or patch < 1 or size < 16 * patch or size % (16 * patch):
+            raise InputError(
+                f"a U-Net of channels {listed(list(map(str, channels)))} and patch {patch} at {size} px cannot be built; "
+                "it has five levels, and size is a multiple of 16 x patch"
+            )
+        self.unet = UNet(channels, inputs=inputs, patch=patch)
         self.settings: dict[str, Any] = {
-            "width": width,
+            "channels": list(channels),
             "size": size,
+            "patch": patch,
+            "inputs": inputs,
             "standardise": standardise,
             "clean_up": clean_up,
             "threshold": threshold,
@@ -112,18 +141,22 @@ class LungSegmenter(nn.Module):
         if self.settings["standardise"]:
             deviation, mean = torch.std_mean(images, (1, 2, 3), keepdim=True, unbiased=False)
             images = (images - mean) / (deviation + 1e-3)
-        return self.unet(images.expand(-1, 3, -1, -1))[:, 0]
+        return self.unet(images.expand(-1, self.settings["inputs"], -1, -1))[:, 0]
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """images float [B,1,H,W] in [0,1], any H and W -> lung masks bool [B,H,W]."""
-        probability = torch.sigmoid(self.logits(images).float())
-        masks = probability > self.settings["threshold"]
+        logits = self.logits(images).float()
+        threshold = self.settings["threshold"]
         if self.settings["clean_up"]:
-            masks = two_largest(masks)
-        if masks.shape[-2:] != images.shape[-2:]:
-            masks = F.interpolate(masks[:, None].float(), images.shape[-2:], mode="bilinear")[:, 0] >= 0.5
-        return masks
+            probability = torch.sigmoid(logits)
+            found = probability > threshold
+            wanted = clean(found, probability)
+            # What clean-up added or removed is certain, so that the outline keeps its place between the pixels everywhere else.
+            logits = torch.where(wanted == found, logits, torch.where(wanted, CERTAIN, -CERTAIN))
+        if logits.shape[-2:] != images.shape[-2:]:
+            logits = F.interpolate(logits[:, None], images.shape[-2:], mode="bilinear")[:, 0]
+        return logits > math.log(threshold / (1 - threshold))
 
     def fingerprint(self) -> str:
         """A hash of weights and settings: boxes are remembered under it."""
@@ -133,48 +166,97 @@ class LungSegmenter(nn.Module):
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
-    def save(self, path: Path) -> None:
-        """Write a safetensors file that `load_segmenter` reads."""
+    def save(self, path: Path, *, half: bool = False) -> None:
+        """Write a safetensors file that `load_segmenter` reads; ``half``: weights of convolutions in 16 bits."""
         partial = path.with_name(f".{path.name}.partial")
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.unet.state_dict().items()}
+        if half:
+            tensors = {name: tensor.half() if tensor.ndim == 4 else tensor for name, tensor in tensors.items()}
         save_file(tensors, partial, metadata={"lung_unet": json.dumps(self.settings)})
         readable(partial)
         partial.replace(path)
 
 
 def load_segmenter(path: str | Path | None = None) -> LungSegmenter:
-    """The lung segmenter of a file that `trainer.train_lungs` wrote, in eval mode, frozen.
+    """A lung segmenter in eval mode, frozen: the one that ships with the package, or that of a file.
+
+    Args:
+        path: a file that `trainer.train_lungs` or ``python -m trainer.lungs convert`` wrote (or the run folder with it); a state dict of the
+            published U-Net (.pt, .pth, .safetensors); or the published ``unet_model.pt`` itself, whose pickle is read and not executed.
 
     Returns:
         A module: images float [B,1,H,W] in [0,1], any H and W -> masks bool [B,H,W].
 
     Raises:
-        InputError: no file named (no weights ship with the package yet), no such file, or not a segmenter.
+        InputError: no such file, not a segmenter, tensors of other shapes (which), a pickle that asks for anything but layers.
     """
-    if path is None:
-        raise InputError(
-            "no lung segmenter: name one with --lungs.weights FILE, or train one with "
-            "`python -m shards masks --images DIR --masks DIR --out SHARDS` and "
-            "`accelerate launch -m trainer.train_lungs --shards SHARDS --out RUN`"
-        )
-    path = Path(path)
+    path = SHIPPED if path is None else Path(path)
     if path.is_dir() and (path / "lung_unet.safetensors").is_file():
         path = path / "lung_unet.safetensors"
     if path.is_dir():
         raise InputError(f"--lungs.weights {path}: has no lung_unet.safetensors; name a run folder of trainer.train_lungs, or a file")
     if not path.is_file():
-        raise InputError(f"--lungs.weights {path}: no such file; trainer.train_lungs writes RUN/lung_unet.safetensors")
+        raise InputError(f"--lungs.weights {path}: no such file; without the flag the segmenter of the package is used")
+    tensors, settings = _read(path)
     try:
-        with safe_open(path, "pt") as file:
-            settings = json.loads((file.metadata() or {})["lung_unet"])
-            segmenter = LungSegmenter(settings.pop("width"), settings.pop("size"), **settings)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        why = "it has no settings of one" if isinstance(error, KeyError) else error
-        raise InputError(f"--lungs.weights {path}: not a lung segmenter of trainer.train_lungs ({why})") from error
+        segmenter = LungSegmenter(settings.pop("channels"), settings.pop("size"), **settings)
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"--lungs.weights {path}: not a lung segmenter (its settings lack {error})") from error
     _check_tensors(segmenter.unet, tensors, path)
-    segmenter.unet.load_state_dict(tensors)
+    segmenter.unet.load_state_dict({name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()})
     return segmenter.eval().requires_grad_(False)
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors and settings of a file of any of the known kinds."""
+    with path.open("rb") as file:
+        zipped = file.read(4) == b"PK\x03\x04"
+    if zipped or path.suffix.lower() in (".pt", ".pth", ".bin"):
+        tensors, settings = _read_pickle(path), {}
+    else:
+        try:
+            with safe_open(path, "pt") as file:
+                settings = json.loads((file.metadata() or {}).get("lung_unet", "{}"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        except (SafetensorError, OSError, ValueError) as error:
+            raise InputError(f"--lungs.weights {path}: not a lung segmenter ({error})") from error
+    if not settings:  # the published ones know nothing of ours: raw gray, every foreground pixel counts
+        expected = UNet().state_dict()
+        first = tensors.get("e1.conv.conv1.weight")
+        if first is None:
+            raise InputError(f"--lungs.weights {path}: not a lung segmenter: it has no settings of one, and no e1.conv.conv1.weight of the published U-Net")
+        levels = [f"{level}.conv.conv1.weight" for level in ("e1", "e2", "e3", "e4")] + ["b.conv1.weight"]
+        channels = [len(tensors[name]) if name in tensors else len(expected[name]) for name in levels]
+        inputs = first.shape[1] if first.ndim == 4 else 3
+        settings = {"channels": channels, "size": PUBLISHED_SIZE, "inputs": inputs, "standardise": False, "clean_up": False}
+    return tensors, settings
+
+
+def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
+    """A state dict, or the state dict of a whole pickled module of the published U-Net, of which no code runs.
+
+    Classes that the published file names stand for empty modules; torch's own reader refuses whatever is not allowed by name.
+    """
+    empty = [(type(name, (nn.Module,), {}), f"model.{name}") for name in ("build_unet", "encoder_block", "conv_block", "decoder_block")]
+    layers = [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.ConvTranspose2d]
+    try:
+        with torch.serialization.safe_globals([*empty, *layers]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged or hostile file
+        asked = []
+        with contextlib.suppress(Exception):
+            asked = [n for n in torch.serialization.get_unsafe_globals_in_checkpoint(path) if not n.startswith(("torch.nn.modules.", "model."))]
+        why = f"its pickle asks for {listed(asked)}, which is not executed" if asked else f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
+        raise InputError(f"--lungs.weights {path}: not a lung segmenter ({why})") from error
+    if isinstance(content, nn.Module):
+        content = content.state_dict()
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()):
+        raise InputError(f"--lungs.weights {path}: holds no state dict of a lung segmenter")
+    return {name.removeprefix("module."): tensor for name, tensor in content.items()}
 
 
 def _check_tensors(unet: UNet, tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -184,17 +266,7 @@ def _check_tensors(unet: UNet, tensors: dict[str, torch.Tensor], path: Path) -> 
     if wrong:
         name = wrong[0]
         got = tuple(tensors[name].shape) if name in tensors else "nothing"
-        raise InputError(f"{path}: {len(wrong)} tensors do not fit ({listed(wrong)}); {name}: expected {expected.get(name)}, got {got}")
-
-
-def two_largest(masks: torch.Tensor) -> torch.Tensor:
-    """Keep the two largest 8-connected components of each mask: bool [B,H,W] -> bool [B,H,W]."""
-    labels = connected_components_union_find(masks[:, None].float())[:, 0]
-    # Labels are 1-based numbers of 2x2 blocks, counted through the images: each image has its own range of them.
-    batch, blocks = len(masks), -(-masks.shape[1] // 2) * -(-masks.shape[2] // 2)
-    area = torch.bincount(labels.flatten(), minlength=batch * blocks + 1)[1:].view(batch, blocks)
-    keep = torch.zeros_like(area, dtype=torch.bool).scatter_(1, area.topk(2, dim=1).indices, True)
-    return torch.cat([keep.new_zeros(1), keep.flatten()])[labels] & masks
+        raise InputError(f"--lungs.weights {path}: {len(wrong)} tensors do not fit ({listed(wrong)}); {name}: expected {expected.get(name)}, got {got}")
 
 
 def lung_boxes(masks: torch.Tensor, size: int) -> torch.Tensor:
@@ -274,3 +346,25 @@ class LungBoxes:
             known[new] = torch.cat([boxes, found[:, None]], 1).int().cpu()
             self.memory.table[index] = known
         return known[:, :4].long().to(images.device, non_blocking=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """``convert FILE OUT``: weights from elsewhere, checked, as safetensors."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if len(words) != 3 or words[0] != "convert":
+        raise InputError("usage: python -m trainer.lungs convert FILE OUT.safetensors: a state dict or the published unet_model.pt becomes --lungs.weights OUT")
+    out = Path(words[2])
+    if out.exists():
+        raise InputError(f"{out}: is there already; name another file")
+    segmenter = load_segmenter(words[1])
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        segmenter.save(out)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror or error})") from error
+    count = sum(p.numel() for p in segmenter.parameters())
+    print(f"wrote {out}: U-Net of {count / 1e6:.2f} M parameters at {segmenter.settings['size']} px; use it with --lungs.weights {out}")
+
+
+if __name__ == "__main__":
+    run(main)

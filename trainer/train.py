@@ -5,7 +5,6 @@ A step is `accumulate` micro-batches; its losses are divided by the counts of th
 processes and any accumulation give the gradient of one big batch.
 """
 
-import argparse
 import contextlib
 import json
 import math
@@ -19,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from accelerate.utils import broadcast
 from tqdm import tqdm
 
@@ -30,7 +28,7 @@ from trainer import checkpoint
 from trainer.augment import augment, draw, resize
 from trainer.balance import Balance
 from trainer.classifier import FocusClassifier, normalize_cam
-from trainer.config import Config, OptimConfig, flat, parse, to_yaml
+from trainer.config import Config, OptimConfig, flat, parse, resumed, to_yaml
 from trainer.evaluate import LUNGS, MODEL, Outcome, evaluate, finish, open_run, save_model
 from trainer.launching import Accelerator, start
 from trainer.losses import attention, attention_term, classification
@@ -368,17 +366,7 @@ def make_optimizer(model: torch.nn.Module, o: OptimConfig, steps: int) -> tuple[
 
 def resolve(argv: list[str] | None) -> Config:
     """The configuration; with --resume, that of the run folder with the flags given now on top."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    peek.add_argument("--out", type=Path)
-    peek.add_argument("--resume", nargs="?", const="true", default="false")
-    with contextlib.suppress(argparse.ArgumentError):  # the real parser says it better
-        seen, _ = peek.parse_known_args(argv)
-        if seen.out and yaml.safe_load(seen.resume) is True:
-            if not (seen.out / "config.yaml").is_file():
-                raise InputError(f"--resume: {seen.out} holds no run (no config.yaml); start it without --resume")
-            argv = ["--config", str(seen.out / "config.yaml"), *argv]
-    config = parse(Config, argv, prog="trainer.train")
+    config = parse(Config, resumed(argv, "trainer.train"), prog="trainer.train")
     # A run may be resumed from another working folder.
     config.shards = config.shards if "://" in config.shards else os.path.abspath(config.shards)
     config.lungs.weights = config.lungs.weights and os.path.abspath(config.lungs.weights)

@@ -1,21 +1,33 @@
-"""python -m trainer.train_lungs: a lung segmenter from shards with lung masks, under Accelerate."""
+"""python -m trainer.train_lungs: a lung segmenter from shards with lung masks of one or several sources, under Accelerate.
+
+The best weights by validation Dice are kept. At the end each source is measured on its test split (val where there is none), and
+sources that were left out of training on all their images.
+"""
 
 import json
+import sys
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional as F
-from torchvision.ops import box_iou
 from tqdm import tqdm
 
-from shards.errors import InputError, run
-from shards.stream import EpochPlan, Split
+from shards.errors import InputError, listed, run
+from shards.store import open_store
+from shards.stream import EpochPlan, Joined, Split
+from trainer import checkpoint, lung_report
 from trainer.augment import augment, draw, resize
-from trainer.checkpoint import claim
-from trainer.config import LungsTrainConfig, parse, to_yaml
+from trainer.config import LungsTrainConfig, flat, parse, resumed, to_yaml
 from trainer.launching import Accelerator, start
-from trainer.lungs import LungSegmenter, lung_boxes
+from trainer.lungs import LungSegmenter, load_segmenter
+from trainer.paint import paint
+
+WEIGHTS = "lung_unet.safetensors"
+MAY_CHANGE = {"out", "shards", "test", "workers", "batch", "resume"}  # when a run is resumed
 
 
 class _Trainable(torch.nn.Module):
@@ -45,89 +57,181 @@ def to_size(images: torch.Tensor, masks: torch.Tensor, size: int) -> tuple[torch
     return resize(images, size), masks
 
 
-@torch.no_grad()
-def validate(accelerator: Accelerator, segmenter: LungSegmenter, split: Split, batch: int, workers: int) -> dict[str, float]:
-    """Mean Dice and box IoU at the stored size, over all processes, each image once."""
-    segmenter.eval()
-    table = torch.zeros(len(split), 3, device=accelerator.device)  # Dice, box IoU, counted
-    plan = EpochPlan(split.shard_sizes(), shuffle=False)
-    rank, world = accelerator.process_index, accelerator.num_processes
-    for got in split.batches(plan, 0, 0, batch=batch, rank=rank, world=world, workers=workers):
-        assert got.mask is not None
-        truth = got.mask.to(accelerator.device)
-        with accelerator.autocast():
-            found = segmenter(got.image.to(accelerator.device).float() / 255)
-        overlap = (found & truth).sum((1, 2)).float()
-        dice = (2 * overlap + 1) / (found.sum((1, 2)) + truth.sum((1, 2)) + 1)
-        size = truth.shape[-1]
-        iou = box_iou(lung_boxes(found, size).float(), lung_boxes(truth, size).float()).diagonal()
-        rows = torch.stack([dice, iou, torch.ones_like(dice)], 1) * got.weight[:, None].to(accelerator.device)
-        table.index_add_(0, got.index.to(accelerator.device), rows)
-    table = accelerator.reduce(table, "sum")
-    assert (table[:, 2] == 1).all(), "every image is read exactly once"
-    dice, iou = table[:, 0], table[:, 1]
-    return {"dice": dice.mean().item(), "dice_worst": dice.min().item(), "box_iou": iou.mean().item(), "box_iou_worst": iou.min().item()}
+@dataclass
+class Trainer:
+    """Everything a run consists of. The loop is `train`."""
+
+    config: LungsTrainConfig
+    accelerator: Accelerator
+    train_split: Split
+    val_split: Split
+    segmenter: LungSegmenter
+    net: Any  # the segmenter as Accelerate prepared it
+    optimizer: Any
+    schedule: Any
+    epoch: int = 0
+    best: float = -1.0
+    best_epoch: int = -1
+    seconds: float = 0.0
+
+    def train(self) -> None:
+        """Epochs until they are done; each ends with validation and a checkpoint."""
+        c, acc, split = self.config, self.accelerator, self.train_split
+        plan = EpochPlan(split.shard_sizes(), c.seed)
+        rank, world = acc.process_index, acc.num_processes
+        bar = tqdm(
+            total=c.epochs * len(plan),
+            initial=self.epoch * len(plan),
+            unit="img",
+            disable=not acc.is_main_process,
+            mininterval=1.0 if sys.stderr.isatty() else 30.0,
+            dynamic_ncols=True,
+        )
+        while self.epoch < c.epochs:
+            self.net.train()
+            clock, total = time.monotonic(), torch.zeros((), device=acc.device)
+            for got in split.batches(plan, self.epoch, 0, batch=c.batch, rank=rank, world=world, workers=c.workers):
+                assert got.mask is not None  # the split was opened with masks
+                images, masks = to_size(got.image.to(acc.device), got.mask.to(acc.device), c.size)
+                images, masks = paint(images, masks, c.seed, self.epoch, got.index, c.paint)
+                moved = augment(images, draw(c.seed, self.epoch, got.index), c.augment, masks=masks)
+                weight = got.weight.to(acc.device)
+                seen = acc.reduce(weight.sum(), "sum")
+                assert moved.masks is not None
+                loss = bce_dice(self.net(moved.images), moved.masks, weight)
+                acc.backward(loss * world / seen)  # DDP averages over processes
+                acc.clip_grad_norm_(self.net.parameters(), 1.0)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                self.schedule.step()
+                total += loss.detach()
+                bar.update(int(seen))
+            self.seconds += time.monotonic() - clock
+            self.end_epoch(acc.reduce(total, "sum").item() / len(plan), bar)
+        bar.close()
+        acc.wait_for_everyone()
+
+    def end_epoch(self, loss: float, bar: Any) -> None:
+        """Validation, the best weights, a line of metrics.jsonl, the checkpoint."""
+        c, acc, out = self.config, self.accelerator, Path(self.config.out)
+        figures = lung_report.measure(acc, self.segmenter, self.val_split, batch=c.batch, workers=c.workers, surface=False).mean(0)
+        dice, box_iou = float(figures[0]), float(figures[2])
+        if dice > self.best:
+            self.best, self.best_epoch = dice, self.epoch
+            if acc.is_main_process:
+                self.segmenter.save(out / WEIGHTS)
+        line = {"epoch": self.epoch, "loss": loss, "val_dice": dice, "val_box_iou": box_iou, "seconds": self.seconds}
+        bar.set_postfix(loss=f"{loss:.3f}", dice=f"{dice:.4f}", box=f"{box_iou:.3f}")
+        self.epoch += 1
+        if acc.is_main_process:
+            with (out / "metrics.jsonl").open("a") as log:
+                log.write(json.dumps(line) + "\n")
+            checkpoint.save(out / "checkpoints" / "last.pt", self.state())
+        acc.wait_for_everyone()
+
+    def state(self) -> dict[str, Any]:
+        """All that `restore` needs."""
+        return {
+            "identity": self.identity(),
+            "epoch": self.epoch,
+            "best": self.best,
+            "best_epoch": self.best_epoch,
+            "seconds": self.seconds,
+            "model": self.segmenter.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """What may not change when a run is resumed."""
+        own = {name: value for name, value in flat(asdict(self.config)).items() if name not in MAY_CHANGE}
+        return own | {"shards": self.train_split.fingerprint}
+
+    def restore(self) -> None:
+        """Go on after the last whole epoch."""
+        out = Path(self.config.out)
+        path = out / "checkpoints" / "last.pt"
+        if not path.is_file():
+            self.accelerator.print(f"{out} was stopped before its first checkpoint: it starts from the beginning")
+            return
+        content = checkpoint.load(path)
+        other = [name for name, value in self.identity().items() if content["identity"].get(name) != value]
+        if other:
+            told = ["other images in --shards" if name == "shards" else f"--{name} {content['identity'].get(name)}" for name in other]
+            raise InputError(f"--resume {out}: the run was made with {listed(told)}; leave that as it was, or start a new run")
+        self.segmenter.load_state_dict(content["model"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.schedule.load_state_dict(content["schedule"])
+        self.epoch, self.best, self.best_epoch, self.seconds = (content[name] for name in ("epoch", "best", "best_epoch", "seconds"))
+        self.accelerator.print(f"resumed after epoch {self.epoch}")
+
+
+def open_sources(names: str, *, left_out: bool = False) -> dict[str, dict[str, Split]]:
+    """Sources of ``--shards`` (or ``--test``), by the name their shards carry: each with its splits."""
+    sources: dict[str, dict[str, Split]] = {}
+    for name in filter(None, (part.strip() for part in names.split(","))):
+        store = open_store(name)
+        index = store.index()
+        wanted = [split for split in ("train", "val", "test") if split in index["splits"] or (split != "test" and not left_out)]
+        source = str(index["dataset"])
+        while source in sources:
+            source += "'"
+        sources[source] = {split: Split(store, split, masks=True) for split in wanted}
+    return sources
+
+
+def build(argv: list[str] | None) -> tuple[Trainer, dict[str, Split]]:
+    """Check everything, claim the run folder, make the parts; also the splits that the report measures."""
+    config = parse(LungsTrainConfig, resumed(argv, "trainer.train_lungs"), prog="trainer.train_lungs")
+    accelerator = start(config.seed)
+    out = Path(config.out)
+    sources = open_sources(config.shards)
+    if not sources:
+        raise InputError(f"--shards {config.shards!r}: names no folder")
+    measured = {name: splits.get("test", splits["val"]) for name, splits in sources.items()}
+    for name, splits in open_sources(config.test, left_out=True).items():
+        measured[name if name not in measured else f"{name} (left out)"] = Joined(list(splits.values()))
+    parts = [Joined([splits[name] for splits in sources.values()]) for name in ("train", "val")]
+    train, val = parts
+    world = accelerator.num_processes
+    if config.batch * world > len(train):
+        raise InputError(f"--batch {config.batch} x {world} processes is more than the {len(train)} training images; lower --batch")
+    if not config.resume:
+        checkpoint.claim(accelerator, out, to_yaml(config))
+    segmenter = LungSegmenter(config.channels, config.size, patch=config.patch, inputs=1 if config.patch > 1 else 3)
+    segmenter.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(segmenter.parameters(), lr=config.lr, weight_decay=1e-2)
+    net, optimizer = accelerator.prepare(_Trainable(segmenter), optimizer)
+    steps = config.epochs * -(-len(train) // (config.batch * world))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer.optimizer, config.lr, total_steps=steps, pct_start=0.2)
+    trainer = Trainer(config, accelerator, train, val, segmenter, net, optimizer, schedule)
+    if config.resume:
+        trainer.restore()
+    told = ", ".join(f"{name} {len(splits['train'])} + {len(splits['val'])}" for name, splits in sources.items())
+    accelerator.print(f"training + validation images: {told}; {config.batch} x {world} images a step, {steps} steps")
+    return trainer, measured
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train, keep the best by validation Dice, write the report."""
-    config = parse(LungsTrainConfig, argv, prog="trainer.train_lungs")
-    accelerator = start(config.seed)
-    out = Path(config.out)
-    train, val = (Split(config.shards, name, masks=True) for name in ("train", "val"))
-    rank, world = accelerator.process_index, accelerator.num_processes
-    if config.batch * world > len(train):
-        raise InputError(f"--batch {config.batch} x {world} processes is more than the {len(train)} training images; lower --batch")
-    claim(accelerator, out, to_yaml(config), resumable=False)
-
-    segmenter = LungSegmenter(config.width, config.size).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(segmenter.parameters(), lr=config.lr, weight_decay=1e-2)
-    model, optimizer = accelerator.prepare(_Trainable(segmenter), optimizer)
-    plan = EpochPlan(train.shard_sizes(), config.seed)
-    steps = config.epochs * -(-len(plan) // (config.batch * world))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer.optimizer, config.lr, total_steps=steps, pct_start=0.2)
-    accelerator.print(f"{len(train)} training and {len(val)} validation images; {config.batch} x {world} images a step, {steps} steps")
-
-    best, clock = -1.0, time.monotonic()
-    bar = tqdm(total=config.epochs * len(plan), unit="img", disable=not accelerator.is_main_process, mininterval=2.0, dynamic_ncols=True)
-    for epoch in range(config.epochs):
-        model.train()
-        total = torch.zeros((), device=accelerator.device)
-        for got in train.batches(plan, epoch, 0, batch=config.batch, rank=rank, world=world, workers=config.workers):
-            assert got.mask is not None  # the split was opened with masks
-            images, masks = to_size(got.image.to(accelerator.device), got.mask.to(accelerator.device), config.size)
-            moved = augment(images, draw(config.seed, epoch, got.index), config.augment, masks=masks)
-            weight = got.weight.to(accelerator.device)
-            seen = accelerator.reduce(weight.sum(), "sum")
-            assert moved.masks is not None
-            loss = bce_dice(model(moved.images), moved.masks, weight)
-            accelerator.backward(loss * world / seen)  # DDP averages over processes
-            accelerator.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            total += loss.detach()
-            bar.update(int(seen))
-        figures = validate(accelerator, segmenter, val, config.batch, config.workers)
-        figures |= {"epoch": epoch, "loss": accelerator.reduce(total, "sum").item() / len(plan), "seconds": time.monotonic() - clock}
-        if accelerator.is_main_process:
-            bar.set_postfix(loss=f"{figures['loss']:.3f}", dice=f"{figures['dice']:.4f}", box=f"{figures['box_iou']:.3f}")
-            with (out / "metrics.jsonl").open("a") as log:
-                log.write(json.dumps(figures) + "\n")
-            if figures["dice"] > best:
-                segmenter.save(out / "lung_unet.safetensors")
-                (out / "report.json").write_text(json.dumps(figures, indent=1))
-        best = max(best, figures["dice"])
-    bar.close()
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        chosen = json.loads((out / "report.json").read_text())
-        print(
-            f"best epoch {chosen['epoch']}: Dice {chosen['dice']:.4f} (worst {chosen['dice_worst']:.3f}), "
-            f"box IoU {chosen['box_iou']:.4f} (worst {chosen['box_iou_worst']:.3f}) on {len(val)} validation images"
+    trainer, measured = build(argv)
+    c, acc, out = trainer.config, trainer.accelerator, Path(trainer.config.out)
+    trainer.train()
+    segmenter = load_segmenter(out / WEIGHTS).to(acc.device).to(memory_format=torch.channels_last)
+    figures: dict[str, np.ndarray] = {name: lung_report.measure(acc, segmenter, split, batch=c.batch, workers=c.workers) for name, split in measured.items()}
+    if acc.is_main_process:
+        about = (
+            f"Epoch {trainer.best_epoch + 1} of {c.epochs}, the best by Dice on {len(trainer.val_split)} validation images ({trainer.best:.4f}); trained on "
+            f"{len(trainer.train_split)} images in {trainer.seconds / 60:.1f} minutes by {acc.num_processes} process(es), {acc.device.type}, {acc.mixed_precision}."
         )
-        print(f"wrote {out / 'lung_unet.safetensors'}; use it with --lungs.weights {out / 'lung_unet.safetensors'}")
-    accelerator.end_training()
+        content = {"about": about, "settings": segmenter.settings, "sources": {name: lung_report.summary(rows) for name, rows in figures.items()}}
+        with torch.no_grad():
+            lung_report.write(out, content, lung_report.worst(segmenter, measured, figures, acc.device))
+        for name, summary in content["sources"].items():
+            print(lung_report.line(name, summary))
+        print(f"report: {(out / 'report.html').resolve()}")
+        print(f"weights: {out / WEIGHTS}; use them with --lungs.weights {out / WEIGHTS}")
+    acc.end_training()
 
 
 if __name__ == "__main__":

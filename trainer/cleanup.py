@@ -1,0 +1,180 @@
+"""From a net's foreground to the lungs of one chest: specks and holes go, a lung that is missing is mirrored, and what is no chest is said to be none.
+
+Legend: masks bool [B,S,S] at the segmenter's working size, where x runs to the image's right and y down; areas and lengths in
+shares of the image. Everything is batched and stays on the device; components are searched for only in masks that need it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from kornia.contrib import connected_components_union_find
+
+# A second component below this share of the largest is a speck, not a lung.
+SPECK = 0.12
+# A pair of lungs covers this share of the image.
+LEAST_AREA, MOST_AREA = 0.03, 0.65
+# Its box has at least these sides.
+LEAST_WIDTH, LEAST_HEIGHT = 0.2, 0.15
+# Width of the pair over its height, in an image that was made square.
+LEAST_ASPECT, MOST_ASPECT = 0.5, 2.4
+# The smaller lung's area and height over the larger's.
+LEAST_AREA_RATIO, LEAST_HEIGHT_RATIO = 0.15, 0.35
+# Pixels in the emptiest column between the lungs over those of the fullest: more, and they are one blob.
+MOST_BRIDGE = 0.55
+# Mean probability of the foreground.
+LEAST_CONFIDENCE = 0.8
+# From a lung's inner edge to the midline, in widths of the lung: the median of 600 pairs.
+INNER_GAP = 0.06
+
+
+def plain(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which masks certainly have no hole, bool [B], and their 8-connected components, int64 [B]; exact, without labelling any.
+
+    Two counts decide. The Euler number E is components minus holes, from 2x2 patterns (Gray 1971). T counts runs of a row that touch
+    no foreground in the row above: every component has one. So components <= T, and T = E leaves no room for a hole.
+    """
+    padded = torch.nn.functional.pad(masks, (1, 1, 1, 1)).to(torch.int8)
+    a, b, c, d = padded[:, :-1, :-1], padded[:, :-1, 1:], padded[:, 1:, :-1], padded[:, 1:, 1:]
+    four = a + b + c + d
+    diagonal = ((four == 2) & (a == d)).sum((1, 2))
+    euler = ((four == 1).sum((1, 2)) - (four == 3).sum((1, 2)) - 2 * diagonal) // 4
+    row, above = padded[:, 1:-1, 1:-1], padded[:, :-2]
+    supported = row & (above[..., :-2] | above[..., 1:-1] | above[..., 2:])
+    seen = supported.cumsum(2, dtype=torch.int16)
+    starts = row & (1 - padded[:, 1:-1, :-2])
+    ends = (row & (1 - padded[:, 1:-1, 2:])).bool()
+    before = torch.where(starts.bool(), seen - supported, 0).cummax(2).values
+    tops = (ends & (seen == before)).sum((1, 2))
+    return euler == tops, euler
+
+
+def components(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """8-connected components by union-find: labels int64 [B,S,S], 0 outside, and the area in pixels of each label, int64 [B,N+1]."""
+    labels = connected_components_union_find(masks[:, None].float())[:, 0].long()
+    # Labels are 1-based numbers of 2x2 blocks, counted through the images: each image has its own range of them.
+    blocks = -(-masks.shape[1] // 2) * -(-masks.shape[2] // 2)
+    first = blocks * torch.arange(len(masks), device=masks.device)[:, None, None]
+    labels = torch.where(masks, labels - first, 0)
+    area = torch.zeros(len(masks), blocks + 1, dtype=torch.int64, device=masks.device)
+    area.scatter_add_(1, labels.flatten(1), torch.ones_like(labels.flatten(1)))
+    area[:, 0] = 0
+    return labels, area
+
+
+def two_largest(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """At most two components of each mask, a second one only if it is no speck: bool [B,S,S], and how many are left, int64 [B]."""
+    labels, area = components(masks)
+    top = area.topk(2, dim=1)
+    wanted = (top.values > 0) & (top.values >= SPECK * top.values[:, :1])
+    keep = torch.zeros_like(area, dtype=torch.bool).scatter_(1, top.indices, wanted)
+    keep[:, 0] = False
+    return keep.gather(1, labels.flatten(1)).view_as(masks), wanted.sum(1)
+
+
+def fill_holes(masks: torch.Tensor) -> torch.Tensor:
+    """Background that does not reach the image's edge becomes lung: bool [B,S,S]."""
+    labels, area = components(~masks)
+    edge = torch.cat([labels[:, 0], labels[:, -1], labels[:, :, 0], labels[:, :, -1]], 1)
+    outside = torch.zeros_like(area, dtype=torch.bool).scatter_(1, edge, True)
+    outside[:, 0] = True
+    return masks | ~outside.gather(1, labels.flatten(1)).view_as(masks)
+
+
+def tidy(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """At most two components without holes, and how many: bool [B,S,S], int64 [B]. Masks that are so already are not labelled."""
+    fine, count = plain(masks)
+    todo = torch.nonzero(~fine | (count > 2))[:, 0]
+    # Two components, one of them a speck, are rare and need no labels either: `single` and `believable` look at the lungs themselves.
+    if len(todo):
+        kept, left = two_largest(masks[todo])
+        masks, count = masks.clone(), count.clone()
+        masks[todo], count[todo] = fill_holes(kept), left
+    return masks, count
+
+
+@dataclass
+class Shape:
+    """The foreground cut into left and right at its emptiest column in the middle. All float [B], in shares of the image; sides [B,2]."""
+
+    x0: torch.Tensor
+    y0: torch.Tensor
+    x1: torch.Tensor
+    y1: torch.Tensor
+    area: torch.Tensor  # of each side
+    height: torch.Tensor  # of each side
+    overlap: torch.Tensor  # rows that both sides have, over the smaller side's
+    bridge: torch.Tensor  # pixels of the emptiest middle column over those of the fullest column
+
+    @staticmethod
+    def of(masks: torch.Tensor) -> "Shape":
+        """Measure masks; an empty one has zeros everywhere."""
+        size = masks.shape[-1]
+        columns, rows = masks.sum(1), masks.any(2)
+        x0, x1 = _ends(columns > 0)
+        y0, y1 = _ends(rows)
+        x = torch.arange(size, device=masks.device)[None]
+        width = x1 - x0
+        middle = (x >= (x0 + 0.3 * width)[:, None]) & (x < (x0 + 0.7 * width)[:, None])
+        valley = torch.where(middle, columns, size + 1).min(1)
+        left = masks & (x < valley.indices[:, None])[:, None]
+        area = torch.stack([left.sum((1, 2)), masks.sum((1, 2)) - left.sum((1, 2))], 1)
+        of_sides = [_ends(left.any(2)), _ends((masks & ~left).any(2))]
+        height = torch.stack([bottom - top for top, bottom in of_sides], 1)
+        shared = torch.minimum(of_sides[0][1], of_sides[1][1]) - torch.maximum(of_sides[0][0], of_sides[1][0])
+        return Shape(
+            *(v / size for v in (x0, y0, x1, y1)),
+            area / size**2,
+            height / size,
+            shared.clamp(min=0) / height.amin(1).clamp(min=1),
+            valley.values.clamp(max=size) / columns.amax(1).clamp(min=1),
+        )
+
+
+def complete(masks: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """Where one lung alone is left, add its mirror image about the midline beside it: bool [B,S,S]."""
+    shape = Shape.of(masks)
+    single = torch.nonzero((count == 1) & (shape.bridge > MOST_BRIDGE))[:, 0]
+    if not len(single):
+        return masks
+    size, masks = masks.shape[-1], masks.clone()
+    for b in single.tolist():
+        x0, x1 = float(shape.x0[b]), float(shape.x1[b])
+        gap = INNER_GAP * (x1 - x0)
+        midline = x1 + gap if x0 + x1 < 1 else x0 - gap
+        columns = torch.arange(size, device=masks.device)
+        source = (2 * midline * size - 1 - columns).round().long()
+        inside = (source >= 0) & (source < size)
+        masks[b] |= masks[b][:, source.clamp(0, size - 1)] & inside
+    return masks
+
+
+def believable(masks: torch.Tensor, confidence: torch.Tensor) -> torch.Tensor:
+    """Whether the foreground can be a pair of lungs: bool [B]; ``confidence`` float [B] is the mean probability of the foreground."""
+    s = Shape.of(masks)
+    width, height, area = s.x1 - s.x0, s.y1 - s.y0, s.area.sum(1)
+    aspect = width / height.clamp(min=1e-6)
+    small = 1e-6
+    touching = (s.x0 <= 0).int() + (s.y0 <= 0) + (s.x1 >= 1) + (s.y1 >= 1)
+    return (
+        (area >= LEAST_AREA) & (area <= MOST_AREA) & (width >= LEAST_WIDTH) & (height >= LEAST_HEIGHT)
+        & (aspect >= LEAST_ASPECT) & (aspect <= MOST_ASPECT) & (touching < 4)
+        & (s.area.amin(1) / s.area.amax(1).clamp(min=small) >= LEAST_AREA_RATIO)
+        & (s.height.amin(1) / s.height.amax(1).clamp(min=small) >= LEAST_HEIGHT_RATIO)
+        & (s.overlap >= 0.5) & (s.bridge <= MOST_BRIDGE) & (confidence >= LEAST_CONFIDENCE)
+    )  # fmt: skip
+
+
+def clean(masks: torch.Tensor, probability: torch.Tensor) -> torch.Tensor:
+    """All of it: bool [B,S,S]; an image that shows no believable pair of lungs has no foreground."""
+    tidied, count = tidy(masks)
+    confidence = (probability * tidied).sum((1, 2)) / tidied.sum((1, 2)).clamp(min=1)
+    completed = complete(tidied, count)
+    return completed & believable(completed, confidence)[:, None, None]
+
+
+def _ends(hit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """First and one past the last True of bool [B,S]; 0 and 0 without any."""
+    size = hit.shape[1]
+    some = hit.any(1)
+    first = hit.int().argmax(1)
+    return torch.where(some, first, 0), torch.where(some, size - hit.flip(1).int().argmax(1), 0)

@@ -1,0 +1,167 @@
+"""How good lung masks and their boxes are: figures per image and per source, and the report of a segmenter.
+
+Legend: masks bool [B,H,W]; errors of the box's edges are signed, in shares of the image's side: left, top, right, bottom,
+found minus true, so that a negative bottom is a box that ends too high.
+"""
+
+import base64
+import html
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from scipy.ndimage import binary_erosion, distance_transform_edt
+from torchvision.ops import box_iou
+
+from shards.stream import EpochPlan, Split
+from trainer.checkpoint import write_atomic
+from trainer.launching import Accelerator
+from trainer.lungs import LungSegmenter, lung_boxes
+from trainer.metrics import bootstrap
+
+EDGES = ("left", "top", "right", "bottom")
+COLUMNS = ("dice", "iou", "box_iou", *EDGES, "fallback", "surface")
+WORST = 12
+
+
+def compare(found: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """Dice, IoU, box IoU, four edge errors and whether the whole image stands in for a box: float32 [B,8]."""
+    overlap = (found & truth).sum((1, 2)).float()
+    total = (found.sum((1, 2)) + truth.sum((1, 2))).float()
+    size = truth.shape[-1]
+    boxes, true = lung_boxes(found, size).float(), lung_boxes(truth, size).float()
+    box = box_iou(boxes, true).diagonal()
+    figures = [(2 * overlap + 1) / (total + 1), (overlap + 1) / (total - overlap + 1), box]
+    return torch.cat([torch.stack(figures, 1), (boxes - true) / size, (~found.flatten(1).any(1))[:, None].float()], 1)
+
+
+def surface_distance(found: np.ndarray, truth: np.ndarray) -> float:
+    """95th percentile of the distances between the two outlines, both ways, in shares of the image's side; NaN where one is empty."""
+    if not found.any() or not truth.any():
+        return float("nan")
+    outlines = [mask & ~binary_erosion(mask) for mask in (found, truth)]
+    to = [distance_transform_edt(~outline) for outline in outlines]
+    distances = np.concatenate([to[1][outlines[0]], to[0][outlines[1]]])
+    return float(np.percentile(distances, 95) / len(truth))
+
+
+@torch.no_grad()
+def measure(accelerator: Accelerator, segmenter: LungSegmenter, split: Split, *, batch: int, workers: int, surface: bool = True) -> np.ndarray:
+    """Figures of every image of a split with lung masks, at the stored size, over all processes: float32 [n, COLUMNS]."""
+    segmenter.eval()
+    table = torch.zeros(len(split), len(COLUMNS) + 1, device=accelerator.device)
+    plan = EpochPlan(split.shard_sizes(), shuffle=False)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    for got in split.batches(plan, 0, 0, batch=batch, rank=rank, world=world, workers=workers):
+        assert got.mask is not None
+        truth = got.mask.to(accelerator.device)
+        with accelerator.autocast():
+            found = segmenter(got.image.to(accelerator.device).float() / 255)
+        rows = torch.zeros(len(truth), len(COLUMNS) + 1, device=accelerator.device)
+        rows[:, :8] = compare(found, truth)
+        if surface:
+            distances = [surface_distance(f, t) for f, t in zip(found.cpu().numpy(), got.mask.numpy(), strict=True)]
+            rows[:, 8] = torch.tensor(distances, device=accelerator.device)
+        rows[:, 9] = 1
+        rows = torch.where(got.weight.to(accelerator.device)[:, None] > 0, rows, 0.0)
+        table.index_add_(0, got.index.to(accelerator.device), rows)
+    table = accelerator.reduce(table, "sum")
+    assert (table[:, -1] == 1).all(), "every image is read exactly once"
+    figures: np.ndarray = table[:, :-1].cpu().numpy()
+    return figures
+
+
+def summary(figures: np.ndarray) -> dict[str, Any]:
+    """Means with their 95% bootstrap intervals, the worst, bias and spread of each edge, and how many bottom edges are within 4%."""
+    by = {name: figures[:, k].astype(float) for k, name in enumerate(COLUMNS)}
+    result: dict[str, Any] = {"images": len(figures), "fallback": int(by["fallback"].sum())}
+    for name in ("dice", "iou", "box_iou", "surface"):
+        values = by[name][~np.isnan(by[name])]
+        result[name] = float(values.mean()) if len(values) else None
+        result[f"{name}_interval"] = bootstrap(values) if len(values) else None
+        result[f"{name}_worst"] = float(values.max() if name == "surface" else values.min()) if len(values) else None
+    for name in EDGES:
+        result[name] = {"bias": float(by[name].mean()), "deviation": float(by[name].std()), "mean_absolute": float(np.abs(by[name]).mean())}
+    result["bottom_within_4_percent"] = float((np.abs(by["bottom"]) <= 0.04).mean())
+    return result
+
+
+def worst(segmenter: LungSegmenter, splits: dict[str, Split], figures: dict[str, np.ndarray], device: torch.device, count: int = WORST) -> Figure:
+    """Images of the lowest box IoU of all sources: truth green, found blue, and their boxes."""
+    ranked = sorted((float(figures[name][i, 2]), name, i) for name in splits for i in range(len(figures[name])))[:count]
+    columns = 4
+    rows = max(1, -(-len(ranked) // columns))
+    sheet = Figure(figsize=(3.2 * columns, 3.4 * rows), layout="constrained")
+    for k, (iou, name, i) in enumerate(ranked):
+        image, truth = splits[name].image(i), splits[name].mask(i)
+        with torch.no_grad():
+            found = segmenter(torch.from_numpy(image.copy())[None, None].to(device).float() / 255)[0].cpu()
+        axes = sheet.add_subplot(rows, columns, k + 1)
+        draw_lungs(axes, image, found.numpy(), truth)
+        axes.set_title(f"{name} {splits[name].key(i)}\nbox IoU {iou:.3f}, Dice {figures[name][i, 0]:.3f}", fontsize=7)
+    return sheet
+
+
+def draw_lungs(axes: Any, image: np.ndarray, found: np.ndarray, truth: np.ndarray | None = None) -> None:
+    """A radiograph with the outline of the lungs found (blue), the true one (green) and the boxes of both."""
+    from matplotlib.patches import Rectangle
+
+    axes.imshow(image, cmap="gray", vmin=0, vmax=255)
+    size = len(image)
+    for mask, colour in ((truth, "#7CFC00"), (found, "#00e5ff")):
+        if mask is None:
+            continue
+        if mask.any():
+            axes.contour(mask.astype(float), levels=[0.5], colors=[colour], linewidths=0.7)
+        x0, y0, x1, y1 = lung_boxes(torch.from_numpy(mask)[None], size)[0].tolist()
+        axes.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, color=colour, linewidth=0.9, linestyle="-" if mask.any() else ":"))
+    axes.axis("off")
+
+
+def line(name: str, s: dict[str, Any]) -> str:
+    """One line of a summary for the terminal."""
+    bottom = s["bottom"]
+    return (
+        f"{name}: {s['images']} images, Dice {s['dice']:.4f} (worst {s['dice_worst']:.3f}), box IoU {s['box_iou']:.4f} (worst {s['box_iou_worst']:.3f}), "
+        f"lower edge {100 * bottom['bias']:+.1f} ± {100 * bottom['deviation']:.1f}% of the image, {s['fallback']} without lungs"
+    )
+
+
+def write(out: Path, content: dict[str, Any], sheet: Figure) -> None:
+    """report.json, worst.png and report.html."""
+    picture = io.BytesIO()
+    sheet.savefig(picture, dpi=110)
+    (out / "worst.png").write_bytes(picture.getvalue())
+    head = "".join(
+        f"<th>{name}</th>"
+        for name in ("source", "images", "Dice", "IoU", "box IoU", "95% surface distance", *(f"{e} edge" for e in EDGES), "bottom within 4%", "no lungs")
+    )
+    rows = "".join(_row(name, s) for name, s in content["sources"].items())
+    page = f"""<!doctype html><meta charset="utf-8"><title>Lung segmenter</title>
+<style>body{{font:15px sans-serif;margin:2em;max-width:1250px}}td,th{{padding:.3em .6em;text-align:right;border-bottom:1px solid #ccc}}
+td:first-child,th:first-child{{text-align:left}}img{{max-width:100%}}small{{color:#555}}</style>
+<h1>Lung segmenter</h1><p>{html.escape(content["about"])}</p><table><tr>{head}</tr>{rows}</table>
+<p><small>Means with 95% bootstrap intervals over images; below them the worst image. Surface distance and edges in percent of the image's side; an edge is found minus
+true, bias ± deviation: a negative bottom is a box that ends too high.</small></p>
+<h2>Worst boxes</h2><p>Found: blue; true: green. Dotted: no plausible pair of lungs, the whole image stands in.</p>
+<img src="data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}">"""
+    write_atomic(out / "report.html", page)
+    write_atomic(out / "report.json", json.dumps(content, indent=1))
+
+
+def _row(name: str, s: dict[str, Any]) -> str:
+    def mean(key: str, scale: float = 1.0, digits: int = 3) -> str:
+        if s[key] is None:
+            return "<td>-</td>"
+        low, high = s[f"{key}_interval"]
+        values = (scale * v for v in (s[key], low, high, s[f"{key}_worst"]))
+        m, low, high, extreme = (f"{v:.{digits}f}" for v in values)
+        return f"<td>{m}<br><small>{low} to {high}<br>{extreme}</small></td>"
+
+    edges = "".join(f"<td>{100 * s[e]['bias']:+.1f}<br><small>± {100 * s[e]['deviation']:.1f}</small></td>" for e in EDGES)
+    figures = mean("dice") + mean("iou") + mean("box_iou") + mean("surface", 100, 1) + edges
+    return f"<tr><td>{html.escape(name)}</td><td>{s['images']}</td>{figures}<td>{100 * s['bottom_within_4_percent']:.0f}%</td><td>{s['fallback']}</td></tr>"
