@@ -207,6 +207,8 @@ def _pack(a: argparse.Namespace, source: Any, dataset: str) -> None:
             raise InputError(f"--{flag.replace('_', '-')} {getattr(a, flag)}: at least 1")
     if not 16 <= a.size <= 4096:
         raise InputError(f"--size {a.size}: expected 16 to 4096 pixels")
+    if "://" in str(a.out).replace(":/", "://"):
+        raise InputError(f"--out {str(a.out).replace(':/', '://')}: shards are packed into a folder; upload it afterwards, index.json last")
     source.size, source.aspect = a.size, getattr(a, "aspect", "stretch")
     for why, count in source.skipped.items():
         print(f"left out {count}: {why}")
@@ -247,9 +249,12 @@ def _made(index: dict[str, Any], out: Path) -> None:
     if "train" in index["splits"] and "val" not in index["splits"]:
         print("there is no val split: training needs train and val")
     if skipped:
-        print(
-            f"skipped {len(skipped)} that could not be used, listed in {out / 'index.json'}; the first: {listed((s['key'] + ': ' + s['why'] for s in skipped), 3)}"
-        )
+        first = listed((f"{s['key']}: {s['why']}" for s in skipped), 3)
+        print(f"skipped {len(skipped)} that could not be used, listed in {out / 'index.json'}; the first: {first}")
+    for name in index["findings"]:
+        empty = [split for split, entry in index["splits"].items() if not entry["findings"][name]]
+        if empty:
+            print(f"warning: {listed(empty)} has no image of {name}: training on it will stop")
     if index.get("in_two_splits"):
         print(f"warning: {index['in_two_splits']} images are in more than one split: `python -m shards verify {out}` names them")
     print(f"wrote {out}")
@@ -262,7 +267,7 @@ def _index(a: argparse.Namespace) -> None:
         _made(merge(a.dir), a.dir)
         return
     if not a.dir.is_dir():
-        raise InputError(f"{a.dir}: no such folder")
+        raise InputError(f"{a.dir}: no such folder; index works on a folder of this machine")
     _table(build_index(a.dir, dataset=a.dir.resolve().name, classes=_names(a.findings) if a.findings else None))
 
 

@@ -47,7 +47,11 @@ def read_header(path: Path) -> Header | str:
             warnings.simplefilter("ignore")  # about odd values in elements that are not used
             data = pydicom.dcmread(path, stop_before_pixels=True, force=preamble[128:] != b"DICM")
             if "Rows" not in data or "Columns" not in data:
-                return "a DICOM file without an image"
+                kind = data.get("SOPClassUID") or getattr(data, "file_meta", {}).get("MediaStorageSOPClassUID") or ""
+                # Reports, presentation states and directories have no image; of other files the image is missing.
+                rest = kind and "SOPInstanceUID" in data and "Image Storage" not in pydicom.uid.UID(kind).name
+                directory = "Directory" in pydicom.uid.UID(kind or "1").name
+                return "a DICOM file without an image" if rest or directory else f"{UNREADABLE}: it is cut, or has no Rows and Columns"
             if int(data.get("NumberOfFrames", 1) or 1) > 1:
                 return "a DICOM file of several frames"
             uid = str(data.get("SOPInstanceUID", "") or path.name)

@@ -194,6 +194,8 @@ def _agree(work: Path, plan: str, part: tuple[int, int] | None) -> None:
     path = work / "plan.json"
     if part is not None and path.is_file() and path.read_text() != plan:
         raise InputError(f"{work}: was begun with other settings or other files; use the same command for every part, or remove the folder")
+    if path.is_file() and path.read_text() != plan:
+        print(f"note: {work} was begun with other settings or files; finished shards that do not fit are made again", file=sys.stderr)
     if not path.is_file() or path.read_text() != plan:
         _write(path, plan.encode())
 

@@ -101,7 +101,7 @@ def _decode(data: bytes | bytearray, where: str) -> Image.Image:
             raise InputError(f"{where}: {image.width} x {image.height} pixels is beyond the limit of {MAX_PIXELS} pixels")
         if image.mode.startswith(("I", "F")):
             gray = _to_8_bit(np.asarray(image))
-            negative = image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == 0  # Pillow inverts 8 bits only
+            negative = image.format == "TIFF" and getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0  # Pillow inverts 8 bits only
             return Image.fromarray(255 - gray if negative else gray)
         if image.mode != "L":
             return image.convert("L")

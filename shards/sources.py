@@ -89,7 +89,11 @@ class Source:
                 raise InputError(f"{item.mask}: has no lung pixel (all 0); remove the pair")
             # 0 and 1, 0 and 255, a number for each lung; many values are a mask that was saved as a JPEG or smoothed.
             limit = 0 if len(np.unique(lungs)) <= 3 else lungs.max() // 2
+            between = ((lungs > 0.1 * lungs.max()) & (lungs < 0.9 * lungs.max())).mean() if limit else 0.0
             lungs = np.where(lungs > limit, 255, 0).astype(np.uint8)
+            if between > 0.2 or (lungs > 0).mean() > 0.9:
+                what = f"{100 * between:.0f}% of its pixels are gray" if between > 0.2 else f"{100 * (lungs > 0).mean():.0f}% of it is lung"
+                raise InputError(f"{item.mask}: is no lung mask, {what}; are --images and --masks in their places?")
             mask = fit(lungs, self.size, self.aspect, mask=True)
         frame = Frame.of((image.height, image.width), self.size, self.aspect)
         boxes = [LesionBox(finding, frame.box(share)) for finding, share in item.boxes]
@@ -140,18 +144,27 @@ def class_folders(root: Path) -> Source:
     """
     if not root.is_dir():
         raise InputError(f"--path {root}: no such folder")
-    splits = [name for name in SPLITS if (root / name).is_dir()]
+    skipped: dict[str, int] = defaultdict(int)
+    folders: dict[str, Path] = {}
+    for folder in sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")):
+        name = SPLIT_NAMES.get(folder.name.lower(), "")
+        if not name:
+            skipped[f"a folder that is no split ({folder.name})"] += 1
+        elif name in folders:
+            raise InputError(f"--path {root}: {folders[name].name} and {folder.name} are both {name}; put them together")
+        else:
+            folders[name] = folder
+    splits = [name for name in SPLITS if name in folders]
     if not splits:
         raise InputError(
             f"--path {root}: expected the folders train, val and test with a folder per class in each; "
             "`python -m shards csv` splits by patient what is not split yet"
         )
     items: list[Item] = []
-    skipped: dict[str, int] = defaultdict(int)
     classes: dict[str, Counter[str]] = {}
     for name in splits:
         found = []
-        for folder in sorted(p for p in (root / name).iterdir() if p.is_dir()):
+        for folder in sorted(p for p in folders[name].iterdir() if p.is_dir()):
             finding = folder_finding(folder.name)
             for path in images_of(folder, skipped):
                 key = clean_key(f"{folder.name}-{path.stem}")
@@ -164,7 +177,7 @@ def class_folders(root: Path) -> Source:
     for name in splits:
         missing = [finding for finding in every if finding not in classes[name]]
         if missing:
-            raise InputError(f"{root / name}: has no images of {listed(missing)}, other splits have; add some or remove the class")
+            raise InputError(f"{folders[name]}: has no images of {listed(missing)}, other splits have; add some or remove the class")
     return Source(mixed(items), dict(skipped), tuple(every))
 
 
@@ -206,6 +219,8 @@ def image_masks(images: Path, masks: Path, val_share: float = 0.2, test_share: f
     if len(by_image) < 2:
         raise InputError("one image with a mask cannot be split into train and val; give at least two")
     ranked = sorted(by_image, key=lambda stem: (zlib.crc32(clean_key(stem).encode()), stem))
+    if not 0 <= test_share < 1:
+        raise InputError(f"--test-share {test_share}: a share lies between 0 and 1")
     first = max(1, round(val_share * len(ranked)))
     last = first + round(test_share * len(ranked))
     if last >= len(ranked):
@@ -288,7 +303,8 @@ def table(
     for name in (columns.path, *columns.finding, *filter(None, (columns.split, columns.patient))):
         column(names, flag, name)
     skipped: dict[str, int] = defaultdict(int)
-    found = [_row_findings(row, columns, declared, f"{flag}, row {n}", skipped) for n, row in enumerate(rows, 2)]
+    ones = _indicators(rows, columns)
+    found = [_row_findings(row, columns, ones, declared, f"{flag}, row {n}", skipped, skip_missing) for n, row in enumerate(rows, 2)]
     taken = [(row, findings) for row, findings in zip(rows, found, strict=True) if findings is not None]
     paths = [images / row[columns.path].strip() for row, _ in taken]
     outside = [str(path) for path in paths if not path.is_relative_to(images)]
@@ -300,6 +316,9 @@ def table(
     here = present(paths, flag, skipped, skip_missing)
     taken, paths = [t for t, h in zip(taken, here, strict=True) if h], [p for p, h in zip(paths, here, strict=True) if h]
     patient = np.array([row[columns.patient].strip() if columns.patient else str(i) for i, (row, _) in enumerate(taken)])
+    nobody = sum(who.lower() in ("", "na", "nan", "none", "null") for who in patient) if columns.patient else 0
+    if nobody:
+        raise InputError(f"{flag}: {nobody} rows have no patient in column {columns.patient!r}; fill it, or leave those rows out of the table")
     if columns.split:
         parts = [_split_name(row[columns.split], f"{flag}, image {row[columns.path]}") for row, _ in taken]
     else:
@@ -318,8 +337,23 @@ def table(
     return Source(mixed(items), dict(skipped), every)
 
 
-def _row_findings(row: dict[str, str], columns: Columns, declared: Sequence[str] | None, where: str, skipped: dict[str, int]) -> tuple[str, ...] | None:
-    if len(columns.finding) == 1:
+def _indicators(rows: Sequence[dict[str, str]], columns: Columns) -> bool:
+    """Whether the columns hold 0 and 1, each named after its finding, and not names of findings."""
+    numbers = {"0", "1", "-1", "0.0", "1.0", "-1.0", "", "true", "false", "yes", "no"}
+    values = {row[columns.finding[0]].strip().lower() for row in rows}
+    return len(columns.finding) > 1 or {""} != values <= numbers
+
+
+def _row_findings(
+    row: dict[str, str],
+    columns: Columns,
+    indicators: bool,
+    declared: Sequence[str] | None,
+    where: str,
+    skipped: dict[str, int],
+    skip_undeclared: bool,
+) -> tuple[str, ...] | None:
+    if not indicators:
         found = tuple(name.strip() for name in row[columns.finding[0]].split(columns.separator) if name.strip())
         if not found:
             raise InputError(f"{where}: no finding in column {columns.finding[0]!r}; write {NO_FINDING!r} where there is none")
@@ -331,7 +365,15 @@ def _row_findings(row: dict[str, str], columns: Columns, declared: Sequence[str]
         found = tuple(name for name, value in values.items() if _number(value, where, name) > 0) or (NO_FINDING,)
     for name in found:
         if declared and name not in declared:
-            raise InputError(f"{where}: the finding {name!r} was not declared; {nearest(name, declared)} Correct the row or add it to --findings")
+            if skip_undeclared:
+                skipped["a finding that was not declared"] += 1
+                return None
+            raise InputError(
+                f"{where}: the finding {name!r} was not declared; {nearest(name, declared)}; "
+                "correct the row, add it to --findings, or leave such rows out with --on-bad skip"
+            )
+    if NO_FINDING in found and len(found) > 1:
+        raise InputError(f"{where}: says {NO_FINDING} and something else ({listed(found)}); correct the row")
     return found
 
 
@@ -540,8 +582,9 @@ def dicom(
         columns = columns or Columns()
         for name in (columns.path, *columns.finding, *filter(None, [columns.split])):
             column(names, f"--csv {labels}", name)
+        ones = _indicators(rows, columns)
         for n, row in enumerate(rows, 2):
-            found = _row_findings(row, columns, declared, f"--csv {labels}, row {n}", skipped)
+            found = _row_findings(row, columns, ones, declared, f"--csv {labels}, row {n}", skipped, skip_bad)
             name = os.path.normpath(row[columns.path].strip() or ".")
             name = os.path.relpath(name, root) if os.path.isabs(name) else name
             if name.startswith(".."):

@@ -192,4 +192,5 @@ def check(parts: Sequence[np.ndarray], label: np.ndarray, patient: np.ndarray, c
     for split, rows in zip(SPLITS, parts, strict=True):
         missing = [name for k, name in enumerate(classes) if not (label[rows] == k).any()]
         if missing and (split != "test" or test):
-            raise InputError(f"{what}: the {split} split gets no image whose one finding is {listed(missing)}; give more images, another task or other ratios")
+            remedy = "give more images, another task, or `--split random` with other --ratios"
+            raise InputError(f"{what}: the {split} split gets no image whose one finding is {listed(missing)}; {remedy}")

@@ -66,7 +66,7 @@ class Folder:
 
     def __init__(self, root: Path) -> None:
         self.root, self.name = root, str(root)
-        self.remedy = f"run `python -m shards index {root}`"
+        self.remedy = f"pack it again (tars from elsewhere: `python -m shards index {root}`)"
 
     def index(self) -> dict[str, Any]:
         """The content of ``index.json``."""
@@ -77,7 +77,7 @@ class Folder:
                 raise InputError(f"--shards {self.root}: packing has not finished ({begun}); run the same packing command again, it goes on from there")
             raise InputError(f"--shards {self.root}: no such folder; make one with `python -m shards phantom|nih|folder|csv|dicom|masks --out {self.root}`")
         if not path.is_file():
-            raise InputError(f"{self.root}: has no index.json; if it holds tars, {self.remedy}")
+            raise InputError(f"{self.root}: has no index.json; if it holds tars from elsewhere, run `python -m shards index {self.root}`")
         return parse_index(path.read_bytes(), str(path), self.remedy)
 
     def table(self, name: str, entry: dict[str, Any]) -> Path:

@@ -2,12 +2,14 @@
 
 import hashlib
 import multiprocessing
+import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from tqdm import tqdm
 from shards.errors import InputError, listed
 from shards.pack import SMALL, cores, file_sha256, index_tar
 from shards.sample import decode_image, parse_meta
-from shards.store import Folder, Remote, open_store
+from shards.store import Cache, Folder, Remote, open_store
 
 # Store, shard, rows of its index, findings of its samples, names of the classes of .cls members.
 Job = tuple[Folder | Remote, dict[str, Any], np.ndarray, list[tuple[str, ...]], list[str] | None]
@@ -36,11 +38,19 @@ def verify(root: str, workers: int | None = None) -> tuple[dict[str, Any], list[
     """Check everything; returns the index and the problems, each one line.
 
     Checksums of tables and shards; members of the tars against the index; every image and mask decodes and they agree in
-    size; findings as counted; no key twice in a split; no patient and no image, by its pixels, in two splits.
+    size; findings as counted; no key twice in a split; no patient and no image, by its pixels, in two splits. Shards of a URL are
+    fetched anew.
     """
+    with tempfile.TemporaryDirectory(prefix="cxr-focus-verify-") as folder:
+        store = open_store(root)
+        if isinstance(store, Remote):  # what lies in the user's cache says nothing about the server
+            store.cache = Cache(Path(folder), store.cache.limit)
+        return _verify(store, workers)
+
+
+def _verify(store: Folder | Remote, workers: int | None) -> tuple[dict[str, Any], list[str]]:
     from shards.stream import Split
 
-    store = open_store(root)
     index = store.index()
     problems: list[str] = []
     jobs = []

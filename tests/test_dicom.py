@@ -235,3 +235,12 @@ def test_names_of_skipped_files_are_not_stored_and_bad_headers_are_skipped(tmp_p
     text = (tmp_path / "out" / "index.json").read_text()
     assert "DOE_JOHN" not in text
     assert str(tmp_path) not in text
+
+
+def test_a_file_cut_in_its_header_stops_the_packing(tmp_path):
+    flags = folder_of_two(tmp_path)
+    path = write(tmp_path / "in" / "A" / "cut.dcm", RAMP, patient="z")
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(InputError, match=r"cut\.dcm"):
+        main(flags)
+    main([*flags, "--on-bad", "skip"])

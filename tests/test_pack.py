@@ -339,3 +339,21 @@ def test_bad_arguments_are_one_line(pictures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(InputError, match="the working folder"):
         main(command(pictures, Path(".")))
+
+
+def test_a_class_that_skipping_has_emptied_is_told(pictures, tmp_path, capsys):
+    for path in (pictures / "test" / "1Effusion").iterdir():
+        path.write_bytes(b"")
+    main(command(pictures, tmp_path / "out", "--on-bad", "skip"))
+    assert "warning: test has no image of Effusion" in capsys.readouterr().out
+
+
+def test_other_settings_after_a_stop_are_told(pictures, tmp_path, capsys):
+    bad = pictures / "test" / "1Effusion" / "3.png"
+    good = bad.read_bytes()
+    bad.write_bytes(b"")
+    with pytest.raises(InputError, match="kept"):
+        main(command(pictures, tmp_path / "out"))
+    bad.write_bytes(good)
+    main(command(pictures, tmp_path / "out", "--size", "40"))
+    assert "begun with other settings or files" in capsys.readouterr().err

@@ -82,12 +82,14 @@ def test_folders_without_images(tmp_path, content):
 def test_masks_are_matched_by_name_and_split_reproducibly(tmp_path):
     for i in range(10):
         picture(tmp_path / "i" / f"a{i}.jpg")
-        picture(tmp_path / "m" / f"a{i}_mask.png", value=1)  # a 0/1 mask
+        (tmp_path / "m").mkdir(exist_ok=True)
+        Image.fromarray((np.arange(40) < 20).astype(np.uint8)[None].repeat(30, 0)).save(tmp_path / "m" / f"a{i}_mask.png")  # a 0/1 mask
     for out in ("one", "two"):
         main(["masks", "--images", str(tmp_path / "i"), "--masks", str(tmp_path / "m"), "--out", str(tmp_path / out), "--size", "32"])
     val = Split(tmp_path / "one", "val", masks=True)
     assert len(val) == 2
-    assert val.mask(0).all()
+    assert val.mask(0)[:, :16].all()
+    assert not val.mask(0)[:, 16:].any()
     for name in ("train/000000.tar", "val/000000.tar", "index.json"):
         assert (tmp_path / "one" / name).read_bytes().replace(b"one", b"two") == (tmp_path / "two" / name).read_bytes()
 
@@ -383,3 +385,66 @@ def test_masks_with_a_number_for_each_lung_keep_both(tmp_path, values):
     mask = Split(tmp_path / "out", "train", masks=True).mask(0)
     assert mask[10, 5]
     assert mask[10, 25]
+
+
+def test_folders_of_other_names(class_folders, tmp_path, capsys):
+    (class_folders / "val").rename(class_folders / "Valid")
+    (class_folders / "extra").mkdir()
+    picture(class_folders / "train" / "1Effusion" / "sub" / "x.png")
+    main(["folder", "--path", str(class_folders), "--out", str(tmp_path / "out"), "--size", "32"])
+    said = capsys.readouterr()
+    assert len(Split(tmp_path / "out", "val")) == 6
+    assert "left out 1: a folder inside a class folder" in said.out
+    assert "left out 1: a folder that is no split" in said.out
+
+
+@pytest.mark.parametrize("kind", ["a radiograph", "all lung"])
+def test_what_is_no_mask_is_refused(tmp_path, kind):
+    rng = np.random.default_rng(0)
+    for i in range(2):
+        for folder in "im":
+            (tmp_path / folder).mkdir(exist_ok=True)
+            values = rng.integers(0, 255, (32, 32), np.uint8) if folder == "i" or kind == "a radiograph" else np.full((32, 32), 255, np.uint8)
+            Image.fromarray(values).save(tmp_path / folder / f"{i}.png")
+    with pytest.raises(InputError, match="is no lung mask"):
+        main(["masks", "--images", str(tmp_path / "i"), "--masks", str(tmp_path / "m"), "--out", str(tmp_path / "out"), "--size", "32"])
+    with pytest.raises(InputError, match="--test-share nan"):
+        main(["masks", "--images", str(tmp_path / "i"), "--masks", str(tmp_path / "m"), "--out", str(tmp_path / "out"), "--test-share", "nan"])
+
+
+def test_labels_that_cannot_be_meant(tmp_path):
+    for i in range(12):
+        picture(tmp_path / f"{i}.png", value=20 * i)
+    with pytest.raises(InputError, match="No Finding and something else"):
+        main(table_of(tmp_path, ["0.png,No Finding|Mass,1", "1.png,Mass,2"]))
+    with pytest.raises(InputError, match="2 rows have no patient"):
+        main([*table_of(tmp_path, ["0.png,Mass,", "1.png,No Finding,NA", "2.png,Mass,3"]), "--patient-column", "patient"])
+    main([*table_of(tmp_path, [f"{i}.png,{i % 2},{i}" for i in range(12)], "path,Mass,patient"), "--finding-column", "Mass"])
+    assert open_store(tmp_path / "out").index()["findings"] == ["No Finding", "Mass"]
+
+
+def test_rows_of_findings_that_are_not_wanted_can_be_left_out(tmp_path, capsys):
+    for i in range(20):
+        picture(tmp_path / f"{i}.png", value=12 * i)
+    flags = [*table_of(tmp_path, [f"{i}.png,{('Mass', 'No Finding', 'Edema')[i % 3]},{i}" for i in range(20)]), "--findings", "No Finding,Mass"]
+    with pytest.raises(InputError, match=r"'Edema' was not declared.*--on-bad skip"):
+        main(flags)
+    main([*flags, "--on-bad", "skip"])
+    assert "left out 6: a finding that was not declared" in capsys.readouterr().out
+
+
+def test_a_url_is_no_place_to_pack_to(class_folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="--out s3://bucket/x: shards are packed into a folder"):
+        main(["folder", "--path", str(class_folders), "--out", "s3://bucket/x"])
+    with pytest.raises(InputError, match="index works on a folder"):
+        main(["index", "http://127.0.0.1:1/x"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["images"]
+
+
+def test_files_that_are_missing_are_named_in_the_index(tmp_path):
+    for i in range(0, 20):
+        if i != 7:
+            picture(tmp_path / f"{i}.png", value=12 * i)
+    main([*table_of(tmp_path, [f"{i}.png,{('Mass', 'No Finding')[i % 2]},{i}" for i in range(20)]), "--on-bad", "skip"])
+    assert open_store(tmp_path / "out").index()["left_out"] == {"listed but missing": 1}

@@ -236,3 +236,15 @@ def test_room_held_by_a_process_that_is_gone_is_given_back(tmp_path):
     done.start()
     done.join(5)
     assert not done.is_alive()
+
+
+def test_verify_looks_at_the_server_and_not_at_the_cache(shards, served, tmp_path):
+    from shards.verify import verify
+
+    copy = tmp_path / "copy"
+    shutil.copytree(shards, copy)
+    url = copy.as_uri()
+    assert verify(url)[1] == []
+    path = sorted(copy.glob("train/*.tar"))[1]
+    path.write_bytes(path.read_bytes()[:5000])
+    assert any(path.name in problem for problem in verify(url)[1])
