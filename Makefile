@@ -27,3 +27,4 @@ lint: setup
 bench: setup
 	$(BIN)/python bench/step.py
 	$(BIN)/python bench/reading.py
+	$(BIN)/python bench/lung_speed.py

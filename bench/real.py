@@ -1,7 +1,7 @@
 """python bench/real.py --work DIR: the main job on real radiographs, cross-entropy beside attention, paired by seed.
 
-CXR_FOCUS_REAL_DATA names a folder with `lungs/{images,masks}` and `effusion/{train,val,test}/<class>`. Packs both, trains a
-lung U-Net, then classifiers (No Finding against Effusion) from scratch and from ImageNet weights. Each run is one
+CXR_FOCUS_REAL_DATA names a folder with `effusion/{train,val,test}/<class>`. Packs it and trains classifiers (No Finding against
+Effusion) from scratch and from ImageNet weights; the package's own segmenter finds the lungs. Each run is one
 `accelerate launch` of the ordinary commands; a finished run is not repeated, an interrupted one is resumed. The table is
 appended to bench/real.md.
 """
@@ -50,15 +50,11 @@ def main() -> None:
     a = parser.parse_args()
     real = os.environ.get("CXR_FOCUS_REAL_DATA")
     if not real:
-        sys.exit("error: set CXR_FOCUS_REAL_DATA to the folder with lungs/ and effusion/")
+        sys.exit("error: set CXR_FOCUS_REAL_DATA to the folder with effusion/")
     work, data = a.work.resolve(), Path(real)
     work.mkdir(parents=True, exist_ok=True)
-    if not (work / "lungs").exists():
-        call("shards", "masks", "--images", str(data / "lungs/images"), "--masks", str(data / "lungs/masks"), "--out", str(work / "lungs"))
     if not (work / "effusion").exists():
         call("shards", "folder", "--path", str(data / "effusion"), "--out", str(work / "effusion"))
-    if not (work / "unet/report.json").exists():
-        launch("trainer.train_lungs", "--shards", str(work / "lungs"), "--out", str(work / "unet"), "--epochs", "15")
     weights = work / "lite0.safetensors"
     if not weights.exists():
         subprocess.run([sys.executable, str(HERE / "lite0_weights.py"), str(weights)], check=True)
@@ -69,7 +65,7 @@ def main() -> None:
                 run = work / f"{model.split(',')[0]}_{arm}_{seed}"
                 common = ["--shards", str(work / "effusion"), "--out", str(run), "--task", "ne", "--balance.lam", lam, "--seed", str(seed)]
                 common += ["--optim.name", "adamw", "--optim.weight_decay", "0.01", "--optim.schedule", "cosine", "--batch", "16", "--best", "auc"]
-                common += ["--tracker", "none", "--lungs.weights", str(work / "unet/lung_unet.safetensors")]
+                common += ["--tracker", "none"]
                 if not (run / "report.json").exists():
                     resume = ["--resume"] if (run / "checkpoints/last.pt").exists() else []
                     launch("trainer.train", *common, *[flag.format(weights=weights) for flag in flags], *resume)

@@ -18,8 +18,7 @@ import torch
 from shards.pack import pack
 from shards.phantom import Phantoms
 from shards.stream import Batch, EpochPlan
-from trainer.config import AttentionConfig, Config, LungsConfig
-from trainer.lungs import LungSegmenter
+from trainer.config import AttentionConfig, Config
 from trainer.train import Trainer, build
 
 
@@ -56,10 +55,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         pack(Phantoms(max(40, 5 * a.batch), 0, size=512, findings=("No Finding", "Effusion")), root / "shards", dataset="phantom")
-        LungSegmenter([24, 48, 96, 192, 256], 256, patch=2).eval().save(root / "lungs.safetensors")
         config = Config(
             str(root / "shards"), str(root / "run"), backbone=a.backbone, pretrained="false", batch=a.batch, size=a.size, tracker="none",
-            workers=0, attention=AttentionConfig(form="energy"), lungs=LungsConfig(str(root / "lungs.safetensors")),
+            workers=0, attention=AttentionConfig(form="energy"),
         )  # fmt: skip
         trainer = build(config)
         trainer.net.train()

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole job on phantoms: shards, a lung segmenter, cross-entropy beside attention, a report. Minutes on two cores.
+# The whole job on phantoms: shards, cross-entropy beside attention, a report. Minutes on two cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out="${1:-demo}"
@@ -14,15 +14,11 @@ precision=bf16
 if [ -r /proc/cpuinfo ] && ! grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo && ! command -v nvidia-smi >/dev/null; then precision=no; fi
 run() { accelerate launch --quiet --config_file accelerate_config.yaml --mixed_precision "$precision" -m "$@"; }
 
-echo; echo "== 1/5  phantoms: synthetic radiographs with known lungs and lesions, as WebDataset shards"
+echo; echo "== 1/4  phantoms: synthetic radiographs with known lungs and lesions, as WebDataset shards"
 python -m shards phantom --out "$out/shards" --count 800 --size 128 --seed 0 --findings 'No Finding,Effusion,Pneumothorax'
-echo; echo "== 2/5  a light lung U-Net from their masks"
-run trainer.train_lungs --shards "$out/shards" --out "$out/lungs" --config launch/recipes/demo_lungs.yaml
-echo; echo "== 3/5  a classifier by cross-entropy alone (lambda 1)"
-run trainer.train --shards "$out/shards" --out "$out/cross-entropy" --config launch/recipes/demo.yaml \
-  --lungs.weights "$out/lungs/lung_unet.safetensors" --balance.lam 1
-echo; echo "== 4/5  the same with the Grad-CAM attention loss (lambda 0.5)"
-run trainer.train --shards "$out/shards" --out "$out/attention" --config launch/recipes/demo.yaml \
-  --lungs.weights "$out/lungs/lung_unet.safetensors" --balance.lam 0.5
-echo; echo "== 5/5  side by side, on test images"
+echo; echo "== 2/4  a classifier by cross-entropy alone (lambda 1)"
+run trainer.train --shards "$out/shards" --out "$out/cross-entropy" --config launch/recipes/demo.yaml --balance.lam 1
+echo; echo "== 3/4  the same with the Grad-CAM attention loss (lambda 0.5); the package's own segmenter finds the lungs"
+run trainer.train --shards "$out/shards" --out "$out/attention" --config launch/recipes/demo.yaml --balance.lam 0.5
+echo; echo "== 4/4  side by side, on test images"
 python -m trainer.report --out "$out/report.html" "$out/cross-entropy" "$out/attention"

@@ -1,15 +1,21 @@
 import json
 import math
+import os
+import sys
+import types
 
 import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN
 from safetensors.torch import save_file
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.ops import box_iou
 
 from shards.errors import InputError
-from trainer.cleanup import two_largest
-from trainer.lungs import BoxMemory, LungBoxes, LungSegmenter, UNet, load_segmenter, lung_boxes
+from shards.phantom import phantom
+from trainer.lungs import SHIPPED, BoxMemory, LungBoxes, LungSegmenter, UNet, load_segmenter, lung_boxes, main
+from trainer.paint import negative
 
 
 def test_the_published_unet():
@@ -58,20 +64,6 @@ def test_boxes_have_exclusive_ends_and_fall_back_to_the_whole_image():
     assert boxes.tolist() == [[3, 2, 9, 5], [0, 0, 10, 10], [9, 9, 10, 10]]
 
 
-def test_two_largest_components_of_each_image():
-    masks = torch.zeros(4, 33, 40, dtype=torch.bool)
-    masks[0, 2:12, 2:8] = True
-    masks[0, 2:10, 20:26] = True
-    masks[0, 30, 30] = True
-    masks[1, 5:7, 5:7] = True
-    masks[2] = True
-    cleaned, count = two_largest(masks)
-    assert count.tolist() == [2, 1, 1, 0]
-    assert cleaned[0].sum() == masks[0].sum() - 1
-    assert not cleaned[0, 30, 30]
-    assert (cleaned[1:] == masks[1:]).all()
-
-
 def test_segmenter_takes_any_size_and_round_trips(tmp_path):
     segmenter = LungSegmenter([2, 4, 8, 16, 32], 32).eval()
     segmenter.save(tmp_path / "s.safetensors")
@@ -85,8 +77,6 @@ def test_segmenter_takes_any_size_and_round_trips(tmp_path):
 
 
 def test_files_that_are_no_segmenter(tmp_path):
-    with pytest.raises(InputError, match=r"train_lungs"):
-        load_segmenter()
     with pytest.raises(InputError, match="no such file"):
         load_segmenter(tmp_path / "none.safetensors")
     (tmp_path / "text").write_text("hello")
@@ -97,8 +87,131 @@ def test_files_that_are_no_segmenter(tmp_path):
         load_segmenter(tmp_path / "a.safetensors")
     settings = {"lung_unet": json.dumps(LungSegmenter([2, 4, 8, 16, 32], 32).settings)}
     save_file({"e1.conv.conv1.weight": torch.zeros(1)}, tmp_path / "b.safetensors", metadata=settings)
-    with pytest.raises(InputError, match=r"e1\.conv\.conv1\.weight: expected \(2, 3, 3, 3\), got \(1,\)"):
+    with pytest.raises(InputError, match=r"e1\.conv\.conv1\.weight: expected \(2, 1, 3, 3\), got \(1,\)"):
         load_segmenter(tmp_path / "b.safetensors")
+
+
+def published(width=4):
+    """The published U-Net, small, as modules of the classes that its pickle names."""
+    module = types.ModuleType("model")
+    classes = {name: type(name, (torch.nn.Module,), {"__module__": "model"}) for name in ("build_unet", "encoder_block", "conv_block", "decoder_block")}
+    for name, kind in classes.items():
+        setattr(module, name, kind)
+    ours = UNet([width * 2**k for k in range(5)])
+
+    def rebuilt(net):
+        kind = {"_Encoder": "encoder_block", "_Convs": "conv_block", "_Decoder": "decoder_block", "UNet": "build_unet"}.get(type(net).__name__)
+        if kind is None:
+            return net
+        copy = classes[kind]()
+        for name, child in net.named_children():
+            setattr(copy, name, rebuilt(child))
+        return copy
+
+    return module, ours, rebuilt(ours)
+
+
+def test_the_published_pickle_is_read_and_not_executed(tmp_path, monkeypatch, capsys):
+    module, ours, pickled = published()
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "model", module)
+        torch.save(pickled, tmp_path / "unet_model.pt")
+    assert "model" not in sys.modules
+    segmenter = load_segmenter(tmp_path / "unet_model.pt")
+    assert segmenter.settings["size"] == 512
+    assert not segmenter.settings["standardise"]
+    assert not segmenter.settings["clean_up"]
+    for name, tensor in ours.state_dict().items():
+        assert (segmenter.unet.state_dict()[name] == tensor).all()
+
+    torch.save({"module." + name: tensor for name, tensor in ours.state_dict().items()}, tmp_path / "state.pth")
+    assert load_segmenter(tmp_path / "state.pth").fingerprint() == segmenter.fingerprint()
+    main(["convert", str(tmp_path / "unet_model.pt"), str(tmp_path / "out.safetensors")])
+    assert "use it with --lungs.weights" in capsys.readouterr().out
+    assert load_segmenter(tmp_path / "out.safetensors").fingerprint() == segmenter.fingerprint()
+    main(["convert", str(tmp_path / "unet_model.pt"), str(tmp_path / "half.safetensors"), "--half"])
+    assert (tmp_path / "half.safetensors").stat().st_size < 0.6 * (tmp_path / "out.safetensors").stat().st_size
+    with pytest.raises(InputError, match="usage"):
+        main(["convert", "--help"])
+    with pytest.raises(InputError, match="is there already"):
+        main(["convert", str(tmp_path / "unet_model.pt"), str(tmp_path / "out.safetensors")])
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+def test_a_hostile_pickle_is_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"a": Hostile()}, tmp_path / "bad.pt")
+    with pytest.raises(InputError, match=r"asks for (posix|nt)\.system, which is not executed"):
+        load_segmenter(tmp_path / "bad.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(InputError, match="no state dict"):
+        load_segmenter(tmp_path / "list.pt")
+    _, ours, _ = published()
+    state = ours.state_dict() | {"d1.up.weight": torch.zeros(3)}
+    torch.save(state, tmp_path / "wrong.pt")
+    with pytest.raises(InputError, match=r"1 tensors do not fit .*d1\.up\.weight: expected .* got \(3,\)"):
+        load_segmenter(tmp_path / "wrong.pt")
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_sixteen_bits_keep_the_masks(tmp_path):
+    torch.manual_seed(0)
+    segmenter = LungSegmenter([4, 8, 8, 8, 8], 64, patch=2, clean_up=False).eval()
+    segmenter.save(tmp_path / "a.safetensors")
+    segmenter.save(tmp_path / "b.safetensors", half=True)
+    assert (tmp_path / "b.safetensors").stat().st_size < 0.7 * (tmp_path / "a.safetensors").stat().st_size
+    images = torch.rand(2, 1, 64, 64)
+    one, two = load_segmenter(tmp_path / "a.safetensors")(images), load_segmenter(tmp_path / "b.safetensors")(images)
+    assert (one == two).float().mean() > 0.99
+
+
+def test_the_shipped_segmenter_is_small_and_light():
+    segmenter = load_segmenter()
+    assert SHIPPED.stat().st_size <= 8e6
+    size = segmenter.settings["size"]
+    with FlopCounterMode(display=False) as counter:
+        segmenter.unet(torch.zeros(1, segmenter.settings["inputs"], size, size))
+    assert counter.get_total_flops() / 2 <= 4e9
+    assert (SHIPPED.parent / "README.md").is_file()
+
+
+def test_the_shipped_segmenter_finds_the_lungs_of_phantoms():
+    rng = np.random.default_rng(11)
+    samples = [phantom(str(i), name, rng, 256) for i, name in enumerate(["No Finding", "Effusion", "Pneumothorax", "Subcutaneous Emphysema"] * 3)]
+    images = torch.from_numpy(np.stack([s.image for s in samples])).float()[:, None] / 255
+    truth = lung_boxes(torch.from_numpy(np.stack([s.mask for s in samples])) > 0, 224).float()
+    found = lung_boxes(load_segmenter()(images), 224).float()
+    iou = box_iou(found, truth).diagonal()
+    assert iou.min() >= 0.8
+    assert iou.mean() >= 0.9
+
+
+def no_chest(kind):
+    rng = np.random.default_rng(0)
+    if kind == "noise":
+        return rng.random((256, 256))
+    if kind == "blank":
+        return np.full((256, 256), 0.5)
+    if kind == "black":
+        return np.zeros((256, 256))
+    chest = phantom("x", "No Finding", np.random.default_rng(3), 256)
+    image = torch.from_numpy(chest.image).float() / 255
+    for seed in range(500):  # the generator draws the kind first
+        if str(np.random.default_rng(seed).choice(["turned", "part", "below", "side", "limb", "blank"], p=[0.2, 0.2, 0.1, 0.25, 0.15, 0.1])) == kind:
+            return negative(image, torch.from_numpy(chest.mask) > 0, np.random.default_rng(seed)).numpy()
+    raise AssertionError
+
+
+@pytest.mark.parametrize("kind", ["noise", "blank", "black", "side", "limb", "turned"])
+def test_what_is_no_chest_has_no_lungs(kind):
+    image = torch.from_numpy(no_chest(kind)).float()[None, None]
+    masks = load_segmenter()(image)
+    assert not masks.any()
+    assert lung_boxes(masks, 224).tolist() == [[0, 0, 224, 224]]
 
 
 class Counting(LungSegmenter):
@@ -108,9 +221,10 @@ class Counting(LungSegmenter):
         super().__init__([1] * 5, 16)
         self.seen = 0
 
-    def forward(self, images):
+    def boxes(self, images, size):
         self.seen += len(images)
-        return images[:, 0] > 0.5
+        masks = images[:, 0] > 0.5
+        return lung_boxes(masks, size), masks.flatten(1).any(1)
 
 
 def test_an_image_is_segmented_once_and_the_box_is_right():

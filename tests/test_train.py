@@ -12,6 +12,7 @@ import two
 from PIL import Image
 
 from shards.errors import InputError
+from shards.stream import Split
 from trainer import evaluate, launching, predict, report
 from trainer import train as loop
 from trainer.tracking import Tracking
@@ -138,13 +139,25 @@ def test_the_whole_job(flags, shards, tmp_path, capsys):
     assert json.loads((out / "report.json").read_text())["test"] == before
 
 
+def test_images_without_lungs_are_listed_and_shown(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.cleanup.believable", lambda masks, *_: torch.arange(len(masks)) % 2 == 0)
+    loop.main([*flags, "--epochs", "1"])
+    lost = json.loads((tmp_path / "run" / "report.json").read_text())["lungs_not_found"]
+    split = Split(flags[1], "test", ("No Finding", "Effusion"))
+    assert set(lost) == {"train", "val", "test"}
+    assert lost["test"]
+    assert set(lost["test"]) <= {split.key(i) for i in range(len(split))}
+    assert (tmp_path / "run" / "no_lungs.png").is_file()
+    assert "No lungs found" in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_lambda_one_calls_neither_cam_nor_segmenter(shards, tmp_path, monkeypatch):
     def never(*_args, **_kwargs):
         raise AssertionError("lambda = 1 pays nothing for attention")
 
     job = loop.build(loop.resolve(["--shards", str(shards), "--out", str(tmp_path / "run"), *SMALL, "--balance.lam", "1", "--epochs", "1"]))
     monkeypatch.setattr("trainer.classifier.grad_cam", never)
-    monkeypatch.setattr("trainer.lungs.LungSegmenter.forward", never)
+    monkeypatch.setattr("trainer.lungs.LungSegmenter.logits", never)
     job.train()
     assert job.state.step > 0
     assert all(line["attention"] is None for line in lines(tmp_path / "run") if "ce" in line)
@@ -153,8 +166,8 @@ def test_lambda_one_calls_neither_cam_nor_segmenter(shards, tmp_path, monkeypatc
 def test_remembered_boxes_are_not_segmented_again(flags, monkeypatch):
     job = loop.build(loop.resolve([*flags, "--epochs", "3"]))
     images = []
-    ordinary = loop.LungBoxes.__call__.__globals__["LungSegmenter"].forward
-    monkeypatch.setattr("trainer.lungs.LungSegmenter.forward", lambda self, x: images.append(len(x)) or ordinary(self, x))
+    ordinary = loop.LungBoxes.__call__.__globals__["LungSegmenter"].boxes
+    monkeypatch.setattr("trainer.lungs.LungSegmenter.boxes", lambda self, x, size: images.append(len(x)) or ordinary(self, x, size))
     job.train()
     assert sum(images) == len(job.splits["train"]) + len(job.splits["val"])
 
@@ -270,7 +283,6 @@ def test_patience_is_reset_by_a_better_model_and_ends_the_run(flags, monkeypatch
         (["--backbone", "resnett"], r"--backbone resnett: unknown; did you mean resnet"),
         (["--attention.layer", "layer7"], r"layer7: resnet18 has no such module"),
         (["--lungs.weights", "nowhere.safetensors"], r"nowhere\.safetensors: no such file"),
-        (["--lungs.weights", ""], r"name one with --lungs\.weights FILE, or train one"),
         (["--task", "No Finding,Nodule"], "has no images with finding 'Nodule'"),
         (["--shards", "nowhere"], r"--shards \S*nowhere: no such folder"),
         (["--pretrained", "weights.pt"], r"weights\.pt: no such file"),

@@ -18,13 +18,15 @@ LEAST_WIDTH, LEAST_HEIGHT = 0.2, 0.15
 # Width of the pair over its height, in an image that was made square.
 LEAST_ASPECT, MOST_ASPECT = 0.5, 2.4
 # The smaller lung's area and height over the larger's.
-LEAST_AREA_RATIO, LEAST_HEIGHT_RATIO = 0.15, 0.35
+LEAST_AREA_RATIO, LEAST_HEIGHT_RATIO = 0.1, 0.28
 # Pixels in the emptiest column between the lungs over those of the fullest: more, and they are one blob.
 MOST_BRIDGE = 0.55
 # Mean probability of the foreground.
 LEAST_CONFIDENCE = 0.8
+# Share of a lung alone that may lie beyond the middle of the image.
+MOST_ACROSS = 0.2
 # From a lung's inner edge to the midline, in widths of the lung: the median of 600 pairs.
-INNER_GAP = 0.06
+INNER_GAP = 0.13
 
 
 def plain(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,8 +85,10 @@ def fill_holes(masks: torch.Tensor) -> torch.Tensor:
 def tidy(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """At most two components without holes, and how many: bool [B,S,S], int64 [B]. Masks that are so already are not labelled."""
     fine, count = plain(masks)
-    todo = torch.nonzero(~fine | (count > 2))[:, 0]
-    # Two components, one of them a speck, are rare and need no labels either: `single` and `believable` look at the lungs themselves.
+    shape = Shape.of(masks)
+    # Two components with an empty column between them are the two sides: neither is a speck if their areas say so.
+    pair = (count == 2) & (shape.bridge == 0) & (shape.area.amin(1) >= SPECK * shape.area.amax(1))
+    todo = torch.nonzero(~fine | ~((count <= 1) | pair))[:, 0]
     if len(todo):
         kept, left = two_largest(masks[todo])
         masks, count = masks.clone(), count.clone()
@@ -122,7 +126,10 @@ class Shape:
         height = torch.stack([bottom - top for top, bottom in of_sides], 1)
         shared = torch.minimum(of_sides[0][1], of_sides[1][1]) - torch.maximum(of_sides[0][0], of_sides[1][0])
         return Shape(
-            *(v / size for v in (x0, y0, x1, y1)),
+            x0 / size,
+            y0 / size,
+            x1 / size,
+            y1 / size,
             area / size**2,
             height / size,
             shared.clamp(min=0) / height.amin(1).clamp(min=1),
@@ -131,17 +138,20 @@ class Shape:
 
 
 def complete(masks: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """Where one lung alone is left, add its mirror image about the midline beside it: bool [B,S,S]."""
+    """Where one lung alone is left, on one side of the image, add its mirror image about the midline beside it: bool [B,S,S]."""
     shape = Shape.of(masks)
     single = torch.nonzero((count == 1) & (shape.bridge > MOST_BRIDGE))[:, 0]
     if not len(single):
         return masks
     size, masks = masks.shape[-1], masks.clone()
+    columns = torch.arange(size, device=masks.device)
     for b in single.tolist():
         x0, x1 = float(shape.x0[b]), float(shape.x1[b])
+        on_left = float(masks[b, :, : size // 2].sum() / masks[b].sum())
+        if min(on_left, 1 - on_left) > MOST_ACROSS:
+            continue  # in the middle: both lungs from the side, or none
         gap = INNER_GAP * (x1 - x0)
-        midline = x1 + gap if x0 + x1 < 1 else x0 - gap
-        columns = torch.arange(size, device=masks.device)
+        midline = x1 + gap if on_left > 0.5 else x0 - gap
         source = (2 * midline * size - 1 - columns).round().long()
         inside = (source >= 0) & (source < size)
         masks[b] |= masks[b][:, source.clamp(0, size - 1)] & inside

@@ -79,7 +79,7 @@ class LungsConfig:
     """The lung segmenter."""
 
     weights: str = ""
-    """File of trainer.train_lungs (or its run folder). Not needed for plain cross-entropy."""
+    """File of trainer.train_lungs (or its run folder), or the published U-Net; empty: the segmenter that ships with the package."""
 
 
 @dataclass
@@ -174,6 +174,8 @@ class LungsTrainConfig:
     """Run folder to make; lung_unet.safetensors goes there."""
     test: str = ""
     """More of them, separated by commas, that are only measured at the end, all their splits: hospitals that are left out of training."""
+    init: str = ""
+    """Weights to start from (file or run folder; "shipped": those of the package), for a second phase or another hospital; their net is taken, too."""
     channels: list[int] = field(default_factory=lambda: [24, 48, 96, 192, 256])
     """Of the U-Net's five levels: the default is light (3.3 M parameters, 1.6 GMAC), [64, 128, 256, 512, 1024] the published one (31.04 M, 193 GMAC)."""
     patch: int = 2
@@ -191,7 +193,9 @@ class LungsTrainConfig:
     augment: Strength = field(
         default_factory=lambda: Strength(rotate=15, scale=0.2, shift=0.08, flip=0.3, contrast=0.4, brightness=0.15, gamma=0.5, noise=0.05, invert=0.15)
     )
-    paint: Painting = field(default_factory=lambda: Painting(opacity=0.5, gas=0.3, collapse=0.1, devices=0.4, tone=0.5, warp=0.5, frame=0.3))
+    paint: Painting = field(default_factory=lambda: Painting(opacity=0.55, gas=0.4, collapse=0.1, devices=0.35, tone=0.5, warp=0.5, frame=0.3, negative=0.12))
+    threshold: float = 0.35
+    """Probability above which a pixel is lung: below 0.5 the box reaches further into the thin costophrenic angles."""
     workers: int = 2
     """Loader processes per process."""
     resume: bool = False
@@ -206,6 +210,8 @@ class LungsTrainConfig:
             found.append(f"--size {self.size}: must be a multiple of 16 x --patch {self.patch}")
         if not self.lr > 0:
             found.append(f"--lr {self.lr}: must be above 0")
+        if not 0 < self.threshold < 1:
+            found.append(f"--threshold {self.threshold}: must lie between 0 and 1")
         if self.workers < 0 or self.seed < 0:
             found.append("--workers and --seed must not be negative")
         chances = dataclasses.asdict(self.paint) | {"augment.flip": self.augment.flip, "augment.invert": self.augment.invert}

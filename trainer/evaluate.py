@@ -85,7 +85,7 @@ def evaluate(accelerator: Accelerator, model: FocusClassifier, split: Split, lun
         none = torch.zeros(len(images), size, size, dtype=torch.bool, device=device)
         with accelerator.autocast():
             # The boxes come first: the lungs of an image are found once, with or without a finding.
-            expected = finding_regions(lungs(raw, batch.index), names, size) if lungs else none
+            expected = finding_regions(lungs(raw, batch.index), names, size) if lungs and look else none
             logits, cam = model(images, labels, cam=look)
             measured = [logits.double(), torch.ones(len(images), 1, device=device)]
             if look:
@@ -171,12 +171,16 @@ def finish(
     outcomes: dict[str, Outcome] = {name: evaluate(accelerator, model, splits[name], lungs.get(name), config) for name in ("val", "test") if name in splits}
     content: dict[str, Any] = {"findings": findings, "dataset": next(iter(splits.values())).dataset, "training": training}
     content["written"] = f"cxr-focus {__version__}, {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}"
-    content["lungs_not_found"] = {name: len(boxes.memory.not_found()) for name, boxes in lungs.items()}
+    for name in outcomes:
+        if name in lungs:
+            lungs[name].share(accelerator)
+    lost = {name: boxes.memory.not_found().tolist() for name, boxes in lungs.items()}
+    content["lungs_not_found"] = {name: [splits[name].key(p) for p in positions] for name, positions in lost.items()}
     content |= {name: outcome.report(findings, intervals=True) for name, outcome in outcomes.items()} | {"config": asdict(config)}
     if accelerator.is_main_process:
         shown = "test" if "test" in splits else "val"
         tiles = report.tiles(accelerator, model, splits[shown], lungs.get(shown), config)
-        report.write_run(out, config, content, outcomes, tiles, splits)
+        report.write_run(out, config, content, outcomes, tiles, splits, report.whole(splits, lost))
     accelerator.wait_for_everyone()
     return content
 

@@ -145,8 +145,8 @@ def write(out: Path, content: dict[str, Any], sheet: Figure) -> None:
 <style>body{{font:15px sans-serif;margin:2em;max-width:1250px}}td,th{{padding:.3em .6em;text-align:right;border-bottom:1px solid #ccc}}
 td:first-child,th:first-child{{text-align:left}}img{{max-width:100%}}small{{color:#555}}</style>
 <h1>Lung segmenter</h1><p>{html.escape(content["about"])}</p><table><tr>{head}</tr>{rows}</table>
-<p><small>Means with 95% bootstrap intervals over images; below them the worst image. Surface distance and edges in percent of the image's side; an edge is found minus
-true, bias ± deviation: a negative bottom is a box that ends too high.</small></p>
+<p><small>Means with 95% bootstrap intervals over images; below them the worst image. Surface distance and edges in percent of the image's
+side; an edge is found minus true, bias ± deviation: a negative bottom is a box that ends too high.</small></p>
 <h2>Worst boxes</h2><p>Found: blue; true: green. Dotted: no plausible pair of lungs, the whole image stands in.</p>
 <img src="data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}">"""
     write_atomic(out / "report.html", page)

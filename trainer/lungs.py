@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -146,6 +147,19 @@ class LungSegmenter(nn.Module):
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """images float [B,1,H,W] in [0,1], any H and W -> lung masks bool [B,H,W]."""
+        return self._masks(images, images.shape[-2:])
+
+    @torch.no_grad()
+    def boxes(self, images: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """images float [B,1,H,W] in [0,1] -> lung boxes int64 [B,4] in a size x size image, as `lung_boxes`, and where lungs were found, bool [B].
+
+        As published, from the mask at the working size: masks as large as the images would cost as much as the net.
+        """
+        working = self.settings["size"]
+        masks = self._masks(images, torch.Size((working, working)))
+        return lung_boxes(masks, size), masks.flatten(1).any(1)
+
+    def _masks(self, images: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         logits = self.logits(images).float()
         threshold = self.settings["threshold"]
         if self.settings["clean_up"]:
@@ -154,8 +168,8 @@ class LungSegmenter(nn.Module):
             wanted = clean(found, probability)
             # What clean-up added or removed is certain, so that the outline keeps its place between the pixels everywhere else.
             logits = torch.where(wanted == found, logits, torch.where(wanted, CERTAIN, -CERTAIN))
-        if logits.shape[-2:] != images.shape[-2:]:
-            logits = F.interpolate(logits[:, None], images.shape[-2:], mode="bilinear")[:, 0]
+        if logits.shape[-2:] != shape:
+            logits = F.interpolate(logits[:, None], shape, mode="bilinear")[:, 0]
         return logits > math.log(threshold / (1 - threshold))
 
     def fingerprint(self) -> str:
@@ -340,26 +354,36 @@ class LungBoxes:
         new = torch.nonzero(known[:, 4] < 0)[:, 0]
         if len(new):
             some = images if len(new) == len(images) else images[new.to(images.device)]
-            masks = self.segmenter(some.float() / 255)
-            boxes = lung_boxes(masks, self.size)
-            found = masks.flatten(1).any(1)
+            boxes, found = self.segmenter.boxes(some.float() / 255, self.size)
             known[new] = torch.cat([boxes, found[:, None]], 1).int().cpu()
             self.memory.table[index] = known
         return known[:, :4].long().to(images.device, non_blocking=True)
 
+    def share(self, accelerator: Accelerator) -> None:
+        """What one process has segmented, all know afterwards."""
+        if accelerator.num_processes > 1:
+            table = self.memory.table.to(accelerator.device)
+            torch.distributed.all_reduce(table, torch.distributed.ReduceOp.MAX)  # -1 is unknown
+            self.memory.table = table.cpu()
+
 
 def main(argv: list[str] | None = None) -> None:
-    """``convert FILE OUT``: weights from elsewhere, checked, as safetensors."""
+    """``convert FILE OUT [--half]``: weights from elsewhere, checked, as safetensors."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if len(words) != 3 or words[0] != "convert":
-        raise InputError("usage: python -m trainer.lungs convert FILE OUT.safetensors: a state dict or the published unet_model.pt becomes --lungs.weights OUT")
+    half = "--half" in words
+    words = [word for word in words if word != "--half"]
+    if len(words) != 3 or words[0] != "convert" or any(word.startswith("--") for word in words):
+        raise InputError(
+            "usage: python -m trainer.lungs convert FILE OUT.safetensors [--half]: a state dict or the published unet_model.pt becomes "
+            "--lungs.weights OUT, with --half in 16 bits"
+        )
     out = Path(words[2])
     if out.exists():
         raise InputError(f"{out}: is there already; name another file")
     segmenter = load_segmenter(words[1])
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        segmenter.save(out)
+        segmenter.save(out, half=half)
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error.strerror or error})") from error
     count = sum(p.numel() for p in segmenter.parameters())

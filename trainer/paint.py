@@ -36,6 +36,8 @@ class Painting:
     """A smooth bend of image and mask, and another aspect."""
     frame: float = 0.0
     """A collimator's border around the lungs, black or white."""
+    negative: float = 0.0
+    """An image that is no frontal chest, with an empty mask: turned, a part, from the side, another limb, nothing."""
 
 
 @dataclass
@@ -224,6 +226,54 @@ def frame(image: torch.Tensor, mask: torch.Tensor, rng: np.random.Generator) -> 
     return framed
 
 
+def negative(image: torch.Tensor, mask: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """Made of a chest or of nothing: an image on which no pair of lungs is to be found."""
+    size, device = len(image), image.device
+    lungs = sides(mask)
+    kind = str(rng.choice(["turned", "part", "below", "side", "limb", "blank"], p=[0.2, 0.2, 0.1, 0.25, 0.15, 0.1]))
+    if kind == "turned":
+        return torch.rot90(image, int(rng.integers(1, 4)))
+    if kind == "below" and lungs:
+        bottom = int(torch.nonzero(mask.any(1))[-1, 0]) + 1
+        if size - bottom >= 0.12 * size:
+            return F.interpolate(image[None, None, bottom:], (size, size), mode="bilinear")[0, 0]
+    if kind == "side" and len(lungs) == 2:
+        # Both lungs over each other in the middle, as seen from the side, with the spine behind and the heart in front of them.
+        centers = [float(torch.nonzero(lung.mask.any(0)).float().mean()) for lung in lungs]
+        moved = [torch.roll(image, round(size / 2 - center + rng.normal(0, 0.02 * size)), 1) for center in centers]
+        share = rng.uniform(0.3, 0.7)
+        overlaid = share * moved[0] + (1 - share) * moved[1]
+        overlaid = torch.minimum(overlaid, torch.minimum(*moved) + rng.uniform(0.05, 0.4))
+        y, x = _grid(size, device)
+        behind = rng.choice([-1, 1]) * rng.uniform(0.12, 0.25)
+        spine = torch.exp(-(((x - 0.5 - behind - 0.04 * torch.sin(5 * y)) / rng.uniform(0.03, 0.06)) ** 4)) * (0.85 + 0.15 * torch.sin(rng.uniform(50, 90) * y))
+        heart = torch.sigmoid((1 - ((x - 0.5 + behind * 0.7) / 0.12) ** 2 - ((y - rng.uniform(0.5, 0.65)) / 0.14) ** 2) * 4)
+        tissue = float(image[~mask].mean()) * rng.uniform(1, 1.4)
+        alpha = torch.maximum(spine * rng.uniform(0.3, 0.9), heart * rng.uniform(0.2, 0.8))
+        return (overlaid * (1 - alpha) + tissue * alpha).clamp(0, 1)
+    if kind == "limb":
+        # Flesh with bones in it: capsules of two widths around the same lines, on a dark ground.
+        y, x = _grid(size, device)
+        drawn = torch.full_like(image, rng.uniform(0, 0.15))
+        root = rng.uniform(0.3, 0.7, 2)
+        for _ in range(rng.integers(1, 7)):
+            end = root + rng.normal(0, 0.35, 2)
+            line = np.linspace(root + rng.normal(0, 0.08, 2), end, 3)
+            distance, width = _distance(y, x, line), rng.uniform(0.03, 0.14)
+            flesh, bone = torch.sigmoid((width - distance) / 0.008), torch.sigmoid((0.45 * width - distance) / 0.006)
+            drawn = torch.maximum(drawn, torch.maximum(flesh * rng.uniform(0.3, 0.55), bone * rng.uniform(0.5, 0.95)))
+        return (drawn + 0.05 * _smooth(rng, size, 9, device)).clamp(0, 1)
+    if kind == "blank":
+        ground = torch.full_like(image, rng.uniform(0, 1))
+        for cells in rng.integers(2, 40, rng.integers(0, 4)):
+            ground = ground + rng.uniform(0, 0.4) * _smooth(rng, size, int(cells), device)
+        grain = torch.from_numpy(rng.normal(0, rng.uniform(0, 0.3), (size, size)).astype(np.float32)).to(device)
+        return (ground + grain * (rng.random() < 0.5)).clamp(0, 1)
+    side = int(rng.uniform(0.2, 0.42) * size)  # a part, much enlarged
+    top, left = (int(rng.integers(size - side)) for _ in range(2))
+    return F.interpolate(image[None, None, top : top + side, left : left + side], (size, size), mode="bilinear")[0, 0]
+
+
 def paint(
     images: torch.Tensor, masks: torch.Tensor, seed: int, epoch: int, index: Sequence[int] | torch.Tensor, painting: Painting
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -234,17 +284,21 @@ def paint(
         rng = np.random.default_rng([seed, epoch, int(i), 1])
         image, mask = images[b, 0], masks[b]
         lungs = sides(mask)
-        wanted = {name: rng.random() < getattr(painting, name) for name in ("opacity", "gas", "collapse", "devices", "tone", "warp", "frame")}
+        wanted = {name: rng.random() < getattr(painting, name) for name in ("opacity", "gas", "collapse", "devices", "tone", "warp", "frame", "negative")}
         if wanted["collapse"] and lungs:
             image = collapse(image, lungs[int(rng.integers(len(lungs)))], rng)
         if wanted["opacity"] and lungs:
             for _ in range(1 + (rng.random() < 0.35)):
                 kind = str(rng.choice(["effusion", "whiteout", "consolidation", "haze"], p=[0.5, 0.15, 0.25, 0.1]))
                 strength = 1 - rng.uniform(0, 0.85) ** (1.5 if kind in ("effusion", "whiteout") else 0.8)
-                side = lungs[int(rng.integers(len(lungs)))]
-                image = opacity(image, mask, side, rng, kind=kind, strength=strength, level=rng.uniform(0.05, 0.9))
+                hit = lungs if rng.random() < 0.3 else [lungs[int(rng.integers(len(lungs)))]]
+                for side in hit:
+                    image = opacity(image, mask, side, rng, kind=kind, strength=strength, level=rng.uniform(0.05, 0.9))
         if wanted["gas"] and lungs:
             image = gas(image, mask, rng)
+        if wanted["negative"]:
+            image, lungs = negative(image, mask, rng), []
+            masks[b] = mask = torch.zeros_like(mask)
         if wanted["devices"]:
             image = devices(image, rng)
         if wanted["tone"]:

@@ -16,7 +16,6 @@ from trainer.classifier import normalize_cam
 from trainer.config import parse, positionals
 from trainer.evaluate import open_run
 from trainer.launching import start
-from trainer.lungs import lung_boxes
 from trainer.regions import finding_regions
 
 
@@ -83,18 +82,17 @@ def main(argv: list[str] | None = None) -> None:
             assert cam is not None
             cam = normalize_cam(cam, size)
             probability = torch.softmax(logits[0].float(), 0).tolist()
-            masks = segmenter(stored.float() / 255) if segmenter is not None else None
-            box = lung_boxes(masks, size) if masks is not None else None
+            box, found = segmenter.boxes(stored.float() / 255, size) if segmenter is not None else (None, None)
         predicted = findings[int(np.argmax(probability))]
         shown = options.look_at or predicted
         region = finding_regions(box, [shown], size)[0].cpu() if box is not None else torch.zeros(size, size, dtype=torch.bool)
         line: dict[str, Any] = {"image": str(path), "predicted": predicted}
         line["probability"] = {name: round(p, 6) for name, p in zip(findings, probability, strict=True)}
         line["cam_of"] = shown
-        if box is not None and masks is not None:
+        if box is not None and found is not None:
             # In pixels of the file, so that it can be drawn on the original.
             scale = [image.shape[1] / size, image.shape[0] / size] * 2
-            line["lung_box"] = [round(v * s) for v, s in zip(box[0].tolist(), scale, strict=True)] if masks.any() else None
+            line["lung_box"] = [round(v * s) for v, s in zip(box[0].tolist(), scale, strict=True)] if found.any() else None
             if region.any():
                 total = float(cam.sum())
                 line["energy_in_region"] = round(float((cam[0].cpu() * region).sum()) / total, 6) if total else 0.0

@@ -95,6 +95,21 @@ def panel(shown: list[Tile], columns: int = 4, cam_of: str = "the label's class"
     return figure
 
 
+def whole(splits: dict[str, Split], lost: dict[str, list[int]]) -> Figure | None:
+    """Up to 12 of the images without believable lungs, by split; None where there are none. ``lost``: their positions."""
+    every = [(name, position) for name, positions in lost.items() for position in positions]
+    if not every:
+        return None
+    chosen = [every[i] for i in np.unique(np.linspace(0, len(every) - 1, TILES).astype(int))]
+    figure = Figure(figsize=(12, 2.3 * math.ceil(len(chosen) / 6)), layout="constrained")
+    for k, (name, position) in enumerate(chosen):
+        ax = figure.add_subplot(math.ceil(len(chosen) / 6), 6, k + 1)
+        ax.imshow(splits[name].image(position), cmap="gray", vmin=0, vmax=255)
+        ax.set_title(f"{name} {splits[name].key(position)}", fontsize=7)
+        ax.axis("off")
+    return figure
+
+
 def draw(ax: Any, tile: Tile) -> None:
     """The tile's image and, to its right, the same with the CAM over it."""
     size = tile.image.shape[0]
@@ -186,8 +201,8 @@ def text_report(content: dict[str, Any]) -> str:
             for name, words in LOCALIZATION_WORDS.items():
                 low, high = found[f"{name}_95"]
                 lines.append(f"  {words}: {found[name]:.4f} [{low:.4f}, {high:.4f}]")
-    for split, count in content["lungs_not_found"].items():
-        lines.append(f"No lungs found, whole image used ({split}): {count}")
+    for split, keys in content["lungs_not_found"].items():
+        lines.append(f"No lungs found, whole image used ({split}): {len(keys)}")
     return "\n".join(lines) + "\n"
 
 
@@ -215,11 +230,21 @@ def _classification_table(figures: dict[str, Any], findings: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_run(out: Path, config: Config, content: dict[str, Any], outcomes: dict[str, "Outcome"], shown: list[Tile], splits: dict[str, Split]) -> None:
-    """Write report.json, the text report, predictions, panel.png, curves.png and report.html into the run folder."""
+def write_run(
+    out: Path,
+    config: Config,
+    content: dict[str, Any],
+    outcomes: dict[str, "Outcome"],
+    shown: list[Tile],
+    splits: dict[str, Split],
+    lost: Figure | None,
+) -> None:
+    """Write report.json, the text report, predictions, panel.png, curves.png, no_lungs.png and report.html into the run folder."""
     history_file = out / "metrics.jsonl"
     history = [json.loads(line) for line in history_file.read_text().splitlines()] if history_file.is_file() else []
     pictures = {"panel": _png(panel(shown)), "curves": _png(curves(history, outcomes, content["findings"]))}
+    if lost is not None:
+        pictures["no_lungs"] = _png(lost)
     for name, data in pictures.items():
         (out / f"{name}.png").write_bytes(data)
     for name, outcome in outcomes.items():
@@ -336,7 +361,7 @@ def _page(title: str, runs: dict[str, dict[str, Any]], pictures: dict[str, dict[
         parts.append(f"<h2>{esc(name)}</h2><p>{esc(_training(content))}</p>")
         parts.append(_by_finding(content, split if split in content else shown_split(content)))
         for kind, data in pictures[name].items():
-            heading = {"panel": "Where the model looks", "curves": "Curves"}[kind]
+            heading = {"panel": "Where the model looks", "curves": "Curves", "no_lungs": "No lungs found: the whole image stands in for the box"}[kind]
             parts.append(f"<h3>{heading}</h3><img alt='{kind}' src='data:image/png;base64,{base64.b64encode(data).decode()}'>")
         settings = json.dumps({"training": content["training"], "config": content["config"]}, indent=1)
         parts.append(f"<details><summary>Settings</summary><pre>{esc(settings)}</pre></details>")
@@ -362,7 +387,7 @@ def _figure(pair: tuple[float, list[float]] | None) -> str:
 def _training(content: dict[str, Any]) -> str:
     """How the model came about, in a line."""
     t, c = content["training"], content["config"]
-    lost = ", ".join(f"{count} in {split}" for split, count in content["lungs_not_found"].items() if count)
+    lost = ", ".join(f"{len(keys)} in {split}" for split, keys in content["lungs_not_found"].items() if keys)
     told = [f"{c['backbone']}, {c['size']} px"]
     if "epochs" in t:
         told.append(f"best of {t['epochs']} epochs by {t['best']} on val: epoch {t['best_epoch']}")
@@ -429,7 +454,7 @@ def main(argv: list[str] | None = None) -> None:
             raise InputError(f"{folder}: a second run of that name; the columns could not be told apart, rename one folder")
         name = folder.resolve().name
         runs[name] = content
-        pictures[name] = {kind: (folder / f"{kind}.png").read_bytes() for kind in ("panel", "curves") if (folder / f"{kind}.png").is_file()}
+        pictures[name] = {kind: (folder / f"{kind}.png").read_bytes() for kind in ("panel", "curves", "no_lungs") if (folder / f"{kind}.png").is_file()}
     out = Path(options.out)
     if out.is_dir():
         raise InputError(f"--out {out}: is a folder; name the HTML file to write, such as {out / 'report.html'}")

@@ -232,7 +232,7 @@ class Trainer:
     def save(self) -> None:
         """The checkpoint that `--resume` goes on from. Every process takes part: boxes are shared first."""
         for boxes in self.lungs.values():
-            share_boxes(self.accelerator, boxes)
+            boxes.share(self.accelerator)
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             content = {
@@ -331,14 +331,6 @@ def validation_figures(outcome: Outcome, lam: float, config: Config) -> dict[str
     return figures
 
 
-def share_boxes(accelerator: Accelerator, boxes: LungBoxes) -> None:
-    """What one process has segmented, all know afterwards."""
-    if accelerator.num_processes > 1:
-        table = boxes.memory.table.to(accelerator.device)
-        torch.distributed.all_reduce(table, torch.distributed.ReduceOp.MAX)  # -1 is unknown
-        boxes.memory.table = table.cpu()
-
-
 # Settings that a resumed run may change. All others shape the model: it would not be the one that its config.yaml describes.
 MAY_CHANGE = {"shards", "out", "epochs", "patience", "batch", "accumulate", "workers", "log_every", "save_every", "tracker", "resume", "lungs.weights"}
 
@@ -390,7 +382,7 @@ def build(config: Config) -> Trainer:
         )
     own = out / LUNGS  # the run's copy, if the file it came from is gone
     weights = own if config.resume and own.is_file() and not os.path.exists(config.lungs.weights) else config.lungs.weights
-    segmenter = load_segmenter(weights or None) if config.attends or weights else None
+    segmenter = load_segmenter(weights or None)
     model = FocusClassifier(config.backbone, len(findings), size=config.size, pretrained=config.pretrained, layer=config.attention.layer)
     if not config.resume:
         checkpoint.claim(accelerator, out, to_yaml(config))
@@ -404,14 +396,10 @@ def build(config: Config) -> Trainer:
         accelerator.print(f"{name}: {', '.join(f'{n} {finding}' for finding, n in split.counts().items())}{left}")
     if without_rule(findings):
         accelerator.print(f"no region is known for {listed(without_rule(findings))}: classification only, no attention loss for them")
-    if segmenter is None:
-        accelerator.print("no lung segmenter (--lungs.weights): the report will have no localization against expected regions")
 
-    lungs, key = {}, ""
-    if segmenter is not None:
-        segmenter.to(accelerator.device).to(memory_format=torch.channels_last)
-        key = segmenter.fingerprint()
-        lungs = {name: LungBoxes(segmenter, config.size, len(s), s.fingerprint, key) for name, s in splits.items()}
+    segmenter.to(accelerator.device).to(memory_format=torch.channels_last)
+    key = segmenter.fingerprint()
+    lungs = {name: LungBoxes(segmenter, config.size, len(s), s.fingerprint, key) for name, s in splits.items()}
     raw, schedule = make_optimizer(model, config.optim, config.epochs * -(-total // per_step))
     net, optimizer = accelerator.prepare(model, raw)
     balance = Balance(config.balance.policy, config.balance.lam, config.balance.low, config.balance.high)
@@ -422,8 +410,7 @@ def build(config: Config) -> Trainer:
         trainer.restore()
     if accelerator.is_main_process:  # a resume that is refused has changed nothing
         checkpoint.write_atomic(out / "config.yaml", to_yaml(replace(config, resume=False)))
-        if segmenter is not None:
-            segmenter.save(out / LUNGS)
+        segmenter.save(out / LUNGS)
     tracking.start(out, asdict(config))
     return trainer
 

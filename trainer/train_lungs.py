@@ -185,6 +185,10 @@ def build(argv: list[str] | None) -> tuple[Trainer, dict[str, Split]]:
     config = parse(LungsTrainConfig, resumed(argv, "trainer.train_lungs"), prog="trainer.train_lungs")
     accelerator = start(config.seed)
     out = Path(config.out)
+    start_from = None
+    if config.init:
+        start_from = load_segmenter(None if config.init == "shipped" else config.init)
+        config.channels, config.patch, config.size = (start_from.settings[name] for name in ("channels", "patch", "size"))
     sources = open_sources(config.shards)
     if not sources:
         raise InputError(f"--shards {config.shards!r}: names no folder")
@@ -198,7 +202,10 @@ def build(argv: list[str] | None) -> tuple[Trainer, dict[str, Split]]:
         raise InputError(f"--batch {config.batch} x {world} processes is more than the {len(train)} training images; lower --batch")
     if not config.resume:
         checkpoint.claim(accelerator, out, to_yaml(config))
-    segmenter = LungSegmenter(config.channels, config.size, patch=config.patch, inputs=1 if config.patch > 1 else 3)
+    inputs = start_from.settings["inputs"] if start_from is not None else 1 if config.patch > 1 else 3
+    segmenter = LungSegmenter(config.channels, config.size, patch=config.patch, inputs=inputs, threshold=config.threshold)
+    if start_from is not None and not config.resume:
+        segmenter.unet.load_state_dict(start_from.unet.state_dict())
     segmenter.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(segmenter.parameters(), lr=config.lr, weight_decay=1e-2)
     net, optimizer = accelerator.prepare(_Trainable(segmenter), optimizer)
@@ -221,10 +228,15 @@ def main(argv: list[str] | None = None) -> None:
     figures: dict[str, np.ndarray] = {name: lung_report.measure(acc, segmenter, split, batch=c.batch, workers=c.workers) for name, split in measured.items()}
     if acc.is_main_process:
         about = (
-            f"Epoch {trainer.best_epoch + 1} of {c.epochs}, the best by Dice on {len(trainer.val_split)} validation images ({trainer.best:.4f}); trained on "
-            f"{len(trainer.train_split)} images in {trainer.seconds / 60:.1f} minutes by {acc.num_processes} process(es), {acc.device.type}, {acc.mixed_precision}."
+            f"Epoch {trainer.best_epoch + 1} of {c.epochs}, the best by Dice on {len(trainer.val_split)} validation images "
+            f"({trainer.best:.4f}); trained on {len(trainer.train_split)} images in {trainer.seconds / 60:.1f} minutes "
+            f"by {acc.num_processes} process(es), {acc.device.type}, {acc.mixed_precision}."
         )
-        content = {"about": about, "settings": segmenter.settings, "sources": {name: lung_report.summary(rows) for name, rows in figures.items()}}
+        content: dict[str, Any] = {
+            "about": about,
+            "settings": segmenter.settings,
+            "sources": {name: lung_report.summary(rows) for name, rows in figures.items()},
+        }
         with torch.no_grad():
             lung_report.write(out, content, lung_report.worst(segmenter, measured, figures, acc.device))
         for name, summary in content["sources"].items():
