@@ -7,6 +7,7 @@ without masks: where the boxes of Effusion end beside those of No Finding, and h
 """
 
 import argparse
+import csv
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -146,6 +147,34 @@ def lower_edges(masks: torch.Tensor) -> np.ndarray:
     return edges
 
 
+def by_view(table: Path, paths: list[Path], where: torch.Tensor, masks: torch.Tensor) -> list[str]:
+    """Boxes of Effusion, of other findings and of No Finding among the NIH images, apart for each view: who lies down breathes in less."""
+    with table.open(newline="") as file:
+        rows = {row["image"]: row for row in csv.DictReader(file)}
+    there = masks.flatten(1).any(1).numpy()
+    found = [rows[path.name]["finding_labels"].split("|") for path in paths]
+    groups = {
+        "Effusion": np.array(["Effusion" in names for names in found]),
+        "other findings": np.array(["Effusion" not in names and names != ["No Finding"] for names in found]),
+        "No Finding": np.array([names == ["No Finding"] for names in found]),
+    }
+    view = np.array([rows[path.name]["view"] for path in paths])
+    lines = [
+        "\nBy view, NIH images, means in percent of the image:\n",
+        "| view | images | n | top | bottom | width | height | bottom minus No Finding |\n|---|---|---|---|---|---|---|---|",
+    ]
+    for v in ("PA", "AP"):
+        plain = where[there & groups["No Finding"] & (view == v), 3]
+        for name, group in groups.items():
+            some = where[there & group & (view == v)]
+            difference = 100 * float(some[:, 3].mean() - plain.mean())
+            error = 100 * float((some[:, 3].var() / len(some) + plain.var() / len(plain)) ** 0.5)
+            sizes = [100 * float(some[:, k].mean()) for k in (1, 3)] + [100 * float((some[:, k + 2] - some[:, k]).mean()) for k in (0, 1)]
+            told = f"{difference:+.1f} ± {1.96 * error:.1f}" if name != "No Finding" else ""
+            lines.append(f"| {v} | {name} | {len(some)} | {' | '.join(f'{value:.1f}' for value in sizes)} | {told} |")
+    return lines
+
+
 def sheet(paths: list[Path], masks: torch.Tensor, target: Path, columns: int = 10) -> None:
     """A contact sheet of boxes."""
     rows = -(-len(paths) // columns)
@@ -238,6 +267,7 @@ def main() -> None:
     where, masks = real_boxes(segmenter, paths)
     lost = (~masks.flatten(1).any(1)).nonzero()[:, 0].tolist()
     parts.append(f"{len(paths)} NIH images: no box on {len(lost)} ({', '.join(paths[k].stem for k in lost[:20])}).")
+    parts += by_view(data / "nih/labels.csv", paths, where, masks)
     if a.pictures:
         for start in range(0, len(paths), 200):
             sheet(paths[start : start + 200], masks[start : start + 200], a.pictures / f"nih-{start}.png", 20)
