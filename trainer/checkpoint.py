@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from shards.errors import InputError
+from shards.errors import InputError, listed
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -59,8 +59,16 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
-def rewind(path: Path, step: int) -> None:
-    """Drop the lines of a metrics.jsonl that come after ``step``: a resumed run writes them again."""
+def refuse_other(out: Path, was: dict[str, Any], own: dict[str, Any], words: dict[str, str]) -> None:
+    """InputError where a run to be resumed was made with other settings; ``words``: what to call those that are no flag."""
+    other = [name for name, value in own.items() if was.get(name) != value]
+    if other:
+        told = [words.get(name) or f"--{name} {was.get(name)}" for name in other]
+        raise InputError(f"--resume {out}: the run was made with {listed(told)}; leave that as it was, or start a new run")
+
+
+def rewind(path: Path, last: int, by: str = "step") -> None:
+    """Drop the lines of a metrics.jsonl that come after step (or ``by``) ``last``: a resumed run writes them again."""
     if path.is_file():
-        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        lines = [line for line in path.read_text().splitlines() if json.loads(line)[by] <= last]
         write_atomic(path, "".join(line + "\n" for line in lines))

@@ -264,12 +264,8 @@ class Trainer:
                 checkpoint.rewind(out / "metrics.jsonl", -1)
             return
         content = checkpoint.load(path)
-        was = content["identity"]
-        other = [name for name, value in self.identity.items() if was.get(name) != value]
-        if other:
-            special = {"shards": "other images in --shards", "lungs.weights": "another --lungs.weights"}
-            told = [special.get(name) or f"--{name} {was.get(name)}" for name in other]
-            raise InputError(f"--resume {out}: the run was made with {listed(told)}; leave that as it was, or start a new run")
+        words = {"shards": "other images in --shards", "lungs.weights": "another --lungs.weights"}
+        checkpoint.refuse_other(out, content["identity"], self.identity, words)
         for name, value in self.launch().items():
             if content["launch"][name] != value:
                 self.accelerator.print(f"note: {name} was {content['launch'][name]} before, now it is {value}")

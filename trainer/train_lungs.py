@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from shards.errors import InputError, listed, run
+from shards.errors import InputError, run
 from shards.store import open_store
 from shards.stream import EpochPlan, Joined, Split
 from trainer import checkpoint, lung_report
@@ -145,7 +145,8 @@ class Trainer:
     def identity(self) -> dict[str, Any]:
         """What may not change when a run is resumed."""
         own = {name: value for name, value in flat(asdict(self.config)).items() if name not in MAY_CHANGE}
-        return own | {"shards": self.train_split.fingerprint}
+        # The schedule counts steps, so their number is fixed; how a step is cut into batches is not.
+        return own | {"shards": self.train_split.fingerprint, "images a step": self.config.batch * self.accelerator.num_processes}
 
     def restore(self) -> None:
         """Go on after the last whole epoch."""
@@ -153,16 +154,19 @@ class Trainer:
         path = out / "checkpoints" / "last.pt"
         if not path.is_file():
             self.accelerator.print(f"{out} was stopped before its first checkpoint: it starts from the beginning")
+            if self.accelerator.is_main_process:
+                checkpoint.rewind(out / "metrics.jsonl", -1, "epoch")
             return
         content = checkpoint.load(path)
-        other = [name for name, value in self.identity().items() if content["identity"].get(name) != value]
-        if other:
-            told = ["other images in --shards" if name == "shards" else f"--{name} {content['identity'].get(name)}" for name in other]
-            raise InputError(f"--resume {out}: the run was made with {listed(told)}; leave that as it was, or start a new run")
+        was = content["identity"]
+        words = {"shards": "other images in --shards", "images a step": f"{was.get('images a step')} images a step (--batch x processes)"}
+        checkpoint.refuse_other(out, was, self.identity(), words)
         self.segmenter.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.schedule.load_state_dict(content["schedule"])
         self.epoch, self.best, self.best_epoch, self.seconds = (content[name] for name in ("epoch", "best", "best_epoch", "seconds"))
+        if self.accelerator.is_main_process:
+            checkpoint.rewind(out / "metrics.jsonl", self.epoch - 1, "epoch")
         self.accelerator.print(f"resumed after epoch {self.epoch}")
 
 
