@@ -14,7 +14,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from step import processor
+from step import processor, publish, quartiles
 
 from shards.phantom import phantom
 from trainer.classifier import FocusClassifier
@@ -97,14 +97,10 @@ def main() -> None:
     base, classifier = seconds["published, float32, one at a time"], seconds[f"{a.backbone}: cross-entropy step, bf16"]
     for name, values in seconds.items():
         cells = []
-        for ratios, digits in (([b / v for b, v in zip(base, values, strict=True)], 1), ([v / c for v, c in zip(values, classifier, strict=True)], 4)):
-            low, middle, high = statistics.quantiles(ratios, n=4)
+        for (low, middle, high), digits in ((quartiles(base, values), 1), (quartiles(values, classifier), 4)):
             cells.append(f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})")
         lines.append(f"| {name} | {1000 * statistics.median(values):.2f} | {' | '.join(cells)} |")
-    text = "\n".join(lines) + "\n"
-    print(text)
-    with a.write.open("a") as file:
-        file.write(text)
+    publish(lines, a.write)
 
 
 if __name__ == "__main__":

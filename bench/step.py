@@ -39,6 +39,19 @@ def step(trainer: Trainer, batch: Batch, lam: float) -> float:
     return time.perf_counter() - begin
 
 
+def quartiles(values: list[float], base: list[float]) -> list[float]:
+    """Quartiles and median of the ratios within each turn."""
+    return statistics.quantiles([v / b for v, b in zip(values, base, strict=True)], n=4)
+
+
+def publish(lines: list[str], path: Path) -> None:
+    """Print and append."""
+    text = "\n".join(lines) + "\n"
+    print(text)
+    with path.open("a") as file:
+        file.write(text)
+
+
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -81,13 +94,9 @@ def main() -> None:
         "|---|---|---|---|",
     ]
     for name, seconds in times.items():
-        ratios = [s / b for s, b in zip(seconds, base, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
+        low, middle, high = quartiles(seconds, base)
         lines.append(f"| {name} | {statistics.median(seconds):.3f} | {middle:.3f} | {low:.3f} to {high:.3f} |")
-    text = "\n".join(lines) + "\n"
-    print(text)
-    with a.write.open("a") as file:
-        file.write(text)
+    publish(lines, a.write)
 
 
 if __name__ == "__main__":

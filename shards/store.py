@@ -250,7 +250,7 @@ def _gone(hold: str) -> bool:
     except ProcessLookupError:
         return True
     except (OSError, ValueError, OverflowError):
-        return False
+        pass  # another user's, or no number
     return False
 
 

@@ -44,9 +44,9 @@ def plain(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     supported = row & (above[..., :-2] | above[..., 1:-1] | above[..., 2:])
     seen = supported.cumsum(2, dtype=torch.int16)
     starts = row & (1 - padded[:, 1:-1, :-2])
-    ends = (row & (1 - padded[:, 1:-1, 2:])).bool()
+    last = (row & (1 - padded[:, 1:-1, 2:])).bool()
     before = torch.where(starts.bool(), seen - supported, 0).cummax(2).values
-    tops = (ends & (seen == before)).sum((1, 2))
+    tops = (last & (seen == before)).sum((1, 2))
     return euler == tops, euler
 
 
@@ -114,15 +114,15 @@ class Shape:
         """Measure masks; an empty one has zeros everywhere."""
         size = masks.shape[-1]
         columns, rows = masks.sum(1), masks.any(2)
-        x0, x1 = _ends(columns > 0)
-        y0, y1 = _ends(rows)
+        x0, x1 = ends(columns > 0)
+        y0, y1 = ends(rows)
         x = torch.arange(size, device=masks.device)[None]
         width = x1 - x0
         middle = (x >= (x0 + 0.3 * width)[:, None]) & (x < (x0 + 0.7 * width)[:, None])
         valley = torch.where(middle, columns, size + 1).min(1)
         left = masks & (x < valley.indices[:, None])[:, None]
         area = torch.stack([left.sum((1, 2)), masks.sum((1, 2)) - left.sum((1, 2))], 1)
-        of_sides = [_ends(left.any(2)), _ends((masks & ~left).any(2))]
+        of_sides = [ends(left.any(2)), ends((masks & ~left).any(2))]
         height = torch.stack([bottom - top for top, bottom in of_sides], 1)
         shared = torch.minimum(of_sides[0][1], of_sides[1][1]) - torch.maximum(of_sides[0][0], of_sides[1][0])
         return Shape(
@@ -139,6 +139,8 @@ class Shape:
 
 def complete(masks: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     """Where one lung alone is left, on one side of the image, add its mirror image about the midline beside it: bool [B,S,S]."""
+    if not (count == 1).any():
+        return masks
     shape = Shape.of(masks)
     single = torch.nonzero((count == 1) & (shape.bridge > MOST_BRIDGE))[:, 0]
     if not len(single):
@@ -182,7 +184,7 @@ def clean(masks: torch.Tensor, probability: torch.Tensor) -> torch.Tensor:
     return completed & believable(completed, confidence)[:, None, None]
 
 
-def _ends(hit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def ends(hit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """First and one past the last True of bool [B,S]; 0 and 0 without any."""
     size = hit.shape[1]
     some = hit.any(1)

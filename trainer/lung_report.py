@@ -6,7 +6,6 @@ found minus true, so that a negative bottom is a box that ends too high.
 
 import base64
 import html
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from trainer.checkpoint import write_atomic
 from trainer.launching import Accelerator
 from trainer.lungs import LungSegmenter, lung_boxes
 from trainer.metrics import bootstrap
+from trainer.report import BOX, REGION, STYLE, html_table, png
 
 EDGES = ("left", "top", "right", "bottom")
 COLUMNS = ("dice", "iou", "box_iou", *EDGES, "fallback", "surface")
@@ -112,7 +112,7 @@ def draw_lungs(axes: Any, image: np.ndarray, found: np.ndarray, truth: np.ndarra
 
     axes.imshow(image, cmap="gray", vmin=0, vmax=255)
     size = len(image)
-    for mask, colour in ((truth, "#7CFC00"), (found, "#00e5ff")):
+    for mask, colour in ((truth, REGION), (found, BOX)):
         if mask is None:
             continue
         if mask.any():
@@ -133,35 +133,28 @@ def line(name: str, s: dict[str, Any]) -> str:
 
 def write(out: Path, content: dict[str, Any], sheet: Figure) -> None:
     """report.json, worst.png and report.html."""
-    picture = io.BytesIO()
-    sheet.savefig(picture, dpi=110)
-    (out / "worst.png").write_bytes(picture.getvalue())
-    head = "".join(
-        f"<th>{name}</th>"
-        for name in ("source", "images", "Dice", "IoU", "box IoU", "95% surface distance", *(f"{e} edge" for e in EDGES), "bottom within 4%", "no lungs")
-    )
-    rows = "".join(_row(name, s) for name, s in content["sources"].items())
-    page = f"""<!doctype html><meta charset="utf-8"><title>Lung segmenter</title>
-<style>body{{font:15px sans-serif;margin:2em;max-width:1250px}}td,th{{padding:.3em .6em;text-align:right;border-bottom:1px solid #ccc}}
-td:first-child,th:first-child{{text-align:left}}img{{max-width:100%}}small{{color:#555}}</style>
-<h1>Lung segmenter</h1><p>{html.escape(content["about"])}</p><table><tr>{head}</tr>{rows}</table>
+    picture = png(sheet)
+    (out / "worst.png").write_bytes(picture)
+    head = ["source", "images", "Dice", "IoU", "box IoU", "95% surface distance", *(f"{e} edge" for e in EDGES), "bottom within 4%", "no lungs"]
+    table = html_table(head, [_row(name, s) for name, s in content["sources"].items()])
+    page = f"""<!doctype html><html lang=en><meta charset=utf-8><title>Lung segmenter</title><style>{STYLE}</style>
+<h1>Lung segmenter</h1><p>{html.escape(content["about"])}</p>{table}
 <p><small>Means with 95% bootstrap intervals over images; below them the worst image. Surface distance and edges in percent of the image's
 side; an edge is found minus true, bias ± deviation: a negative bottom is a box that ends too high.</small></p>
 <h2>Worst boxes</h2><p>Found: blue; true: green. Dotted: no plausible pair of lungs, the whole image stands in.</p>
-<img src="data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}">"""
+<img alt="worst boxes" src="data:image/png;base64,{base64.b64encode(picture).decode()}">"""
     write_atomic(out / "report.html", page)
     write_atomic(out / "report.json", json.dumps(content, indent=1))
 
 
-def _row(name: str, s: dict[str, Any]) -> str:
+def _row(name: str, s: dict[str, Any]) -> list[str]:
     def mean(key: str, scale: float = 1.0, digits: int = 3) -> str:
         if s[key] is None:
-            return "<td>-</td>"
+            return "-"
         low, high = s[f"{key}_interval"]
-        values = (scale * v for v in (s[key], low, high, s[f"{key}_worst"]))
-        m, low, high, extreme = (f"{v:.{digits}f}" for v in values)
-        return f"<td>{m}<br><small>{low} to {high}<br>{extreme}</small></td>"
+        m, low, high, extreme = (f"{scale * v:.{digits}f}" for v in (s[key], low, high, s[f"{key}_worst"]))
+        return f"{m}<br><small>{low} to {high}<br>{extreme}</small>"
 
-    edges = "".join(f"<td>{100 * s[e]['bias']:+.1f}<br><small>± {100 * s[e]['deviation']:.1f}</small></td>" for e in EDGES)
-    figures = mean("dice") + mean("iou") + mean("box_iou") + mean("surface", 100, 1) + edges
-    return f"<tr><td>{html.escape(name)}</td><td>{s['images']}</td>{figures}<td>{100 * s['bottom_within_4_percent']:.0f}%</td><td>{s['fallback']}</td></tr>"
+    edges = [f"{100 * s[e]['bias']:+.1f}<br><small>± {100 * s[e]['deviation']:.1f}</small>" for e in EDGES]
+    figures = [mean("dice"), mean("iou"), mean("box_iou"), mean("surface", 100, 1), *edges]
+    return [html.escape(name), str(s["images"]), *figures, f"{100 * s['bottom_within_4_percent']:.0f}%", str(s["fallback"])]

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from shards.errors import InputError, listed, run
 from trainer.checkpoint import readable
-from trainer.cleanup import clean
+from trainer.cleanup import clean, ends
 
 PUBLISHED_CHANNELS, PUBLISHED_SIZE = (64, 128, 256, 512, 1024), 512
 CERTAIN = 4.0  # logit of what clean-up decided
@@ -237,12 +237,11 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         except (SafetensorError, OSError, ValueError) as error:
             raise InputError(f"--lungs.weights {path}: not a lung segmenter ({error})") from error
     if not settings:  # the published ones know nothing of ours: raw gray, every foreground pixel counts
-        expected = UNet().state_dict()
         first = tensors.get("e1.conv.conv1.weight")
         if first is None:
             raise InputError(f"--lungs.weights {path}: not a lung segmenter: it has no settings of one, and no e1.conv.conv1.weight of the published U-Net")
         levels = [f"{level}.conv.conv1.weight" for level in ("e1", "e2", "e3", "e4")] + ["b.conv1.weight"]
-        channels = [len(tensors[name]) if name in tensors else len(expected[name]) for name in levels]
+        channels = [len(tensors[name]) if name in tensors else usual for name, usual in zip(levels, PUBLISHED_CHANNELS, strict=True)]
         inputs = first.shape[1] if first.ndim == 4 else 3
         settings = {"channels": channels, "size": PUBLISHED_SIZE, "inputs": inputs, "standardise": False, "clean_up": False}
     return tensors, settings
@@ -293,13 +292,7 @@ def lung_boxes(masks: torch.Tensor, size: int) -> torch.Tensor:
     if masks.shape[-2:] != (size, size):
         masks = F.interpolate(masks[:, None], (size, size), mode="bilinear", align_corners=False)[:, 0]
     foreground = masks >= 0.5
-    sides = []
-    for along in (1, 2):  # columns, then rows
-        hit = foreground.any(along).int()
-        first = hit.argmax(1)
-        last = size - hit.flip(1).argmax(1)
-        sides.append((first, last))
-    (x0, x1), (y0, y1) = sides
+    (x0, x1), (y0, y1) = ends(foreground.any(1)), ends(foreground.any(2))
     boxes = torch.stack([x0, y0, x1, y1], 1)
     whole = torch.tensor([0, 0, size, size], device=boxes.device)
     return torch.where(foreground.flatten(1).any(1)[:, None], boxes, whole)

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+NEGATIVES = {"turned": 0.2, "part": 0.2, "below": 0.1, "side": 0.25, "limb": 0.15, "blank": 0.1}  # how often each is drawn
+
 
 @dataclass(frozen=True)
 class Painting:
@@ -226,11 +228,11 @@ def frame(image: torch.Tensor, mask: torch.Tensor, rng: np.random.Generator) -> 
     return framed
 
 
-def negative(image: torch.Tensor, mask: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """Made of a chest or of nothing: an image on which no pair of lungs is to be found."""
+def negative(image: torch.Tensor, mask: torch.Tensor, rng: np.random.Generator, kind: str = "") -> torch.Tensor:
+    """Made of a chest or of nothing: an image on which no pair of lungs is to be found. ``kind``: one of `NEGATIVES`; empty: drawn."""
     size, device = len(image), image.device
     lungs = sides(mask)
-    kind = str(rng.choice(["turned", "part", "below", "side", "limb", "blank"], p=[0.2, 0.2, 0.1, 0.25, 0.15, 0.1]))
+    kind = kind or str(rng.choice(list(NEGATIVES), p=list(NEGATIVES.values())))
     if kind == "turned":
         return torch.rot90(image, int(rng.integers(1, 4)))
     if kind == "below" and lungs:

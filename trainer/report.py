@@ -242,9 +242,9 @@ def write_run(
     """Write report.json, the text report, predictions, panel.png, curves.png, no_lungs.png and report.html into the run folder."""
     history_file = out / "metrics.jsonl"
     history = [json.loads(line) for line in history_file.read_text().splitlines()] if history_file.is_file() else []
-    pictures = {"panel": _png(panel(shown)), "curves": _png(curves(history, outcomes, content["findings"]))}
+    pictures = {"panel": png(panel(shown)), "curves": png(curves(history, outcomes, content["findings"]))}
     if lost is not None:
-        pictures["no_lungs"] = _png(lost)
+        pictures["no_lungs"] = png(lost)
     for name, data in pictures.items():
         (out / f"{name}.png").write_bytes(data)
     for name, outcome in outcomes.items():
@@ -331,7 +331,8 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
     return "\n".join([*lines, *(f"note: {note}" for note in notes(runs))])
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """A figure as the bytes of a PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
@@ -352,7 +353,7 @@ def _page(title: str, runs: dict[str, dict[str, Any]], pictures: dict[str, dict[
     parts += [f"<p><b>Note: {esc(note)}.</b></p>" for note in notes(runs)]
     values = [summary(content) for content in runs.values()]
     rows = [[name, *(_figure(row[i]) for row in values)] for i, name in enumerate(SUMMARY) if any(row[i] for row in values)]
-    parts.append(_rows(["with 95% intervals", *map(esc, runs)], rows))
+    parts.append(html_table(["with 95% intervals", *map(esc, runs)], rows))
     shown = {row[0] for row in rows}
     meanings = "".join(f"<dt>{name}</dt><dd>{meaning}</dd>" for name, meaning in MEANING.items() if name in shown)
     if meanings:
@@ -370,7 +371,7 @@ def _page(title: str, runs: dict[str, dict[str, Any]], pictures: dict[str, dict[
     return "\n".join(parts)
 
 
-def _rows(head: list[str], rows: list[list[str]]) -> str:
+def html_table(head: list[str], rows: list[list[str]]) -> str:
     """A table of HTML cells."""
     lines = ["".join(f"<th>{cell}</th>" for cell in head), *("".join(f"<td>{cell}</td>" for cell in row) for row in rows)]
     return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
@@ -409,9 +410,9 @@ def _by_finding(content: dict[str, Any], split: str) -> str:
             cells += [_figure((found[f], found[f"{f}_95"])) if found else "&ndash;" for f in ("energy", "pointing")]
         rows.append(cells)
     keep = [i for i in range(len(head)) if i < 5 or any(row[i] != "&ndash;" for row in rows)]
-    parts = [_rows([head[i] for i in keep], [[row[i] for i in keep] for row in rows])]
+    parts = [html_table([head[i] for i in keep], [[row[i] for i in keep] for row in rows])]
     confusion = [[html.escape(name), *map(str, line)] for name, line in zip(content["findings"], figures["confusion"], strict=True)]
-    parts.append(_rows(["is \\ predicted", *map(html.escape, content["findings"])], confusion))
+    parts.append(html_table(["is \\ predicted", *map(html.escape, content["findings"])], confusion))
     if "binary" in figures:
         b = figures["binary"]
         names = {
@@ -421,7 +422,7 @@ def _by_finding(content: dict[str, Any], split: str) -> str:
             "youden": "Youden's index",
             "best_threshold": "threshold of the best Youden",
         }
-        parts.append(_rows(list(names.values()), [["&ndash;" if b[n] is None else f"{b[n]:.3f}" for n in names]]))
+        parts.append(html_table(list(names.values()), [["&ndash;" if b[n] is None else f"{b[n]:.3f}" for n in names]]))
     return "".join(parts)
 
 
