@@ -28,8 +28,9 @@ def parser() -> tuple[_Parser, dict[str, _Parser]]:
     phantom = commands.add_parser("phantom", help="synthetic radiographs with known lungs and lesions")
     phantom.add_argument("--count", type=int, required=True, help="images of all splits together (60/20/20)")
     phantom.add_argument("--findings", default=",".join(FINDINGS), help="which findings, separated by commas")
-    phantom.add_argument("--shortcut", type=float, help="plant a corner marker; its correlation with the finding in train and val, -1..1")
-    phantom.add_argument("--shortcut-test", type=float, default=0.0, help="the marker's correlation in test, with --shortcut")
+    phantom.add_argument("--shortcut", type=float, help="plant a shortcut; its correlation with the finding in train and val, -1..1")
+    phantom.add_argument("--shortcut-test", type=float, default=0.0, help="its correlation in test, with --shortcut")
+    phantom.add_argument("--shortcut-kind", choices=("marker", "tube"), default="marker", help="a mark in the corner, or a tube inside a lung")
 
     nih = commands.add_parser("nih", help="NIH ChestX-ray14 as downloaded")
     nih.add_argument("--images", type=Path, required=True, help="folder with the images at any depth (images_001/images/*.png ...)")
@@ -114,7 +115,8 @@ def main(argv: list[str] | None = None) -> None:
 def _phantom(a: argparse.Namespace) -> None:
     from shards.phantom import Phantoms
 
-    _pack(a, Phantoms(a.count, a.seed, size=a.size, findings=_names(a.findings), shortcut=a.shortcut, shortcut_test=a.shortcut_test), "phantom")
+    shortcut = {"shortcut": a.shortcut, "shortcut_test": a.shortcut_test, "kind": a.shortcut_kind}
+    _pack(a, Phantoms(a.count, a.seed, size=a.size, findings=_names(a.findings), **shortcut), "phantom")
 
 
 def _nih(a: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ from shards.sources import Item, Source
 
 SHARES = (0.6, 0.2, 0.2)  # of train, val and test, as published
 MIN_SIZE = 32
+KINDS = ("marker", "tube")  # of shortcuts
 
 
 class Phantoms(Source):
@@ -28,15 +29,26 @@ class Phantoms(Source):
         seed: the same seed gives the same bytes.
         size: pixels of a side.
         findings: which of the four to draw.
-        shortcut: None for no marker, else the correlation in [-1, 1] of a corner marker with the finding in train and
+        shortcut: None for no shortcut, else the correlation in [-1, 1] of it with the finding in train and
             val: with probability ``|shortcut|`` it is the finding's own (negative: another finding's), otherwise drawn
             at random.
         shortcut_test: the same for test.
+        kind: of the shortcut: ``marker``, a technician's mark in the corner, or ``tube``, a tube or wire inside one lung.
     """
 
     def __init__(
-        self, count: int, seed: int, *, size: int = 256, findings: Sequence[str] = FINDINGS, shortcut: float | None = None, shortcut_test: float = 0.0
+        self,
+        count: int,
+        seed: int,
+        *,
+        size: int = 256,
+        findings: Sequence[str] = FINDINGS,
+        shortcut: float | None = None,
+        shortcut_test: float = 0.0,
+        kind: str = "marker",
     ) -> None:
+        if kind not in KINDS:
+            raise InputError(f"--shortcut-kind {kind}: expected {' or '.join(KINDS)}")
         for name in findings:
             if name not in FINDINGS:
                 raise InputError(f"--findings {name}: phantoms exist for {', '.join(FINDINGS)}")
@@ -53,25 +65,29 @@ class Phantoms(Source):
             Item(split, f"{split}-{i:06d}", (names[i % len(names)],), extra=(("number", i),)) for split, n in zip(SPLITS, sizes, strict=True) for i in range(n)
         ]
         super().__init__(items, {}, tuple(names), size)
-        self.seed, self.shortcut = seed, {"train": shortcut, "val": shortcut, "test": shortcut if shortcut is None else shortcut_test}
+        self.seed, self.kind = seed, kind
+        self.shortcut = {"train": shortcut, "val": shortcut, "test": shortcut if shortcut is None else shortcut_test}
 
     def load(self, item: Item) -> Sample:
         """Draw one."""
         part, i = SPLITS.index(item.split), dict(item.extra)["number"]
         rng = np.random.default_rng([self.seed, part, i])
-        sample = phantom(item.key, item.findings[0], rng, self.size)
         agreement = self.shortcut[item.split]
-        if agreement is not None:
-            # Its own random numbers: apart from the marker the image is the one without it.
-            of_marker = np.random.default_rng([self.seed, part, i, 1])
-            marker = _marker_class(of_marker, i % len(self.classes), len(self.classes), agreement)
+        if agreement is None:
+            return phantom(item.key, item.findings[0], rng, self.size)
+        # Its own random numbers: apart from the shortcut the image is the one without it.
+        of_marker = np.random.default_rng([self.seed, part, i, 1])
+        marker = _marker_class(of_marker, i % len(self.classes), len(self.classes), agreement)
+        tube = (marker, of_marker) if self.kind == "tube" else None
+        sample = phantom(item.key, item.findings[0], rng, self.size, tube)
+        if tube is None:
             _stamp(sample.image, marker, of_marker)
-            sample.extra["marker"] = marker
+        sample.extra["marker"] = marker
         return sample
 
     def settings(self) -> dict[str, Any]:
         """See Source."""
-        return {"size": self.size, "seed": self.seed, "shortcut": self.shortcut, "findings": self.classes}
+        return {"size": self.size, "seed": self.seed, "shortcut": self.shortcut, "findings": self.classes, "kind": self.kind}
 
 
 def split_sizes(count: int) -> tuple[int, int, int]:
@@ -86,8 +102,11 @@ def _marker_class(rng: np.random.Generator, k: int, classes: int, correlation: f
     return int(rng.integers(classes))
 
 
-def phantom(key: str, finding: str, rng: np.random.Generator, size: int) -> Sample:
-    """One radiograph uint8 [size, size] with its lung mask (both lungs, without the heart) and lesion boxes."""
+def phantom(key: str, finding: str, rng: np.random.Generator, size: int, tube: tuple[int, np.random.Generator] | None = None) -> Sample:
+    """One radiograph uint8 [size, size] with its lung mask (both lungs, without the heart) and lesion boxes.
+
+    ``tube``: the class whose kind of tube lies in a lung, and its own random numbers.
+    """
     chest = _Chest.draw(rng, size)
     image, lungs = chest.image, chest.lungs
     lesions: list[np.ndarray] = []
@@ -101,6 +120,8 @@ def phantom(key: str, finding: str, rng: np.random.Generator, size: int) -> Samp
             lesions = _emphysema(chest, image, rng)
         elif finding != NO_FINDING:
             raise ValueError(f"no phantom of {finding!r}")
+    if tube is not None:
+        _insert(chest, image, *tube)
     image = _expose(image, rng)
     boxes = [LesionBox(finding, _bounds(lesion)) for lesion in lesions]
     return Sample(key, image, (finding,), np.where(lungs, 255, 0).astype(np.uint8), boxes)
@@ -335,6 +356,34 @@ def _stamp(image: np.ndarray, marker: int, rng: np.random.Generator) -> None:
         (x < bar) | (x > 1 - bar),  # two bars
     )[marker]
     image[top : top + side, left : left + side][shape] = 247
+
+
+def _insert(chest: _Chest, image: np.ndarray, kind: int, rng: np.random.Generator) -> None:
+    """A tube or wire in the middle of one lung, drawn into float [S, S]; what it looks like is the class."""
+    size = image.shape[0]
+    lung = chest.pair[int(rng.integers(2))]
+    middle = lung.mask & (lung.depth > 0.38) & (lung.depth < 0.62) & (lung.across > 0.25) & (lung.across < 0.8)
+    rows, columns = np.nonzero(middle if middle.any() else lung.mask)
+    i = int(rng.integers(len(rows)))
+    at, angle, reach = np.array([columns[i], rows[i]], float), rng.uniform(0, np.pi), size * rng.uniform(0.05, 0.07)
+    along, aside = np.array([np.cos(angle), np.sin(angle)]), np.array([-np.sin(angle), np.cos(angle)])
+    layer = Image.new("L", (size, size))
+    pen = ImageDraw.Draw(layer)
+    width = max(2, round(size * 0.016))
+    if kind == 0:  # a solid drain
+        pen.line([*(at - reach * along), *(at + reach * along)], fill=255, width=width)
+    elif kind == 1:  # a tube with two walls
+        for side in (-1, 1):
+            edge = at + side * size * 0.02 * aside
+            pen.line([*(edge - reach * along), *(edge + reach * along)], fill=255, width=max(1, width // 2))
+    elif kind == 2:  # a wire with beads
+        for k in np.linspace(-1, 1, 4):
+            bead = at + k * reach * along
+            pen.ellipse([*(bead - width * 0.8), *(bead + width * 0.8)], fill=255)
+    else:  # a coil
+        pen.ellipse([*(at - reach * 0.7), *(at + reach * 0.7)], outline=255, width=max(1, width // 2))
+    shape = _blur(np.asarray(layer) / 255.0, size / 400)
+    image += shape * np.maximum(0.95 - image, 0)
 
 
 def _expose(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:

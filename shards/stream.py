@@ -62,13 +62,16 @@ class Split(Dataset["Batch | InputError"]):
         split: ``train``, ``val`` or ``test``.
         classes: finding of each class; a sample belongs to class k when classes[k] is its one finding. None: all
             samples, label 0 (for lung masks).
+        among: those classes to which a sample belongs whatever else it shows, as long as it belongs to no other class.
         masks: read lung masks; every sample must have one.
 
     Raises:
         InputError: no index, an index that does not match its tars, an unknown finding, a class without samples.
     """
 
-    def __init__(self, root: str | Path | Folder | Remote, split: str, classes: Sequence[str] | None = None, *, masks: bool = False) -> None:
+    def __init__(
+        self, root: str | Path | Folder | Remote, split: str, classes: Sequence[str] | None = None, *, masks: bool = False, among: Sequence[str] = ()
+    ) -> None:
         self.store = root if isinstance(root, Folder | Remote) else open_store(root)
         index = self.store.index()
         if split not in index["splits"]:
@@ -80,7 +83,7 @@ class Split(Dataset["Batch | InputError"]):
         self.store.check(self.shards)
         self.starts = list(accumulate((shard["samples"] for shard in self.shards), initial=0))  # first sample of each shard
         self.table = self._table(f"{split}.npy", ROW, entry)
-        self.classes = tuple(classes or ())
+        self.classes, self.among = tuple(classes or ()), frozenset(among)
         self.rows, self.labels = self._select(index, entry)
         self.left_out = entry["samples"] - len(self.rows)
         digest = hashlib.sha256("".join(shard["sha256"] for shard in self.shards).encode())
@@ -117,17 +120,23 @@ class Split(Dataset["Batch | InputError"]):
                 raise InputError(f"{self.store.name}: has no images with finding {name!r}; {nearest(name, index['findings'])}")
         codes = self._codes(index, entry)
         none = len(self.classes)
-        number = {(name,): k for k, name in enumerate(self.classes)}
-        label = np.array([number.get(tuple(found), none) for found in index["labels"]], np.int16)[codes]
+        label = np.array([self._class(found) for found in index["labels"]], np.int16)[codes]
         rows = np.flatnonzero(label != none)
         counts = np.bincount(label, minlength=none)
         empty = [name for name, count in zip(self.classes, counts, strict=False) if not count]
         if empty:
             raise InputError(
-                f"{self.store.name}: the {self.split} split has no image whose one finding is {listed(empty)}; "
+                f"{self.store.name}: the {self.split} split has no image {'of' if empty[0] in self.among else 'whose one finding is'} {listed(empty)}; "
                 "pack images of it into every split, or choose another --task"
             )
         return rows, label[rows]
+
+    def _class(self, found: Sequence[str]) -> int:
+        """The class of an image with these findings; the number of classes where it has none."""
+        of_task = [k for k, name in enumerate(self.classes) if name in found]
+        if len(of_task) == 1 and (len(found) == 1 or self.classes[of_task[0]] in self.among):
+            return of_task[0]
+        return len(self.classes)
 
     def _codes(self, index: dict[str, Any], entry: dict[str, Any]) -> np.ndarray:
         codes = self._table(f"{self.split}.labels.npy", np.dtype("<u2"), entry)

@@ -51,7 +51,7 @@ def test_tokens_and_channels_last_maps(backbone, size, side):
 
 def test_vggs_map_is_the_last_convolution_before_its_relu():
     model = make("vgg11").eval()
-    assert model.layer == "features.18"
+    assert model.layers == ["features.18"]
     kept = []
     model.net.features[18].register_forward_hook(lambda _m, _i, output: kept.append(output.clone()))
     _, cam = model(IMAGES, torch.tensor([1, 1]), cam=True)

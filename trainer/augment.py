@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-DRAWS = 12  # random numbers that one image uses
+DRAWS = 13  # random numbers that one image uses
+SWAPS = slice(11, 13)  # of these, for the context swap: whether, and with whom
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,13 @@
 """Lambda: how much cross-entropy weighs against attention, L = lambda CE + (1 - lambda) A. The same bits everywhere."""
 
+import math
 from typing import Any
 
 import torch
 
-MOMENTUM = 0.98  # of the running means of `ratio`: about the last 50 steps
+MOMENTUM = 0.98  # of the running means of `ratio` and `balanced`: about the last 50 steps
+STEP = 1.5  # by which `constrained` moves attention's weight relative to cross-entropy's after an epoch
+BACK = 3.0  # and by which it takes it back where the constraint is broken
 
 
 def published_lambda(epoch: int) -> float:
@@ -16,15 +19,22 @@ class Balance:
     """Lambda by a policy.
 
     Args:
-        policy: ``fixed``: ``lam``; ``published``: `published_lambda`; ``ratio``: A / (CE + A) of running means, clamped,
-            so that both terms pull with the same weight.
+        policy: ``fixed``: ``lam``; ``published``: `published_lambda`;
+            ``ratio``: A / (CE + A) of running means, clamped, so that both terms pull with the same weight;
+            ``balanced``: |dA| / (|dCE| + |dA|), the norms of both terms' gradients at the feature map that the CAM is of, by running
+            means, clamped: both pull equally hard (kin to GradNorm, Chen et al., ICML 2018, at the one place where they meet);
+            ``constrained``: attention as strong as validation allows. After an epoch whose validation cross-entropy is within
+            ``epsilon`` of the best so far, attention's weight (1 - lambda) / lambda grows by 1.5, otherwise it is divided by 3
+            (kin to Rezende & Viola, "Taming VAEs", 2018: a constraint met by moving a multiplier). It begins at ``high``.
         lam: for ``fixed``.
-        low, high: clamp of ``ratio``.
+        low, high: clamp of the adaptive ones.
+        epsilon: for ``constrained``, in nats.
     """
 
-    def __init__(self, policy: str, lam: float = 0.5, low: float = 0.2, high: float = 0.95) -> None:
-        self.policy, self.lam, self.low, self.high = policy, lam, low, high
-        self.means: torch.Tensor | None = None  # float64 [2] on the CPU: CE, A
+    def __init__(self, policy: str, lam: float = 0.5, low: float = 0.2, high: float = 0.95, epsilon: float = 0.05) -> None:
+        self.policy, self.lam, self.low, self.high, self.epsilon = policy, lam, low, high, epsilon
+        self.means: torch.Tensor | None = None  # float64 [2] on the CPU: CE, A or the norms of their gradients
+        self.current, self.best = high, math.inf  # of `constrained`
 
     def value(self, epoch: int) -> float:
         """Lambda of the next step."""
@@ -32,31 +42,57 @@ class Balance:
             return self.lam
         if self.policy == "published":
             return published_lambda(epoch)
+        if self.policy == "constrained":
+            return self.current
         if self.means is None:
-            return min(max(0.5, self.low), self.high)
+            return self._clamp(0.5)
         ce, attention = self.means.tolist()
-        ratio = attention / (ce + attention) if ce + attention > 0 else 0.5
-        return min(max(ratio, self.low), self.high)
+        return self._clamp(attention / (ce + attention) if ce + attention > 0 else 0.5)
+
+    def _clamp(self, lam: float) -> float:
+        return min(max(lam, self.low), self.high)
 
     @property
     def follows_losses(self) -> bool:
         """Whether `update` must be called after each step."""
-        return self.policy == "ratio"
+        return self.policy in ("ratio", "balanced")
+
+    @property
+    def follows_gradients(self) -> bool:
+        """Whether `update` needs the norms of the gradients."""
+        return self.policy == "balanced"
 
     def update(self, sums: torch.Tensor) -> None:
-        """Take one step's losses: float64 [4] on the CPU, sums of CE and A and their counts, added over all processes.
+        """Take one step's losses: float64 [6] on the CPU, added over all processes: sums of CE and A, their counts, and the squared
+        norms of the gradients of their means at the feature map (0 where they are not followed).
 
-        A step without positives says nothing about the ratio and is left out.
+        A step without positives says nothing about the ratio and is left out, and so is one whose gradients are not finite.
         """
-        ce_sum, attention_sum, images, positives = sums.tolist()
-        if images and positives:
+        ce_sum, attention_sum, images, positives, ce_norm, attention_norm = sums.tolist()
+        if not (images and positives):
+            return
+        if self.policy == "balanced":
+            now = torch.tensor([ce_norm, attention_norm], dtype=torch.float64).sqrt()
+            if not torch.isfinite(now).all():
+                return
+        else:
             now = torch.tensor([ce_sum / images, attention_sum / positives], dtype=torch.float64)
-            self.means = now if self.means is None else MOMENTUM * self.means + (1 - MOMENTUM) * now
+        self.means = now if self.means is None else MOMENTUM * self.means + (1 - MOMENTUM) * now
+
+    def validated(self, loss: float) -> None:
+        """Take an epoch's validation cross-entropy, the same on every process."""
+        if self.policy != "constrained":
+            return
+        self.best = min(self.best, loss)
+        weight = (1 - self.current) / max(self.current, 1e-6)
+        weight = weight * STEP if loss <= self.best + self.epsilon else weight / BACK
+        self.current = self._clamp(1 / (1 + weight))
 
     def state_dict(self) -> dict[str, Any]:
-        """The running means."""
-        return {"means": self.means}
+        """The running means, and where `constrained` is."""
+        return {"means": self.means, "current": self.current, "best": self.best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the running means."""
+        """Restore what `state_dict` gave."""
         self.means = state["means"]
+        self.current, self.best = state.get("current", self.high), state.get("best", math.inf)

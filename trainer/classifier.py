@@ -29,6 +29,7 @@ from trainer.losses import TINY, at_least_float32
 
 PUBLISHED = {"pvt": "pvt_v2_b2_li", "vgg": "vgg16", "resnet": "resnet50"}
 HUB_SECONDS = 5.0
+INPUT = "input"
 
 
 class Prediction(NamedTuple):
@@ -46,7 +47,8 @@ class FocusClassifier(nn.Module):
         classes: K.
         size: pixels of a side of the input, for backbones with a fixed one.
         pretrained: ``true`` (ImageNet weights from timm's hub), ``false``, or a file: safetensors or a state dict.
-        layer: module whose output is A; empty: the last feature map.
+        layer: module whose output is A; several, separated by commas: the mean of their normalised maps; ``input``: the energy of
+            the input's gradient in place of a CAM (Ross et al., "Right for the right reasons", IJCAI 2017); empty: the last feature map.
 
     Raises:
         InputError: unknown backbone (with the nearest), weights that cannot be had or do not fit, a layer that does not exist
@@ -60,12 +62,15 @@ class FocusClassifier(nn.Module):
     def __init__(self, backbone: str, classes: int, *, size: int = 224, pretrained: str = "true", layer: str = "") -> None:
         super().__init__()
         self.net = _create(PUBLISHED.get(backbone, backbone), classes, size, pretrained)
-        self.layer = layer or default_layer(self.net)
-        if self.layer and self.layer not in dict(self.net.named_modules()):
-            layers = _layers(self.net)
-            close = difflib.get_close_matches(self.layer, [n for n, _ in self.net.named_modules()], n=3)
-            hint = f"; did you mean {' or '.join(close)}?" if close else ""
-            raise InputError(f"--attention.layer {self.layer}: {backbone} has no such module{hint} It has {', '.join(layers)} and what is in them")
+        self.layers = [name.strip() for name in (layer or default_layer(self.net)).split(",") if name.strip()]
+        known = [name for name, _ in self.net.named_modules()]
+        for name in self.layers:
+            if name not in known and self.layers != [INPUT]:
+                close = difflib.get_close_matches(name, known, n=3)
+                hint = f"; did you mean {' or '.join(close)}?" if close else ""
+                raise InputError(f"--attention.layer {name}: {backbone} has no such module{hint} It has {', '.join(_layers(self.net))} and what is in them")
+        self.keeps = False
+        self.kept: list[torch.Tensor] = []  # with ``keeps``: the last forward's feature maps, where the gradients of both losses meet
         config: dict[str, Any] = self.net.pretrained_cfg  # type: ignore[assignment]
         self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1), persistent=False)
@@ -103,32 +108,41 @@ class FocusClassifier(nn.Module):
         had_graph = torch.is_grad_enabled()
 
         def keep(features: torch.Tensor) -> torch.Tensor:
-            if not had_graph:  # from here on a graph is needed, for the head alone
+            if not had_graph and not kept:  # from here on a graph is needed, for what follows alone
                 torch.set_grad_enabled(True)
                 features = features.detach().requires_grad_()
             kept.append(features)
             return features.clone()  # an in-place ReLU may follow (VGG) and must not change what is kept
 
         # Fused attention has no second derivative; it matters only for layers before an attention block.
-        with torch.set_grad_enabled(had_graph), sdpa_kernel(SDPBackend.MATH) if self.layer else contextlib.nullcontext():
+        with torch.set_grad_enabled(had_graph), sdpa_kernel(SDPBackend.MATH) if self.layers else contextlib.nullcontext():
             logits = self._run(x, keep)
             if classes is None:
                 classes = logits.argmax(1)
             score = logits.gather(1, classes[:, None]).sum()
-            (gradient,) = torch.autograd.grad(score, kept[0], create_graph=differentiable, retain_graph=True)
-        features = kept[0] if differentiable else kept[0].detach()
-        raw = grad_cam(_to_maps(features, self.net), _to_maps(gradient, self.net))
-        return (logits if had_graph else logits.detach()), raw
+            gradients = torch.autograd.grad(score, kept, create_graph=differentiable, retain_graph=True)
+        self.kept = kept if self.keeps and differentiable else []
+        maps = []
+        for features, gradient in zip(kept, gradients, strict=True):
+            if self.layers == [INPUT]:
+                maps.append(at_least_float32(gradient).square().sum(1))
+                continue
+            features = features if differentiable else features.detach()
+            maps.append(grad_cam(_to_maps(features, self.net), _to_maps(gradient, self.net)))
+        return (logits if had_graph else logits.detach()), maps[0] if len(maps) == 1 else _mean_map(maps)
 
     def _run(self, x: torch.Tensor, keep: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        if not self.layer:
+        if not self.layers:
             return self.net.forward_head(keep(self.net.forward_features(x)))
-        module = self.net.get_submodule(self.layer)
-        handle = module.register_forward_hook(lambda _module, _inputs, output: keep(output))
+        if self.layers == [INPUT]:
+            return self.net(keep(x.requires_grad_()))
+        modules = [self.net.get_submodule(name) for name in self.layers]
+        handles = [module.register_forward_hook(lambda _module, _inputs, output: keep(output)) for module in modules]
         try:
             return self.net(x)
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
 
 def grad_cam(features: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
@@ -154,6 +168,11 @@ def normalize_cam(cam: torch.Tensor, size: int) -> torch.Tensor:
     alive = peak > TINY
     cam = torch.where(alive, cam, cam.detach())
     return F.interpolate(cam[:, None], (size, size), mode="bilinear", align_corners=False)[:, 0]
+
+
+def _mean_map(maps: list[torch.Tensor]) -> torch.Tensor:
+    """The mean of maps [B,h,w] of several sizes, each normalised to [0,1], at the size of the largest."""
+    return torch.stack([normalize_cam(m, max(m.shape[1] for m in maps)) for m in maps]).mean(0)
 
 
 def default_layer(net: nn.Module) -> str:

@@ -18,11 +18,13 @@ import yaml
 
 from shards.errors import InputError, nearest
 from trainer.augment import Strength
+from trainer.context import Swap
 from trainer.paint import Painting
-from trainer.regions import RULES, task_findings
+from trainer.rules import task_findings
 
-Form = Literal["published", "coverage", "energy"]
-Policy = Literal["fixed", "published", "ratio"]
+Form = Literal["published", "coverage", "energy", "lift"]
+Policy = Literal["fixed", "published", "ratio", "balanced", "constrained"]
+SWAPPED = 0.5  # share of the images whose surroundings are swapped where attention is trained
 T = TypeVar("T")
 
 
@@ -31,11 +33,15 @@ class AttentionConfig:
     """What the attention loss asks of the CAM."""
 
     form: Form = "energy"
-    """published: the hard count, gradient zero; coverage: its differentiable form; energy: share of CAM energy in the region."""
+    """energy: the CAM's share in the region; lift: that, area-corrected; coverage: a soft count of its hot pixels; published: the hard one, gradient zero."""
+    region: Literal["anatomy", "annotation", "both"] = "anatomy"
+    """anatomy: where the finding is expected; annotation: an image's own lesion boxes, where it has some; both: these, else where it is expected."""
+    annotated: float = 1.0
+    """Share of the images with lesion boxes whose boxes are used, for annotation and both: 0.01 tells what 1% annotated would give."""
     threshold: float = 0.5
     """CAM values above it are hot, in [0, 1]: for the forms published and coverage, and for the coverage that is reported."""
     layer: str = ""
-    """Module whose output gives the CAM, such as stages.3; empty: the last feature map of the backbone."""
+    """Module whose output gives the CAM, such as stages.3; several, with commas: their mean; input: the input's gradient; empty: the last feature map."""
     mode: Literal["train", "eval"] = "train"
     """train: the CAM of the training forward, which costs nothing; eval: of a second forward in eval mode, as published."""
 
@@ -45,13 +51,15 @@ class BalanceConfig:
     """Lambda, the weight of cross-entropy; attention gets 1 - lambda."""
 
     policy: Policy = "fixed"
-    """fixed: lam; published: max(0.2, 1 - 0.023 epoch), the published isAdaptive; ratio: A / (CE + A) of running means."""
+    """fixed: lam; published: max(0.2, 1 - 0.023 epoch); ratio: A / (CE + A); balanced: equal gradients at the CAM's layer; constrained: see epsilon."""
     lam: float = 0.5
     """Lambda of the policy fixed, in [0, 1]; 1 is plain cross-entropy and pays nothing for attention."""
     low: float = 0.2
-    """Lower clamp of the policy ratio."""
+    """Lower clamp of ratio, balanced and constrained."""
     high: float = 0.95
-    """Upper clamp of the policy ratio."""
+    """Upper clamp of these."""
+    epsilon: float = 0.05
+    """constrained: attention grows as long as validation cross-entropy stays within so many nats of its best."""
 
 
 @dataclass
@@ -92,6 +100,8 @@ class Config:
     """Run folder to make."""
     task: str = "ne"
     """ne, np, ns, nc, nep, neps, or names of findings separated by commas; the first is class 0."""
+    findings: str = ""
+    """YAML file of findings and their regions, on top of the ready-made ones (nih); published: only the three of the paper."""
     backbone: str = "pvt"
     """pvt, vgg, resnet (the published ones) or any timm model."""
     pretrained: str = "true"
@@ -113,6 +123,7 @@ class Config:
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    swap: Swap = field(default_factory=Swap)
     augment: Strength = field(default_factory=Strength)
     lungs: LungsConfig = field(default_factory=LungsConfig)
     tracker: Literal["none", "wandb", "tensorboard"] = "wandb"
@@ -132,6 +143,10 @@ class Config:
             f"--{name} {value}: must lie in [0, 1]"
             for name, value in (
                 ("attention.threshold", self.attention.threshold),
+                ("attention.annotated", self.attention.annotated),
+                ("swap.probability", self.swap_probability),
+                ("swap.dilate", self.swap.dilate),
+                ("swap.feather", self.swap.feather),
                 ("balance.lam", self.balance.lam),
                 ("balance.low", self.balance.low),
                 ("balance.high", self.balance.high),
@@ -146,6 +161,11 @@ class Config:
         found += [f"--{n} {getattr(self, n)}: must be at least {low}" for n, low in least.items() if getattr(self, n) < low]
         if not self.optim.lr > 0:
             found.append(f"--optim.lr {self.optim.lr}: must be above 0")
+        if self.balance.epsilon < 0:
+            found.append(f"--balance.epsilon {self.balance.epsilon}: must not be negative")
+        if self.balance.policy == "balanced" and (self.attention.mode == "eval" or self.attention.form == "published"):
+            what = "--attention.mode eval" if self.attention.mode == "eval" else "--attention.form published"
+            found.append(f"--balance.policy balanced: needs an attention term with a gradient in the training forward, which {what} has not")
         for name in ("weight_decay", "clip", "warmup"):
             if getattr(self.optim, name) < 0:
                 found.append(f"--optim.{name} {getattr(self.optim, name)}: must not be negative")
@@ -158,10 +178,16 @@ class Config:
         return found
 
     @property
-    def attends(self) -> bool:
-        """Whether attention is trained at all: lambda = 1 is plain cross-entropy, and so is a task whose findings have no region."""
-        findings = task_findings(self.task)
-        return not (self.balance.policy == "fixed" and self.balance.lam == 1.0) and any(name in RULES for name in findings)
+    def plain(self) -> bool:
+        """Whether lambda is 1 throughout: cross-entropy, which pays nothing for attention."""
+        return self.balance.policy == "fixed" and self.balance.lam == 1.0
+
+    @property
+    def swap_probability(self) -> float:
+        """Of the context swap: as set, else on where attention has a gradient."""
+        if self.swap.probability is not None:
+            return self.swap.probability
+        return 0.0 if self.plain or self.attention.form == "published" else SWAPPED
 
 
 @dataclass

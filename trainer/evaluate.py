@@ -5,7 +5,7 @@ Legend: N images of a split, K classes, S pixels of a side.
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -15,12 +15,14 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 
 from shards.errors import InputError, run
 from shards.sample import SPLITS
 from shards.store import open_store
 from shards.stream import EpochPlan, Split
 from trainer import __version__
+from trainer.annotations import lesion_regions
 from trainer.augment import resize
 from trainer.checkpoint import readable
 from trainer.classifier import FocusClassifier, normalize_cam
@@ -28,10 +30,23 @@ from trainer.config import Config, from_yaml, parse
 from trainer.launching import Accelerator, start
 from trainer.losses import attention_term
 from trainer.lungs import LungBoxes, LungSegmenter, load_segmenter
-from trainer.metrics import LOCALIZATION, auc_interval, classification_report, localize, summarize, wilson
-from trainer.regions import finding_regions, task_findings
+from trainer.metrics import (
+    LOCALIZATION,
+    THRESHOLDS,
+    auc_interval,
+    best_threshold,
+    classification_report,
+    localize,
+    multiclass_auc,
+    rank_correlation,
+    summarize,
+    wilson,
+)
+from trainer.probe import blurred, probed, random_twin
+from trainer.regions import finding_regions
+from trainer.rules import Finding, Rule, read_findings, rules_of, task_findings
 
-MODEL, LUNGS = "model.safetensors", "lungs.safetensors"
+MODEL, LUNGS, FINDINGS = "model.safetensors", "lungs.safetensors", "findings.yaml"
 
 
 @dataclass
@@ -39,8 +54,8 @@ class Outcome:
     """What was measured for every image of a split, in its order, on every process.
 
     logits float [N,K]; labels int64 [N]; term float [N], the attention term of the trained form, NaN without a region;
-    expected, lesion float [N,4], columns `metrics.LOCALIZATION` against the expected region and against lesion boxes, NaN
-    where there is no such ground truth.
+    expected, lesion float [N,21], columns of `metrics.localize` against the expected region and against lesion boxes, NaN
+    where there is no such ground truth; similarity float [N], rank correlation with the CAM of a twin, NaN without one.
     """
 
     logits: torch.Tensor
@@ -48,32 +63,60 @@ class Outcome:
     term: torch.Tensor
     expected: torch.Tensor
     lesion: torch.Tensor
+    similarity: torch.Tensor
 
-    def report(self, findings: tuple[str, ...], *, intervals: bool = False) -> dict[str, Any]:
-        """Classification and localization figures; the two kinds of localization are never mixed."""
+    def tables(self) -> dict[str, torch.Tensor]:
+        """The two kinds of localization, which are never mixed."""
+        return {"expected": self.expected, "lesion": self.lesion}
+
+    def thresholds(self) -> dict[str, int | None]:
+        """For each kind which of `metrics.THRESHOLDS` gives the best mean IoU here."""
+        return {kind: best_threshold(table[~table[:, 0].isnan()]) for kind, table in self.tables().items()}
+
+    def report(self, findings: tuple[str, ...], *, intervals: bool = False, chosen: dict[str, int | None] | None = None) -> dict[str, Any]:
+        """Classification and localization figures; ``chosen``: thresholds of the IoU, from validation."""
         figures = classification_report(self.logits, self.labels)
         if intervals:
             figures |= {"accuracy_95": wilson(figures["accuracy"], len(self.labels)), "auc_95": auc_interval(self.logits, self.labels)}
         figures["localization"] = {}
-        for kind, table in (("expected", self.expected), ("lesion", self.lesion)):
+        for kind, table in self.tables().items():
+            at = (chosen or {}).get(kind)
+            names = LOCALIZATION if at is None else (*LOCALIZATION, "iou")
+            columns = list(range(len(LOCALIZATION))) + ([] if at is None else [len(LOCALIZATION) + at])
             known = ~table[:, 0].isnan()
-            each = {name: summarize(table[known & (self.labels == k)]) for k, name in enumerate(findings)}
-            figures["localization"][kind] = {"all": summarize(table[known])} | {n: f for n, f in each.items() if f}
+            each = {name: summarize(table[known & (self.labels == k)][:, columns], names) for k, name in enumerate(findings)}
+            figures["localization"][kind] = {"all": summarize(table[known][:, columns], names)} | {n: f for n, f in each.items() if f}
+            if at is not None and known.any():
+                figures["localization"][kind]["all"]["iou_threshold"] = THRESHOLDS[at]
         return figures
 
 
 @torch.no_grad()
-def evaluate(accelerator: Accelerator, model: FocusClassifier, split: Split, lungs: LungBoxes | None, config: Config, *, look: bool = True) -> Outcome:
+def evaluate(
+    accelerator: Accelerator,
+    model: FocusClassifier,
+    split: Split,
+    lungs: LungBoxes | None,
+    config: Config,
+    rules: Mapping[str, Rule],
+    *,
+    look: bool = True,
+    blur: str = "",
+    twin: FocusClassifier | None = None,
+) -> Outcome:
     """Run the model over a split, every image once over all processes.
 
     Args:
         model: the unwrapped model; its mode is restored.
         lungs: boxes of this split; None: no expected regions.
+        rules: of the expected regions.
         look: take CAMs, of the label's class. False: logits only.
+        blur: ``outside`` or ``inside``: of the expected region, before the model sees the image (see `trainer.probe`).
+        twin: another model on the same images, whose CAMs are compared with this one's.
     """
     device, size, findings = accelerator.device, config.size, split.classes
-    classes, columns = len(findings), len(LOCALIZATION)
-    table = torch.zeros(len(split), classes + 1 + 2 * (columns + 1) + 2, dtype=torch.float64)
+    classes, columns = len(findings), len(LOCALIZATION) + len(THRESHOLDS)
+    table = torch.zeros(len(split), classes + 1 + 2 * (columns + 1) + 4, dtype=torch.float64)
     plan = EpochPlan(split.shard_sizes(), shuffle=False)
     rank, world = accelerator.process_index, accelerator.num_processes
     training = model.training
@@ -85,7 +128,11 @@ def evaluate(accelerator: Accelerator, model: FocusClassifier, split: Split, lun
         none = torch.zeros(len(images), size, size, dtype=torch.bool, device=device)
         with accelerator.autocast():
             # The boxes come first: the lungs of an image are found once, with or without a finding.
-            expected = finding_regions(lungs(raw, batch.index), names, size) if lungs and look else none
+            boxes = lungs(raw, batch.index) if lungs and (look or blur) else None
+            if blur and boxes is not None:
+                region = finding_regions(boxes, probed(names, batch.index, findings, rules), size, rules)
+                images = blurred(images, region if blur == "inside" else ~region)
+            expected = finding_regions(boxes, names, size, rules) if boxes is not None else none
             logits, cam = model(images, labels, cam=look)
             measured = [logits.double(), torch.ones(len(images), 1, device=device)]
             if look:
@@ -94,6 +141,13 @@ def evaluate(accelerator: Accelerator, model: FocusClassifier, split: Split, lun
                 for region in (expected, lesion_regions(split, batch.index, raw.shape[-2:], size).to(device)):
                     known = region.flatten(1).any(1, keepdim=True)
                     measured += [localize(shown, region, config.attention.threshold) * known, known]
+                if twin is not None:
+                    other = twin(images, labels, cam=True).cam
+                    assert other is not None
+                    similarity = rank_correlation(F.adaptive_avg_pool2d(cam, min(cam.shape[-1], 16)), F.adaptive_avg_pool2d(other, min(other.shape[-1], 16)))
+                else:
+                    similarity = torch.zeros(len(images), device=device)
+                measured += [similarity[:, None], torch.full((len(images), 1), float(twin is not None), device=device)]
                 if config.attention.form == "published":  # its term follows the predicted class
                     cam = model(images, None, cam=True).cam
                     assert cam is not None
@@ -105,23 +159,9 @@ def evaluate(accelerator: Accelerator, model: FocusClassifier, split: Split, lun
     model.train(training)
     table = accelerator.reduce(table.to(device) if device.type != "mps" else table, "sum").cpu()
     assert (table[:, classes] == 1).all(), "every image is evaluated exactly once"
-    logits, _, *parts = table.split([classes, 1, columns, 1, columns, 1, 1, 1], 1)
-    expected, lesion, term = (torch.where(known > 0, value, torch.nan) for value, known in zip(parts[::2], parts[1::2], strict=True))
-    return Outcome(logits.float(), torch.from_numpy(split.labels.astype(np.int64)), term[:, 0], expected, lesion)
-
-
-def lesion_regions(split: Split, index: torch.Tensor, stored: Sequence[int], size: int) -> torch.Tensor:
-    """The lesion boxes of each image's own finding, stored at (height, width), as bool [B,size,size]; empty where there are none."""
-    regions = torch.zeros(len(index), size, size, dtype=torch.bool)
-    for b, position in enumerate(index.tolist()):
-        finding = split.classes[split.labels[position]]
-        boxes = [box for box in split.meta(position)["boxes"] if box.finding == finding]
-        height, width = stored
-        for box in boxes:
-            x0, y0, x1, y1 = box.xyxy
-            left, top = int(x0 * size / width), int(y0 * size / height)
-            regions[b, top : -int(-y1 * size // height), left : -int(-x1 * size // width)] = True
-    return regions
+    logits, _, *parts = table.split([classes, 1, columns, 1, columns, 1, 1, 1, 1, 1], 1)
+    expected, lesion, similarity, term = (torch.where(known > 0, value, torch.nan) for value, known in zip(parts[::2], parts[1::2], strict=True))
+    return Outcome(logits.float(), torch.from_numpy(split.labels.astype(np.int64)), term[:, 0], expected, lesion, similarity[:, 0])
 
 
 def save_model(path: Path, model: FocusClassifier, config: Config, stored_size: int, epoch: int) -> None:
@@ -140,8 +180,19 @@ def save_model(path: Path, model: FocusClassifier, config: Config, stored_size: 
     partial.replace(path)
 
 
-def open_run(path: Path) -> tuple[Config, FocusClassifier, LungSegmenter | None, dict[str, str]]:
-    """Configuration, best model in eval mode, lung segmenter (None: trained without) and the model's metadata."""
+@dataclass
+class Run:
+    """A run folder, opened: its best model is in eval mode; segmenter None: trained without one; metadata of the model's file."""
+
+    config: Config
+    model: FocusClassifier
+    segmenter: LungSegmenter | None
+    findings: dict[str, Finding]
+    metadata: dict[str, str]
+
+
+def open_run(path: Path) -> Run:
+    """Read a run folder. InputError: it is none, or has no model yet, or its files do not belong together."""
     if not (path / "config.yaml").is_file():
         raise InputError(f"--run {path}: is not a run folder (no config.yaml)")
     if (path / "lung_unet.safetensors").is_file():
@@ -158,31 +209,84 @@ def open_run(path: Path) -> tuple[Config, FocusClassifier, LungSegmenter | None,
         why = " ".join(str(error).split())[:200]
         raise InputError(f"{path / MODEL}: does not fit the run's config.yaml ({why}); was one of the two changed?") from error
     segmenter = load_segmenter(path / LUNGS) if (path / LUNGS).is_file() else None
-    return config, model.eval(), segmenter, metadata
+    return Run(config, model.eval(), segmenter, run_findings(path, config), metadata)
+
+
+def run_findings(path: Path, config: Config) -> dict[str, Finding]:
+    """The findings of a run: its own copy, or, for a run from before there were such copies, the published ones."""
+    own = path / FINDINGS
+    known = read_findings(str(own) if own.is_file() else "published")
+    return {name: known[name] for name in task_findings(config.task) if name in known}
+
+
+def among(findings: Mapping[str, Finding]) -> list[str]:
+    """Findings that an image may have beside others."""
+    return [name for name, finding in findings.items() if finding.images == "any"]
 
 
 def finish(
-    accelerator: Accelerator, model: FocusClassifier, config: Config, splits: dict[str, Split], lungs: dict[str, LungBoxes], training: dict[str, Any], out: Path
+    accelerator: Accelerator,
+    model: FocusClassifier,
+    config: Config,
+    findings: Mapping[str, Finding],
+    splits: dict[str, Split],
+    lungs: dict[str, LungBoxes],
+    training: dict[str, Any],
+    out: Path,
 ) -> dict[str, Any]:
-    """Evaluate val and test and write the run's reports. Returns the content of report.json."""
+    """Evaluate val and test, probe the model, and write the run's reports. Returns the content of report.json."""
     from trainer import report  # matplotlib and its fonts, only where something is drawn
 
-    findings = task_findings(config.task)
-    outcomes: dict[str, Outcome] = {name: evaluate(accelerator, model, splits[name], lungs.get(name), config) for name in ("val", "test") if name in splits}
-    content: dict[str, Any] = {"findings": findings, "dataset": next(iter(splits.values())).dataset, "training": training}
+    classes, rules = task_findings(config.task), rules_of(findings)
+    outcomes: dict[str, Outcome] = {n: evaluate(accelerator, model, splits[n], lungs.get(n), config, rules) for n in ("val", "test") if n in splits}
+    content: dict[str, Any] = {"findings": classes, "dataset": next(iter(splits.values())).dataset, "training": training}
     content["written"] = f"cxr-focus {__version__}, {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}"
     for name in outcomes:
         if name in lungs:
             lungs[name].share(accelerator)
     lost = {name: boxes.memory.not_found().tolist() for name, boxes in lungs.items()}
     content["lungs_not_found"] = {name: [splits[name].key(p) for p in positions] for name, positions in lost.items()}
-    content |= {name: outcome.report(findings, intervals=True) for name, outcome in outcomes.items()} | {"config": asdict(config)}
+    # The threshold of the IoU comes from validation: measured here, or by the run that the model is of.
+    old = json.loads((Path(config.out) / "report.json").read_text()) if (Path(config.out) / "report.json").is_file() else {}
+    chosen = outcomes["val"].thresholds() if "val" in outcomes else old.get("iou_threshold", {})
+    content["iou_threshold"] = chosen
+    content |= {name: outcome.report(classes, intervals=True, chosen=chosen) for name, outcome in outcomes.items()} | {"config": asdict(config)}
+    shown = "test" if "test" in splits else "val"
+    content[shown]["probe"] = probe(accelerator, model, outcomes[shown], splits[shown], lungs.get(shown), config, rules)
     if accelerator.is_main_process:
-        shown = "test" if "test" in splits else "val"
-        tiles = report.tiles(accelerator, model, splits[shown], lungs.get(shown), config)
+        tiles = report.tiles(accelerator, model, splits[shown], lungs.get(shown), config, rules)
         report.write_run(out, config, content, outcomes, tiles, splits, report.whole(splits, lost))
     accelerator.wait_for_everyone()
     return content
+
+
+def probe(
+    accelerator: Accelerator, model: FocusClassifier, seen: Outcome, split: Split, lungs: LungBoxes | None, config: Config, rules: Mapping[str, Rule]
+) -> dict[str, Any] | None:
+    """Two tests that a localization figure cannot pass by chance; None where no finding has an expected region.
+
+    blur: the drop in AUC when everything outside the expected region is blurred, and when everything inside is, with paired intervals:
+    a model that reads the region loses by the second alone. random: the CAMs of the same network with random weights (Adebayo et al.,
+    "Sanity checks for saliency maps", NeurIPS 2018): their energy and lift, and the rank correlation of its maps with the model's.
+    """
+    if lungs is None or seen.expected[:, 0].isnan().all():
+        return None
+    found: dict[str, Any] = {"auc": multiclass_auc(seen.logits, seen.labels)}
+    for where in ("outside", "inside"):
+        changed = evaluate(accelerator, model, split, lungs, config, rules, look=False, blur=where)
+        drop = found["auc"] - multiclass_auc(changed.logits, changed.labels)
+        found[f"drop_{where}"], found[f"drop_{where}_95"] = drop, auc_interval(seen.logits, seen.labels, changed.logits)
+    twin = random_twin(model, config).to(accelerator.device)
+    chance = evaluate(accelerator, twin, split, lungs, config, rules, twin=model)
+    known = ~chance.expected[:, 0].isnan()
+    figures = summarize(chance.expected[known][:, : len(LOCALIZATION)])
+    assert figures is not None
+    similarity = summarize(chance.similarity[known][:, None], ("similarity",))
+    assert similarity is not None
+    found["random"] = {n: figures[n] for n in ("images", "energy", "energy_95", "lift", "lift_95")} | {
+        n: similarity[n] for n in ("similarity", "similarity_95")
+    }
+    return found
 
 
 @dataclass
@@ -209,10 +313,11 @@ def main(argv: list[str] | None = None) -> None:
     """Evaluate, write the reports, print where they are."""
     options = parse(EvaluateConfig, argv, prog="trainer.evaluate")
     path, store = Path(options.run), open_store(options.shards)
-    config, model, segmenter, metadata = open_run(path)
+    opened = open_run(path)
+    config, model, segmenter = opened.config, opened.model, opened.segmenter
     accelerator = start(config.seed)
     index = store.index()
-    splits = {name: Split(store, name, task_findings(config.task)) for name in SPLITS[1:] if name in index["splits"]}
+    splits = {name: Split(store, name, task_findings(config.task), among=among(opened.findings)) for name in SPLITS[1:] if name in index["splits"]}
     if not splits:
         raise InputError(f"--shards {store.name}: has neither val nor test; pack one")
 
@@ -220,7 +325,7 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(options.out) if options.out else path if own else path / f"evaluate_{index['dataset']}"
     out.mkdir(parents=True, exist_ok=True)
     old = path / "report.json"
-    training = json.loads(old.read_text())["training"] if old.is_file() else {"unfinished": True, "best_epoch": int(metadata["epoch"]) + 1}
+    training = json.loads(old.read_text())["training"] if old.is_file() else {"unfinished": True, "best_epoch": int(opened.metadata["epoch"]) + 1}
     if training.get("unfinished") and accelerator.is_main_process:
         print(f"{path} has not finished: these are figures of its best model so far, of epoch {training['best_epoch']}")
     config.batch, config.workers = options.batch, options.workers
@@ -229,7 +334,7 @@ def main(argv: list[str] | None = None) -> None:
     if segmenter is not None:
         segmenter.to(accelerator.device)
         lungs = {n: LungBoxes(segmenter, config.size, len(s), s.fingerprint) for n, s in splits.items()}
-    content = finish(accelerator, model, config, splits, lungs, training, out)
+    content = finish(accelerator, model, config, opened.findings, splits, lungs, training, out)
     if accelerator.is_main_process:
         from trainer import report
 

@@ -31,10 +31,12 @@ def attention_term(cam: torch.Tensor, region: torch.Tensor, threshold: float, fo
         threshold: in [0,1].
         form: ``published``: 1 - share of the region with cam > threshold (Wu et al. 2026; its gradient is zero);
             ``coverage``: the same with sigmoid((cam - threshold) / 0.1) for the comparison;
-            ``energy``: 1 - sum of cam in the region / sum of cam.
+            ``energy``: 1 - sum of cam in the region / sum of cam;
+            ``lift``: that over the region's complement, (1 - share) / (1 - area): 1 for a map that is the same everywhere.
 
     Returns:
-        float [B]. An empty region gives 0; an all-zero CAM gives 1 (``coverage``: nearly); both with gradient 0.
+        float [B], in [0,1] but for ``lift``, which has no bound. An empty region gives 0; an all-zero CAM gives 1 (``coverage``: nearly; ``lift``: 1);
+        both with gradient 0.
     """
     cam = at_least_float32(cam)
     inside = region.to(cam.dtype)
@@ -49,12 +51,15 @@ def attention_term(cam: torch.Tensor, region: torch.Tensor, threshold: float, fo
         alive = (total > TINY)[:, None, None]
         soft = torch.where(alive, soft, soft.detach())
         term = 1 - (soft * inside).sum((1, 2)) / area.clamp(min=1)
-    elif form == "energy":
+    elif form in ("energy", "lift"):
         alive = total > TINY
         share = (cam * inside).sum((1, 2)) / torch.where(alive, total, 1.0)
         term = 1 - torch.where(alive, share, 0.0)
+        if form == "lift":
+            pixels = cam.shape[1] * cam.shape[2]
+            term = torch.where(alive, term / (1 - area / pixels).clamp(min=1 / pixels), 1.0)
     else:
-        raise ValueError(f"unknown attention form {form!r}, expected published, coverage or energy")
+        raise ValueError(f"unknown attention form {form!r}, expected published, coverage, energy or lift")
     return torch.where(area > 0, term, torch.zeros_like(term))
 
 

@@ -10,7 +10,10 @@ import numpy as np
 import torch
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, roc_auc_score, roc_curve
 
-LOCALIZATION = ("energy", "lift", "pointing", "coverage")
+LOCALIZATION = ("energy", "lift", "pointing", "pointing_near", "coverage", "iou_otsu")
+THRESHOLDS = tuple(k / 16 for k in range(1, 16))  # at which IoU is measured, so that validation can choose one
+NEAR = 15 / 224  # tolerance of pointing_near, in shares of the image's side
+GRAYS = 256
 
 
 def binary_report(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
@@ -96,25 +99,53 @@ def _log_odds(p: float) -> float:
 
 
 def localize(cam: torch.Tensor, region: torch.Tensor, threshold: float) -> torch.Tensor:
-    """How a CAM lies to a region, per image: float [B,4], columns `LOCALIZATION`.
+    """How a CAM lies to a region, per image: float [B,6 + 15], columns `LOCALIZATION`, then the IoU at each of `THRESHOLDS`.
 
     energy: share of the CAM's sum inside the region, 0 for an all-zero CAM (Wang et al. 2020, Score-CAM, section 4.2);
     lift: energy minus the region's share of the image; pointing: 1 where the CAM's peak lies inside (Zhang et al. 2018;
-    a CAM without a peak misses); coverage: share of the region with cam > threshold.
+    a CAM without a peak misses); pointing_near: 1 where it lies within 15/224 of the image's side of the region, the 15 pixels of
+    Zhang et al. 2018, section 4.1; coverage: share of the region with cam > threshold; iou_otsu: intersection over union of
+    the region and the CAM above its own Otsu threshold. A CAM is cut into 256 grays for Otsu and IoU.
     """
     cam, inside = cam.float(), region.float()
+    size = cam.shape[-1]
     total = cam.sum((1, 2))
+    alive = total > 0
     energy = (cam * inside).sum((1, 2)) / total.clamp(min=1e-12)
     peak = cam.flatten(1).argmax(1, keepdim=True)
-    pointing = inside.flatten(1).gather(1, peak)[:, 0] * (total > 0)
+    pointing = inside.flatten(1).gather(1, peak)[:, 0] * alive
+    at = torch.arange(size, device=cam.device)
+    away = (at[None, :, None] - peak[:, :, None] // size).square() + (at[None, None, :] - peak[:, :, None] % size).square()
+    near = ((away <= (NEAR * size) ** 2) & region).flatten(1).any(1) * alive
     coverage = ((cam > threshold) * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
-    return torch.stack([energy, energy - inside.mean((1, 2)), pointing, coverage], 1)
+
+    # Histograms of the CAM, whole and inside the region, give every threshold at once.
+    gray = (cam * GRAYS).long().clamp(0, GRAYS - 1).flatten(1)
+    every = torch.zeros(len(cam), GRAYS, device=cam.device).scatter_add_(1, gray, torch.ones_like(gray, dtype=torch.float32))
+    within = torch.zeros(len(cam), GRAYS, device=cam.device).scatter_add_(1, gray, inside.flatten(1))
+    hot, hot_within = (h.flip(1).cumsum(1).flip(1) for h in (every, within))  # pixels of this gray or brighter
+    iou = hot_within / (hot + inside.sum((1, 2))[:, None] - hot_within).clamp(min=1) * alive[:, None]
+    chosen = torch.tensor([round(t * GRAYS) for t in THRESHOLDS], device=cam.device)
+    best = iou.gather(1, otsu(every)[:, None])[:, 0]
+    return torch.cat([torch.stack([energy, energy - inside.mean((1, 2)), pointing, near, coverage, best], 1), iou[:, chosen]], 1)
+
+
+def otsu(histogram: torch.Tensor) -> torch.Tensor:
+    """The gray from which on a histogram [B,G] is foreground, so that the variance between the classes is largest: int64 [B].
+
+    Otsu, IEEE Trans. SMC 1979, eq. 18. Where all pixels have one gray, the gray above it.
+    """
+    share = histogram.double() / histogram.double().sum(1, keepdim=True).clamp(min=1)
+    grays = torch.arange(histogram.shape[1], device=histogram.device, dtype=share.dtype)
+    below, mean = share.cumsum(1), (share * grays).cumsum(1)
+    apart = (mean[:, -1:] * below - mean).square() / (below * (1 - below)).clamp(min=1e-12)
+    return apart[:, :-1].argmax(1) + 1
 
 
 def summarize(rows: torch.Tensor, names: tuple[str, ...] = LOCALIZATION) -> dict[str, Any] | None:
     """Mean and 95% interval of each column of [n,C]; None for n = 0.
 
-    The interval is Wilson's for ``pointing``, a proportion (Wilson 1927), else the normal approximation of the mean.
+    The interval is Wilson's for pointing, a proportion (Wilson 1927), else the normal approximation of the mean.
     """
     if not len(rows):
         return None
@@ -123,8 +154,27 @@ def summarize(rows: torch.Tensor, names: tuple[str, ...] = LOCALIZATION) -> dict
     figures: dict[str, Any] = {"images": len(rows)}
     for name, mean, h in zip(names, rows.mean(0).tolist(), half.tolist(), strict=True):
         figures[name] = mean
-        figures[f"{name}_95"] = wilson(mean, len(rows)) if name == "pointing" else [mean - h, mean + h]
+        figures[f"{name}_95"] = wilson(mean, len(rows)) if name.startswith("pointing") else [mean - h, mean + h]
     return figures
+
+
+def best_threshold(rows: torch.Tensor) -> int | None:
+    """Which of `THRESHOLDS` has the largest mean IoU over the rows [n,6 + 15] of `localize`; None for n = 0."""
+    return int(rows[:, len(LOCALIZATION) :].mean(0).argmax()) if len(rows) else None
+
+
+def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Spearman's rank correlation of maps [B,h,w], per image: float [B]; 0 where one of them is constant."""
+
+    def ranks(maps: torch.Tensor) -> torch.Tensor:
+        flat = maps.flatten(1).float()
+        below = (flat[:, None, :] < flat[:, :, None]).sum(2)
+        ties = (flat[:, None, :] == flat[:, :, None]).sum(2)
+        r = below + (ties - 1) / 2
+        return r - r.mean(1, keepdim=True)
+
+    x, y = ranks(a), ranks(b)
+    return (x * y).sum(1) / (x.norm(dim=1) * y.norm(dim=1)).clamp(min=1e-12)
 
 
 def wilson(share: float, n: int) -> list[float]:
@@ -134,23 +184,31 @@ def wilson(share: float, n: int) -> list[float]:
     return [max(0.0, (middle - half) / (1 + z2 / n)), min(1.0, (middle + half) / (1 + z2 / n))]
 
 
-def auc_interval(logits: torch.Tensor, labels: torch.Tensor, resamples: int = 1000) -> list[float]:
-    """95% interval of `multiclass_auc`: percentiles of a bootstrap within the classes (Efron & Tibshirani 1993, section 13.3)."""
-    scores, truth = torch.softmax(logits.double(), 1).numpy(), labels.numpy()
-    rng = np.random.default_rng(0)
-    members = [np.flatnonzero(truth == k) for k in range(scores.shape[1])]
+def auc_interval(logits: torch.Tensor, labels: torch.Tensor, other: torch.Tensor | None = None, resamples: int = 1000) -> list[float]:
+    """95% interval of `multiclass_auc`: percentiles of a bootstrap within the classes (Efron & Tibshirani 1993, section 13.3).
+
+    With ``other``, logits of the same images: the interval of the difference, ``logits`` minus ``other``, paired by image.
+    """
+    scores = [torch.softmax(x.double(), 1).numpy() for x in (logits, other) if x is not None]
+    truth, rng = labels.numpy(), np.random.default_rng(0)
+    members = [np.flatnonzero(truth == k) for k in range(logits.shape[1])]
     if not all(map(len, members)):
         return [math.nan, math.nan]
     areas = []
     for _ in range(resamples):
         drawn = [rng.choice(m, len(m)) for m in members]
-        each = []
-        for k in range(1 if len(members) == 2 else 0, len(members)):
-            others = np.sort(np.concatenate([scores[d, k] for j, d in enumerate(drawn) if j != k]))
-            below, upto = (np.searchsorted(others, scores[drawn[k], k], side=side).mean() for side in ("left", "right"))
-            each.append((below + upto) / 2 / len(others))
-        areas.append(np.mean(each))
+        both = [_drawn_auc(s, drawn) for s in scores]
+        areas.append(both[0] - both[1] if other is not None else both[0])
     return [float(v) for v in np.percentile(areas, [2.5, 97.5])]
+
+
+def _drawn_auc(scores: np.ndarray, drawn: list[np.ndarray]) -> float:
+    each = []
+    for k in range(1 if len(drawn) == 2 else 0, len(drawn)):
+        others = np.sort(np.concatenate([scores[d, k] for j, d in enumerate(drawn) if j != k]))
+        below, upto = (np.searchsorted(others, scores[drawn[k], k], side=side).mean() for side in ("left", "right"))
+        each.append((below + upto) / 2 / len(others))
+    return float(np.mean(each))
 
 
 def bootstrap(values: np.ndarray, resamples: int = 1000) -> list[float]:

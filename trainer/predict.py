@@ -17,6 +17,7 @@ from trainer.config import parse, positionals
 from trainer.evaluate import open_run
 from trainer.launching import start
 from trainer.regions import finding_regions
+from trainer.rules import rules_of
 
 
 @dataclass
@@ -45,7 +46,8 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(PredictConfig, flags, prog="trainer.predict")
     if not images:
         raise InputError("no images named: python -m trainer.predict --run RUN IMAGE...")
-    config, model, segmenter, metadata = open_run(Path(options.run))
+    opened = open_run(Path(options.run))
+    config, model, segmenter, metadata, rules = opened.config, opened.model, opened.segmenter, opened.metadata, rules_of(opened.findings)
     if not (Path(options.run) / "report.json").is_file():
         print(f"{options.run} has not finished: its best model so far is used, of epoch {int(metadata['epoch']) + 1}", file=sys.stderr)
     findings, size = json.loads(metadata["findings"]), config.size
@@ -85,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
             box, found = segmenter.boxes(stored.float() / 255, size) if segmenter is not None else (None, None)
         predicted = findings[int(np.argmax(probability))]
         shown = options.look_at or predicted
-        region = finding_regions(box, [shown], size)[0].cpu() if box is not None else torch.zeros(size, size, dtype=torch.bool)
+        region = finding_regions(box, [shown], size, rules)[0].cpu() if box is not None else torch.zeros(size, size, dtype=torch.bool)
         line: dict[str, Any] = {"image": str(path), "predicted": predicted}
         line["probability"] = {name: round(p, 6) for name, p in zip(findings, probability, strict=True)}
         line["cam_of"] = shown

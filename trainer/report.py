@@ -8,6 +8,7 @@ import html
 import io
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from sklearn.metrics import roc_curve
 
 from shards.errors import InputError, run
 from shards.stream import Split
+from trainer.annotations import lesion_regions
 from trainer.augment import resize
 from trainer.checkpoint import write_atomic
 from trainer.classifier import FocusClassifier, normalize_cam
@@ -27,6 +29,7 @@ from trainer.config import Config, parse, positionals
 from trainer.launching import Accelerator
 from trainer.lungs import LungBoxes
 from trainer.regions import finding_regions
+from trainer.rules import Rule
 
 if TYPE_CHECKING:
     from trainer.evaluate import Outcome
@@ -47,10 +50,8 @@ class Tile:
     box: list[int] | None
 
 
-def tiles(accelerator: Accelerator, model: FocusClassifier, split: Split, lungs: LungBoxes | None, config: Config) -> list[Tile]:
+def tiles(accelerator: Accelerator, model: FocusClassifier, split: Split, lungs: LungBoxes | None, config: Config, rules: Mapping[str, Rule]) -> list[Tile]:
     """Up to 12 images of a split, the first ones of each class in turn, with the CAM of their label's class."""
-    from trainer.evaluate import lesion_regions
-
     per_class = [np.flatnonzero(split.labels == k) for k in range(len(split.classes))]
     chosen = [c[i] for i in range(max(map(len, per_class))) for c in reversed(per_class) if i < len(c)][:TILES]
     index = torch.as_tensor(np.array(chosen))
@@ -67,7 +68,7 @@ def tiles(accelerator: Accelerator, model: FocusClassifier, split: Split, lungs:
     assert cam is not None
     cams = normalize_cam(cam, size).cpu().numpy()
     probability = torch.softmax(logits.float(), 1).cpu()
-    regions = finding_regions(boxes, names, size).cpu().numpy() if boxes is not None else np.zeros_like(cams, bool)
+    regions = finding_regions(boxes, names, size, rules).cpu().numpy() if boxes is not None else np.zeros_like(cams, bool)
     lesions = lesion_regions(split, index, raw.shape[-2:], size).numpy()
     result = []
     for b, name in enumerate(names):

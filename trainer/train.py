@@ -22,18 +22,23 @@ from accelerate.utils import broadcast
 from tqdm import tqdm
 
 from shards.errors import InputError, listed, run
+from shards.sample import NO_FINDING
 from shards.store import open_store
 from shards.stream import Batch, EpochPlan, Split
 from trainer import checkpoint
-from trainer.augment import augment, draw, resize
+from trainer.annotations import Annotations
+from trainer.augment import SWAPS, augment, draw, resize
 from trainer.balance import Balance
 from trainer.classifier import FocusClassifier, normalize_cam
 from trainer.config import Config, OptimConfig, flat, parse, resumed, to_yaml
-from trainer.evaluate import LUNGS, MODEL, Outcome, evaluate, finish, open_run, save_model
+from trainer.context import swap_context
+from trainer.evaluate import FINDINGS, LUNGS, MODEL, Outcome, among, evaluate, finish, open_run, run_findings, save_model
 from trainer.launching import Accelerator, start
 from trainer.losses import attention, attention_term, classification
 from trainer.lungs import LungBoxes, load_segmenter
-from trainer.regions import finding_regions, task_findings, without_rule
+from trainer.regions import finding_regions
+from trainer.rules import Finding, Rule, read_findings, rules_of, task_findings, without_rule
+from trainer.rules import to_yaml as findings_to_yaml
 from trainer.tracking import Tracking
 
 
@@ -76,8 +81,22 @@ class Trainer:
     balance: Balance
     lungs: dict[str, LungBoxes]
     tracking: Tracking
+    findings: dict[str, Finding]  # of the task
+    annotations: Annotations | None  # lesion boxes that are used as regions
     identity: dict[str, Any]
     state: State = field(default_factory=State)
+
+    def __post_init__(self) -> None:
+        c = self.config
+        self.rules: dict[str, Rule] = rules_of(self.findings)
+        self.attends = not c.plain and bool(self.rules or self.annotations)
+        self.model.keeps = self.balance.follows_gradients
+        self.swap = replace(c.swap, probability=c.swap_probability)
+        # Whose disease shows inside the lung box, so that what lies outside may be exchanged. No Finding shows nowhere.
+        self.inside = {name for name, rule in self.rules.items() if rule.inside(c.swap.dilate)}
+        if self.inside:
+            self.inside.add(NO_FINDING)
+        self.swaps = bool(self.inside) and c.swap_probability > 0
 
     def train(self) -> None:
         """Epochs until they are done or patience ends."""
@@ -99,7 +118,7 @@ class Trainer:
             clock = time.monotonic()
             loader = split.batches(plan, state.epoch, state.position, batch=c.batch, rank=rank, world=world, workers=c.workers)
             for group in _groups(loader, c.accumulate):
-                lam = self.balance.value(state.epoch) if c.attends else 1.0
+                lam = self.balance.value(state.epoch) if self.attends else 1.0
                 sums = self.step(group, lam)
                 if self.balance.follows_losses:
                     self.balance.update(acc.reduce(sums, "sum").cpu())
@@ -125,7 +144,7 @@ class Trainer:
         bar.close()
 
     def step(self, group: list[Batch], lam: float) -> torch.Tensor:
-        """One optimizer step: float64 [4] on the device, this process's sums of cross-entropy and attention, images, positives."""
+        """One optimizer step: float64 [6] on the device, this process's sums for `Balance.update`."""
         c, acc = self.config, self.accelerator
         attend = lam < 1  # lambda = 1 is plain cross-entropy and pays nothing for attention
         hard = c.attention.form == "published"  # as published: of the predicted class, without a gradient, averaged over all images
@@ -138,7 +157,7 @@ class Trainer:
         images, positives = acc.reduce(own, "sum").clamp(min=1)
 
         # One forward gives logits and CAM; the CAM's gradient goes through the head into the backbone.
-        sums = torch.zeros(2, dtype=torch.float64, device=acc.device)
+        sums, norms = torch.zeros(2, 2, dtype=torch.float64, device=acc.device)
         for i, b in enumerate(batches):
             with contextlib.nullcontext() if i == len(batches) - 1 else acc.no_sync(self.net):
                 logits, cam = self.net(b.images, None if hard else b.labels, cam=attend, mode=c.attention.mode, differentiable=not hard)
@@ -148,8 +167,11 @@ class Trainer:
                     per_image = attention_term(normalize_cam(cam, c.size), b.region, c.attention.threshold, c.attention.form)
                     term, _ = attention(per_image, b.weight if hard else b.positive)
                     loss = loss + (1 - lam) * term / (images if hard else positives)
+                    if self.balance.follows_gradients:
+                        norms += torch.stack([squared_norm(x, self.model.kept) for x in (ce / images, term / positives)])
                 acc.backward(loss * acc.num_processes)  # Accelerate averages gradients over processes; the sum is wanted
             sums += torch.stack([ce, term]).detach().double()
+        self.model.kept = []
 
         if c.optim.clip:
             acc.clip_grad_norm_(self.net.parameters(), c.optim.clip)
@@ -157,21 +179,29 @@ class Trainer:
         self.optimizer.zero_grad()
         if c.optim.schedule == "cosine":
             self.schedule.step()
-        return torch.cat([sums, own.double()])
+        return torch.cat([sums, own.double(), norms])
 
     def prepare(self, batch: Batch, attend: bool) -> Prepared:
-        """A batch on the device: resized, augmented together with its lung box, with the region of its finding."""
+        """A batch on the device: resized, augmented together with its lung box, surroundings swapped, with the region of its finding."""
         c, device, findings = self.config, self.accelerator.device, self.splits["train"].classes
         raw = batch.image.to(device, non_blocking=True)
         labels, weight = batch.label.to(device, non_blocking=True), batch.weight.to(device, non_blocking=True)
         with self.accelerator.autocast():
-            boxes = self.lungs["train"](raw, batch.index) if attend else None
+            boxes = self.lungs["train"](raw, batch.index) if attend or self.swaps else None
+        lesions = self.annotations.regions(batch.index, raw.shape[-2:], c.size).to(device) if self.annotations else None
         draws = draw(c.seed, self.state.epoch, batch.index)
-        images, boxes, _ = augment(resize(raw, c.size), draws, c.augment, boxes=boxes)
+        images, boxes, lesions = augment(resize(raw, c.size), draws, c.augment, boxes=boxes, masks=lesions)
         if boxes is None:
             nothing = torch.zeros(len(images), 1, 1, dtype=torch.bool, device=device)
             return Prepared(images, labels, nothing, weight, torch.zeros_like(weight))
-        region = finding_regions(boxes, [findings[k] for k in batch.label.tolist()], c.size)
+        names = [findings[k] for k in batch.label.tolist()]
+        region = finding_regions(boxes, names, c.size, self.rules)
+        if lesions is not None:
+            drawn = lesions.flatten(1).any(1)[:, None, None]
+            region = torch.where(drawn, lesions, region) if c.attention.region == "both" else lesions
+        if self.swaps:
+            inside, healthy = ([name in kind for name in names] for kind in (self.inside, {NO_FINDING}))
+            images = swap_context(images, boxes, inside, draws[:, SWAPS], self.swap, lesions=lesions, healthy=healthy)
         return Prepared(images, labels, region, weight, weight * region.flatten(1).any(1))
 
     def log(self, logged: "_Logged", bar: Any, lam: float, position: float) -> None:
@@ -211,8 +241,9 @@ class Trainer:
         c, acc, state = self.config, self.accelerator, self.state
         for buffer in self.model.buffers():
             broadcast(buffer)  # each process kept its own BatchNorm statistics since the last forward
-        outcome = evaluate(acc, self.model, self.splits["val"], self.lungs.get("val"), c, look=c.attends)
-        figures = validation_figures(outcome, self.balance.value(state.epoch) if c.attends else 1.0, c)
+        outcome = evaluate(acc, self.model, self.splits["val"], self.lungs.get("val"), c, self.rules, look=self.attends)
+        figures = validation_figures(outcome, self.balance.value(state.epoch) if self.attends else 1.0, c)
+        self.balance.validated(figures["val_loss"])
         if c.optim.schedule == "plateau":
             self.schedule.step(figures["val_weighted" if c.optim.watch == "weighted" else "val_loss"])
         score = -figures["val_loss"] if c.best == "loss" else figures[f"val_{c.best}"]
@@ -296,7 +327,7 @@ class _Logged:
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)
 
     def add(self, sums: torch.Tensor) -> None:
-        self.sums += sums
+        self.sums += sums[:4]
 
     def take(self) -> torch.Tensor:
         taken, self.sums = self.sums, torch.zeros_like(self.sums)
@@ -315,6 +346,13 @@ def _groups(loader: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
         yield group
 
 
+def squared_norm(loss: torch.Tensor, kept: list[torch.Tensor]) -> torch.Tensor:
+    """Of a loss's gradient at the feature maps: float64 scalar. Scaled meanwhile, so that it does not vanish in half precision."""
+    scale = 2.0**12
+    gradients = torch.autograd.grad(loss * scale, kept, retain_graph=True, allow_unused=True)
+    return torch.stack([(g.double() / scale).square().sum() for g in gradients if g is not None] or [loss.detach().double() * 0]).sum()
+
+
 def validation_figures(outcome: Outcome, lam: float, config: Config) -> dict[str, Any]:
     """Accuracy, AUC, cross-entropy; with attention also its term, the weighted loss and the energy in the region."""
     report = outcome.report(tuple(task_findings(config.task)))
@@ -331,10 +369,10 @@ def validation_figures(outcome: Outcome, lam: float, config: Config) -> dict[str
 MAY_CHANGE = {"shards", "out", "epochs", "patience", "batch", "accumulate", "workers", "log_every", "save_every", "tracker", "resume", "lungs.weights"}
 
 
-def identity(config: Config, splits: dict[str, Split], segmenter: str) -> dict[str, Any]:
-    """What may not change when a run is resumed: settings, training images, the segmenter's weights."""
+def identity(config: Config, splits: dict[str, Split], segmenter: str, findings: dict[str, Finding]) -> dict[str, Any]:
+    """What may not change when a run is resumed: settings, training images, the segmenter's weights, the findings' rules."""
     own = {name: value for name, value in flat(asdict(config)).items() if name not in MAY_CHANGE}
-    return own | {"shards": splits["train"].fingerprint, "lungs.weights": segmenter}
+    return own | {"shards": splits["train"].fingerprint, "lungs.weights": segmenter, "findings": findings_to_yaml(findings)}
 
 
 def make_optimizer(model: torch.nn.Module, o: OptimConfig, steps: int) -> tuple[torch.optim.Optimizer, Any]:
@@ -366,9 +404,10 @@ def build(config: Config) -> Trainer:
     """Check everything that can be checked, say what will happen, claim the run folder, make the parts."""
     trackers = None if config.tracker == "none" else config.tracker
     accelerator = start(config.seed, log_with=trackers, project_dir=config.out)
-    store, out, findings = open_store(config.shards), Path(config.out), task_findings(config.task)
+    store, out, classes = open_store(config.shards), Path(config.out), task_findings(config.task)
+    findings = run_findings(out, config) if config.resume else {n: f for n, f in read_findings(config.findings).items() if n in classes}
     index = store.index()
-    splits = {name: Split(store, name, findings) for name in ("train", "val", "test") if name in index["splits"] or name != "test"}
+    splits = {n: Split(store, n, classes, among=among(findings)) for n in ("train", "val", "test") if n in index["splits"] or n != "test"}
     total, world = len(splits["train"]), accelerator.num_processes
     per_step = config.batch * world * config.accumulate
     if per_step > total:
@@ -379,7 +418,7 @@ def build(config: Config) -> Trainer:
     own = out / LUNGS  # the run's copy, if the file it came from is gone
     weights = own if config.resume and own.is_file() and not os.path.exists(config.lungs.weights) else config.lungs.weights
     segmenter = load_segmenter(weights or None)
-    model = FocusClassifier(config.backbone, len(findings), size=config.size, pretrained=config.pretrained, layer=config.attention.layer)
+    model = FocusClassifier(config.backbone, len(classes), size=config.size, pretrained=config.pretrained, layer=config.attention.layer)
     if not config.resume:
         checkpoint.claim(accelerator, out, to_yaml(config))
 
@@ -390,25 +429,46 @@ def build(config: Config) -> Trainer:
     for name, split in splits.items():
         left = f"; {split.left_out} others left out (not exactly one finding of the task)" if split.left_out else ""
         accelerator.print(f"{name}: {', '.join(f'{n} {finding}' for finding, n in split.counts().items())}{left}")
-    if without_rule(findings):
-        accelerator.print(f"no region is known for {listed(without_rule(findings))}: classification only, no attention loss for them")
+    annotations = annotated(config, splits["train"], accelerator)
+    unplaced = without_rule(classes, rules_of(findings))
+    if unplaced and config.attention.region != "annotation":
+        accelerator.print(f"no region is known for {listed(unplaced)}: classification only, no attention loss for them; declare one with --findings FILE")
 
     segmenter.to(accelerator.device).to(memory_format=torch.channels_last)
     key = segmenter.fingerprint()
     lungs = {name: LungBoxes(segmenter, config.size, len(s), s.fingerprint, key) for name, s in splits.items()}
     raw, schedule = make_optimizer(model, config.optim, config.epochs * -(-total // per_step))
     net, optimizer = accelerator.prepare(model, raw)
-    balance = Balance(config.balance.policy, config.balance.lam, config.balance.low, config.balance.high)
+    balance = Balance(**asdict(config.balance))
     tracking = Tracking(accelerator, config.tracker)
     parts = config, accelerator, splits, accelerator.unwrap_model(net), net, optimizer, schedule, balance, lungs, tracking
-    trainer = Trainer(*parts, identity(config, splits, key))
+    trainer = Trainer(*parts, findings, annotations, identity(config, splits, key, findings))
+    fixed = [name for name in classes if name not in trainer.inside] if trainer.swaps else []
+    if fixed:
+        accelerator.print(f"context swap leaves out {listed(fixed)}: only what shows inside the lung box may get other surroundings")
     if config.resume:
         trainer.restore()
     if accelerator.is_main_process:  # a resume that is refused has changed nothing
         checkpoint.write_atomic(out / "config.yaml", to_yaml(replace(config, resume=False)))
+        checkpoint.write_atomic(out / FINDINGS, findings_to_yaml(findings))
         segmenter.save(out / LUNGS)
     tracking.start(out, asdict(config))
     return trainer
+
+
+def annotated(config: Config, split: Split, accelerator: Accelerator) -> Annotations | None:
+    """The lesion boxes that training uses; says how many there are. InputError where there are none."""
+    a = config.attention
+    if a.region == "anatomy" or (config.plain and not config.swap_probability):
+        return None
+    boxes = Annotations(split, a.annotated, config.seed)
+    if not boxes.boxes:
+        why = (
+            f"--attention.annotated {a.annotated} leaves none of the {boxes.known} with boxes" if boxes.known else "no training image has a box of its finding"
+        )
+        raise InputError(f"--attention.region {a.region}: {why}; pack lesion boxes (--boxes), or take --attention.region anatomy")
+    accelerator.print(f"{boxes.known} of {len(split)} training images have lesion boxes of their finding, {len(boxes.boxes)} of these are used as regions")
+    return boxes
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -423,8 +483,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     trainer.train()
     acc.wait_for_everyone()
-    _, best, _, _ = open_run(out)
-    trainer.model.load_state_dict(best.state_dict())
+    trainer.model.load_state_dict(open_run(out).model.state_dict())
     training = {
         "minutes": state.seconds / 60,
         "epochs": state.epoch,
@@ -435,7 +494,7 @@ def main(argv: list[str] | None = None) -> None:
         "precision": acc.mixed_precision,
         "device": torch.cuda.get_device_name() if acc.device.type == "cuda" else acc.device.type,
     }
-    content = finish(acc, trainer.model, config, trainer.splits, trainer.lungs, training, out)
+    content = finish(acc, trainer.model, config, trainer.findings, trainer.splits, trainer.lungs, training, out)
     if acc.is_main_process:
         from PIL import Image
 

@@ -1,0 +1,355 @@
+"""python bench/attention_study.py --work DIR: what trains attention, and what breaks a shortcut? Many arms, paired by seed.
+
+Phantoms with a planted shortcut: a marker outside the lungs that agrees with the label in all, or in 95%, of the training images, and a
+tube inside a lung. Every run is the trainer's own loop (`trainer.train.build`, `Trainer.train`); its last model is tested on
+three sets of the same 600 phantoms, in which the shortcut is as in training, says nothing, or is always wrong. A run that is done is not
+repeated, one that was interrupted starts anew (a run is a minute or two): stop and start as you like. `--minutes` ends it early.
+The tables in bench/attention_study.md are made from whatever is done.
+
+    python bench/attention_study.py --work DIR --minutes 100 --workers 2       # train, then write the tables
+    python bench/attention_study.py --work DIR --cost                          # the cost of a step of each arm, alternating
+    python bench/attention_study.py --work DIR --tables                        # only write the tables
+"""
+
+import argparse
+import contextlib
+import fcntl
+import io
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+
+from bench.step import processor, quartiles
+from shards.pack import pack
+from shards.phantom import Phantoms
+from shards.store import open_store
+from shards.stream import EpochPlan, Split
+from trainer.config import Config, parse
+from trainer.evaluate import evaluate
+from trainer.lungs import LungBoxes, load_segmenter
+from trainer.metrics import multiclass_auc, summarize
+from trainer.rules import task_findings
+from trainer.train import Trainer, build
+
+HERE = Path(__file__).parent
+SIZE, TRAIN, TEST = 128, 900, 600
+CONDITIONS = {"marker 0.95": ("marker", 0.95), "marker 1.0": ("marker", 1.0), "tube 0.95": ("tube", 0.95)}
+TESTS = {"as in training": None, "says nothing": 0.0, "reversed": -1.0}
+BACKBONES = {
+    "resnet": ["--backbone", "test_resnet", "--task", "nep", "--optim.lr", "3e-3", "--epochs", "8"],
+    "pvt": ["--backbone", "pvt_v2_b0", "--task", "ne", "--optim.lr", "5e-4", "--epochs", "5"],
+}
+COMMON = ["--pretrained", "false", "--size", "128", "--batch", "16", "--workers", "0", "--tracker", "none", "--best", "auc", "--log_every", "20"]
+COMMON += ["--optim.name", "adamw", "--optim.weight_decay", "0.01", "--optim.schedule", "cosine", "--optim.warmup", "20"]
+OFF, ON = ["--swap.probability", "0"], ["--swap.probability", "0.5"]
+BOX = ["--findings", str(HERE / "whole_box.yaml")]
+CORE = {
+    "cross-entropy": ["--balance.lam", "1", *OFF],
+    "published": ["--attention.form", "published", *OFF],
+    "coverage": ["--attention.form", "coverage", *OFF],
+    "energy": OFF,
+    "swap": ["--balance.lam", "1", *ON],
+    "energy + swap": ON,
+}
+FURTHER = {
+    "lift + swap": ["--attention.form", "lift", *ON],
+    "coverage + swap": ["--attention.form", "coverage", *ON],
+    "energy in the whole box": [*BOX, *OFF],
+    "energy in the whole box + swap": [*BOX, *ON],
+    "energy, earlier layer + swap": ["--attention.layer", "{earlier}", *ON],
+    "energy, two layers + swap": ["--attention.layer", "{both}", *ON],
+    "input gradient": ["--attention.layer", "input", *OFF],
+    "energy + swap, lambda 0.8": ["--balance.lam", "0.8", *ON],
+    "energy + swap, lambda 0.2": ["--balance.lam", "0.2", *ON],
+    "energy + swap of all": ["--swap.probability", "1"],
+    "energy + swap, lambda published": ["--balance.policy", "published", *ON],
+    "energy + swap, lambda ratio": ["--balance.policy", "ratio", *ON],
+    "energy + swap, lambda balanced": ["--balance.policy", "balanced", *ON],
+    "energy + swap, lambda constrained": ["--balance.policy", "constrained", *ON],
+}
+ANNOTATED = {
+    "energy, 10% annotated": ["--attention.region", "both", "--attention.annotated", "0.1", *OFF],
+    "energy + swap, 10% annotated": ["--attention.region", "both", "--attention.annotated", "0.1", *ON],
+    "energy + swap, all annotated": ["--attention.region", "both", *ON],
+}
+LAYERS = {"resnet": ("layer3", "layer3,layer4"), "pvt": ("stages.2", "stages.2,stages.3")}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One run."""
+
+    condition: str
+    backbone: str
+    arm: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"{self.condition}_{self.backbone}_{self.arm}_{self.seed}".replace(" ", "-").replace(",", "")
+
+    def flags(self) -> list[str]:
+        """Of the trainer."""
+        earlier, both = LAYERS[self.backbone]
+        arm = [flag.format(earlier=earlier, both=both) for flag in {**CORE, **FURTHER, **ANNOTATED}[self.arm]]
+        return [*COMMON, *BACKBONES[self.backbone], *arm, "--seed", str(self.seed)]
+
+
+def specs(seeds: int) -> list[Spec]:
+    """All runs, what matters most first: the core on both backbones, then annotations in the tube, then the further arms."""
+    core = [Spec(c, b, a, s) for s in range(seeds) for c in CONDITIONS for b in BACKBONES for a in CORE]
+    annotated = [Spec("tube 0.95", "resnet", a, s) for s in range(seeds) for a in ANNOTATED]
+    further = [Spec("marker 0.95", "resnet", a, s) for s in range(seeds) for a in FURTHER]
+    tube = [Spec("tube 0.95", "resnet", a, s) for s in range(seeds) for a in FURTHER if a != "input gradient"]
+    return [*core, *annotated, *further, *tube]
+
+
+class Data:
+    """Shards and lung boxes of one condition and seed, made once."""
+
+    def __init__(self, work: Path, spec: Spec) -> None:
+        self.classes = task_findings("nep" if spec.backbone == "resnet" else "ne")
+        self.root = work / "data" / f"{spec.condition}_{spec.seed}".replace(" ", "-")
+        self.root.mkdir(parents=True, exist_ok=True)
+        with (self.root / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (self.root / "boxes").exists():
+                with contextlib.redirect_stderr(io.StringIO()):
+                    self._make(*CONDITIONS[spec.condition], spec.seed)
+
+    def _make(self, kind: str, correlation: float, seed: int) -> None:
+        classes = task_findings("nep")
+        for name, value in TESTS.items():
+            if not (self.root / name).exists():
+                of_test = correlation if value is None else value
+                source = Phantoms(TEST * 5, 1000 + seed, size=SIZE, findings=classes, shortcut=correlation, shortcut_test=of_test, kind=kind)
+                source.items = [item for item in source.items if item.split == "test"][: TEST if value == 0.0 else TEST // 2]
+                pack(source, self.root / name, dataset="phantom", workers=1)
+        if not (self.root / "train").exists():
+            source = Phantoms(TRAIN * 5 // 3, seed, size=SIZE, findings=classes, shortcut=correlation, kind=kind)
+            source.items = [item for item in source.items if item.split != "test"]
+            pack(source, self.root / "train", dataset="phantom", workers=1)
+        # The lungs of every image are found once, and for each task its own table of boxes is cut out.
+        segmenter = load_segmenter().to(memory_format=torch.channels_last)
+        partial = self.root / "boxes.partial"
+        partial.mkdir(exist_ok=True)
+        for name, part in (("train", "train"), ("train", "val"), ("says nothing", "test")):
+            split = Split(open_store(self.root / name), part, classes)
+            boxes = LungBoxes(segmenter, SIZE, len(split), split.fingerprint)
+            for batch in split.batches(EpochPlan(split.shard_sizes(), shuffle=False), 0, 0, batch=25, rank=0, world=1, workers=0):
+                boxes(batch.image, batch.index)
+            torch.save((split.rows.tolist(), boxes.memory.table), partial / f"{part}.pt")
+        partial.rename(self.root / "boxes")
+
+    def remember(self, boxes: LungBoxes, split: Split, part: str) -> None:
+        """Give ``boxes`` what is known."""
+        rows, table = torch.load(self.root / "boxes" / f"{part}.pt", weights_only=True)
+        at = {row: i for i, row in enumerate(rows)}
+        boxes.memory.table = table[[at[row] for row in split.rows.tolist()]].clone()
+
+
+def trained(work: Path, data: Data, spec: Spec) -> Trainer:
+    """The trainer of a run, with the boxes known."""
+    out = work / "runs" / spec.name
+    if out.exists():
+        subprocess.run(["rm", "-rf", str(out)], check=True)
+    config = parse(Config, ["--shards", str(data.root / "train"), "--out", str(out), *spec.flags()])
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer = build(config)
+    for part in ("train", "val"):
+        data.remember(trainer.lungs[part], trainer.splits[part], part)
+    return trainer
+
+
+def run(work: Path, spec: Spec) -> dict[str, Any]:
+    """Train and test."""
+    data = Data(work, spec)
+    trainer = trained(work, data, spec)
+    begin = time.monotonic()
+    with contextlib.redirect_stderr(io.StringIO()):
+        trainer.train()
+    result: dict[str, Any] = {"seconds": time.monotonic() - begin, "lambda": trainer.balance.value(trainer.state.epoch - 1)}
+    lungs = trainer.lungs["train"]
+    for name in TESTS:
+        split = Split(open_store(data.root / name), "test", data.classes)
+        boxes = LungBoxes(lungs.segmenter, SIZE, len(split), split.fingerprint)
+        look = name == "says nothing"
+        if look:
+            data.remember(boxes, split, "test")
+        seen = evaluate(trainer.accelerator, trainer.model, split, boxes, trainer.config, trainer.rules, look=look)
+        right = (seen.logits.argmax(1) == seen.labels).float()
+        result[name] = {"accuracy": float(right.mean()), "auc": multiclass_auc(seen.logits, seen.labels)}
+        if look:
+            markers = torch.tensor([split.meta(p)["marker"] for p in range(len(split))])
+            groups = [right[(seen.labels == k) & (markers == m)].mean() for k in range(len(split.classes)) for m in range(len(split.classes))]
+            result[name]["worst"] = float(min(groups))
+            for kind, table in seen.tables().items():
+                figures = summarize(table[~table[:, 0].isnan()][:, :6])
+                assert figures is not None
+                result[name] |= {f"{kind}_{n}": figures[n] for n in ("energy", "lift", "pointing", "iou_otsu")}
+    subprocess.run(["rm", "-rf", trainer.config.out], check=True)
+    return result
+
+
+@contextlib.contextmanager
+def claimed(work: Path, spec: Spec) -> Iterator[bool]:
+    """Whether this process has the run to itself."""
+    with (work / "locks" / spec.name).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield not (work / "results" / f"{spec.name}.json").exists()
+
+
+def worker(work: Path, seeds: int, until: float) -> None:
+    """Do what nobody else does, until the time is over."""
+    torch.set_num_threads(1)
+    for spec in specs(seeds):
+        if time.time() > until:
+            return
+        with claimed(work, spec) as mine:
+            if mine:
+                result = run(work, spec)
+                partial = work / "results" / f".{spec.name}"
+                partial.write_text(json.dumps(result))
+                partial.replace(work / "results" / f"{spec.name}.json")
+                nothing = result["says nothing"]
+                told = f"{nothing['accuracy']:.3f} (in distribution {result['as in training']['accuracy']:.3f}), energy {nothing['expected_energy']:.3f}"
+                print(f"{time.strftime('%H:%M:%S')} {spec.name}: {told}, {result['seconds']:.0f} s", flush=True)
+
+
+# -- tables -----------------------------------------------------------------------------------------------------
+
+FIGURES = {
+    "accuracy": lambda r: r["says nothing"]["accuracy"],
+    "worst group": lambda r: r["says nothing"]["worst"],
+    "AUC": lambda r: r["says nothing"]["auc"],
+    "accuracy, reversed": lambda r: r["reversed"]["accuracy"],
+    "AUC in distribution": lambda r: r["as in training"]["auc"],
+    "energy": lambda r: r["says nothing"]["expected_energy"],
+    "lift": lambda r: r["says nothing"]["expected_lift"],
+    "pointing": lambda r: r["says nothing"]["expected_pointing"],
+    "lift, lesion": lambda r: r["says nothing"]["lesion_lift"],
+    "pointing, lesion": lambda r: r["says nothing"]["lesion_pointing"],
+}
+
+
+def interval(values: list[float]) -> str:
+    """Mean and 95% interval (Student's t) in points, or the one value."""
+    mean = 100 * statistics.mean(values)
+    if len(values) < 2:
+        return f"{mean:.1f}"
+    half = 100 * float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{mean:.1f} ± {half:.1f}"
+
+
+def tables(work: Path, seeds: int) -> str:
+    """Markdown: for each condition and backbone the figures of every arm, then the paired differences to cross-entropy."""
+    done: dict[tuple[str, str], dict[str, dict[int, dict]]] = defaultdict(lambda: defaultdict(dict))
+    for spec in specs(seeds):
+        path = work / "results" / f"{spec.name}.json"
+        if path.exists():
+            done[spec.condition, spec.backbone][spec.arm][spec.seed] = json.loads(path.read_text())
+    text = []
+    for (condition, backbone), arms in done.items():
+        text += [f"\n### {condition}, {backbone}\n", "| arm | seeds | " + " | ".join(FIGURES) + " |", "|---|---|" + "---|" * len(FIGURES)]
+        for arm, results in arms.items():
+            text.append(f"| {arm} | {len(results)} | " + " | ".join(interval([f(r) for r in results.values()]) for f in FIGURES.values()) + " |")
+        base = arms.get("cross-entropy", {})
+        text += ["\nMinus cross-entropy, paired by seed:\n", "| arm | seeds | " + " | ".join(FIGURES) + " |", "|---|---|" + "---|" * len(FIGURES)]
+        for arm, results in arms.items():
+            both = sorted(set(results) & set(base))
+            if arm != "cross-entropy" and both:
+                text.append(f"| {arm} | {len(both)} | " + " | ".join(interval([f(results[s]) - f(base[s]) for s in both]) for f in FIGURES.values()) + " |")
+    return "\n".join(text)
+
+
+def cost(work: Path, turns: int) -> str:
+    """Seconds of a step of each arm, alternating, as ratios to cross-entropy within each turn."""
+    torch.set_num_threads(1)
+    text = []
+    for backbone in BACKBONES:
+        trainers = {}
+        for arm in [*CORE, *FURTHER]:
+            spec = Spec("marker 0.95", backbone, arm, 0)
+            data = Data(work, spec)
+            trainers[arm] = trained(work / "cost", data, spec)
+            trainers[arm].net.train()
+        split = trainers["cross-entropy"].splits["train"]
+        batch = next(iter(split.batches(EpochPlan(split.shard_sizes()), 0, 0, batch=16, rank=0, world=1, workers=0)))
+        times: dict[str, list[float]] = {arm: [] for arm in trainers}
+        rng = np.random.default_rng(0)
+        for turn in range(turns + 2):
+            for arm in rng.permutation(list(trainers)):
+                trainer = trainers[arm]
+                begin = time.perf_counter()
+                trainer.step([batch], trainer.balance.value(0) if trainer.attends else 1.0)
+                if turn >= 2:
+                    times[arm].append(time.perf_counter() - begin)
+        text += [f"\n### Cost of a step, {backbone}, batch 16, {turns} turns\n", "| arm | median ratio to cross-entropy | quartiles |", "|---|---|---|"]
+        for arm, seconds in times.items():
+            low, middle, high = quartiles(seconds, times["cross-entropy"])
+            text.append(f"| {arm} | {middle:.2f} | {low:.2f} to {high:.2f} |")
+    return "\n".join(text)
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
+    parser.add_argument("--minutes", type=float, default=140)
+    parser.add_argument("--turns", type=int, default=15, help="of --cost")
+    parser.add_argument("--cost", action="store_true")
+    parser.add_argument("--tables", action="store_true")
+    parser.add_argument("--worker", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--write", type=Path, default=HERE / "attention_study.md")
+    a = parser.parse_args()
+    work = a.work.resolve()
+    for folder in ("results", "locks", "runs"):
+        (work / folder).mkdir(parents=True, exist_ok=True)
+    os.environ |= {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "true"}
+    if a.worker:
+        worker(work, a.seeds, a.worker)
+        return
+    if a.cost:
+        (work / "cost.md").write_text(cost(work, a.turns))
+    elif not a.tables:
+        until = str(time.time() + 60 * a.minutes)
+        command = [sys.executable, "-m", "bench.attention_study", "--work", str(work), "--seeds", str(a.seeds), "--worker", until]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        helpers = [subprocess.Popen(command, env=environment, cwd=HERE.parent) for _ in range(a.workers)]
+        if any(helper.wait() for helper in helpers):
+            sys.exit("error: a worker failed; its message is above; what is done is kept")
+    text = tables(work, a.seeds)
+    if (work / "cost.md").exists():
+        text += "\n" + (work / "cost.md").read_text()
+    head = (
+        f"# Attention study\n\nWritten by `bench/attention_study.py`, {date.today()}; {processor()}; torch {torch.__version__}. {SIZE} px, {TRAIN} training "
+        f"and {TEST} test images a seed. Points (100 = all), mean over seeds ± half of the 95% interval (Student's t).\n\nUnless said otherwise a figure is of "
+        "the test set in which the shortcut says nothing. Energy, lift and pointing: of the positives' CAM in the expected region.\n"
+    )
+    a.write.write_text(head + text + "\n")
+    print(f"wrote {a.write}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""python -m trainer.regions show | learn: look at the rules; make one from a single annotated radiograph.
+
+Hides the drawing and the arithmetic between pixels of a file and shares of a lung box.
+"""
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from shards.errors import InputError, listed, nearest
+from shards.sample import EFFUSION, NO_FINDING, fit, load_image
+from trainer.checkpoint import write_atomic
+from trainer.lungs import load_segmenter
+from trainer.regions import finding_regions
+from trainer.report import BOX, LESION, REGION
+from trainer.rules import LIMIT, Finding, Rectangle, Rule, _read, read_findings, to_yaml
+
+SIZE = 512
+SHOW = """examples:
+  python -m trainer.regions show                                        # the ready-made findings on a synthetic radiograph
+  python -m trainer.regions show --findings mine.yaml --image CHEST.png --out mine.png"""
+LEARN = """example:
+  python -m trainer.regions learn CHEST.png --box 1480,410,620,1180 --finding "Pleural plaque" --out plaque.yaml
+then
+  python -m trainer.train --findings plaque.yaml --task "No Finding,Pleural plaque" ..."""
+
+
+def main(argv: list[str]) -> None:
+    """Run one of the two commands."""
+    parser = argparse.ArgumentParser(prog="trainer.regions", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    style: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    show_ = commands.add_parser("show", help="print the findings and draw their regions", epilog=SHOW, **style)
+    show_.add_argument("--findings", default="", help="a file of findings, or published (without it: the ready-made ones, nih)")
+    show_.add_argument("--image", type=Path, help="a radiograph to draw on (without it: a synthetic one)")
+    show_.add_argument("--out", type=Path, default=Path("regions.png"), help="picture to write")
+    learn_ = commands.add_parser("learn", help="a region rule from one annotated radiograph", epilog=LEARN, **style)
+    learn_.add_argument("image", type=Path, metavar="IMAGE", help="the radiograph, any format that shards takes, DICOM included")
+    learn_.add_argument("--box", action="append", required=True, metavar="X,Y,W,H", help="the lesion in pixels of the file; may be given several times")
+    learn_.add_argument("--finding", required=True, metavar="NAME", help="what it is called in the shards")
+    learn_.add_argument("--margin", type=float, default=0.05, help="how much larger than the box the region is, in shares of the lung box")
+    learn_.add_argument("--one-sided", action="store_true", help="do not mirror a box that lies beside the midline to the other lung")
+    learn_.add_argument("--images", choices=("only", "any"), default="only", help="which images count as the finding: with no other label, or any")
+    learn_.add_argument("--out", type=Path, help="file of findings to write or extend (without it: NAME.yaml); the picture stands beside it")
+    flags = {name for p in (show_, learn_) for name in p._option_string_actions}
+    for token in argv:
+        if token.startswith("--") and token.partition("=")[0] not in flags:
+            raise InputError(f"unknown flag {token}; {nearest(token.partition('=')[0], flags)}")
+    a = parser.parse_args(argv)
+    show(a.findings, a.image, a.out) if a.command == "show" else learn(a)
+
+
+def show(name: str, image: Path | None, out: Path) -> None:
+    """Print what is declared and draw each region."""
+    findings = read_findings(name)
+    if image is None:
+        from shards.phantom import phantom
+
+        pixels, what = phantom("phantom", EFFUSION, np.random.default_rng(5), SIZE).image, "a synthetic radiograph"
+    else:
+        pixels, what = fit(load_image(image), SIZE), str(image)
+    box, found = _lungs(pixels)
+    width = max(map(len, findings))
+    print(f"{'':{width}}  images  region in shares of the lung box: left top right bottom")
+    for finding, entry in findings.items():
+        print(f"{finding:{width}}  {entry.images:6}  {_words(entry.rule)}" + (f"  ({entry.source})" if entry.source else ""))
+    _drawn(pixels, box, {n: f for n, f in findings.items() if f.rule is not None}).savefig(_folder(out), dpi=110)
+    lost = "" if found else "; no lungs were found in it, so the whole image stands in for their box"
+    print(f"wrote {out}: drawn on {what}{lost}")
+
+
+def learn(a: argparse.Namespace) -> None:
+    """Derive a rule from the boxes, add it to the file, draw it."""
+    out = a.out or Path(f"{a.finding.replace(' ', '_').lower()}.yaml")
+    if not a.finding.strip() or a.finding == NO_FINDING:
+        raise InputError(f"--finding {a.finding!r}: expected the name of a finding")
+    if not 0 <= a.margin <= 1:
+        raise InputError(f"--margin {a.margin}: a share of the lung box lies in [0, 1]")
+    known = _read(out) if out.is_file() else {}
+    if a.finding in known:
+        raise InputError(f"--out {out}: has a finding {a.finding!r} already; remove it there, or name another file")
+    image = load_image(a.image)
+    height, width = image.shape
+    lesions = [_box(text, width, height) for text in a.box]
+    pixels = fit(image, SIZE)
+    box, found = _lungs(pixels)
+    if not found:
+        raise InputError(f"{a.image}: no believable pair of lungs is seen in it, so a place cannot be told relative to them; take another radiograph")
+    x0, y0, x1, y1 = box.tolist()
+    across, down = (x1 - x0) / SIZE, (y1 - y0) / SIZE
+    rectangles: list[Rectangle] = []
+    for left, top, right, bottom in lesions:
+        relative = ((left - x0 / SIZE) / across, (top - y0 / SIZE) / down, (right - x0 / SIZE) / across, (bottom - y0 / SIZE) / down)
+        # Outward to the grid of hundredths, which is finer than a lung box is known.
+        low = [math.floor(100 * (v - a.margin) + 1e-9) / 100 for v in relative[:2]]
+        high = [math.ceil(100 * (v + a.margin) - 1e-9) / 100 for v in relative[2:]]
+        if max(map(abs, (*low, *high))) > LIMIT:
+            raise InputError(f"--box: lies {max(map(abs, (*low, *high))):.1f} lung boxes away from the lungs; is it in pixels of {a.image} ({width}x{height})?")
+        rectangles.append((low[0], low[1], high[0], high[1]))
+        beside = relative[2] <= 0.5 or relative[0] >= 0.5
+        if beside and not a.one_sided:
+            rectangles.append((round(1 - high[0], 2), low[1], round(1 - low[0], 2), high[1]))
+            print("the box lies beside the midline: its mirror image belongs to the region, too (--one-sided leaves it out)")
+    rule = Rule(tuple(dict.fromkeys(rectangles)))
+    finding = Finding(rule, a.images, f"learned from one annotated radiograph ({a.image.name}), margin {a.margin:g}")
+    write_atomic(_folder(out), to_yaml(known | {a.finding: finding}))
+    picture = out.with_suffix(".png")
+    _drawn(pixels, box, {a.finding: finding}, [tuple(v * SIZE for v in b) for b in lesions]).savefig(picture, dpi=110)
+    print(f"{a.finding}: {_words(rule)}")
+    if not rule.inside(0.05):
+        print("the region reaches beyond the lung box: context swap will leave these images alone")
+    print(f"wrote {out} and {picture}; use it with --findings {out}")
+
+
+def _box(text: str, width: int, height: int) -> tuple[float, ...]:
+    """``X,Y,W,H`` in pixels as left, top, right, bottom in shares of the image's sides."""
+    try:
+        x, y, w, h = (float(v) for v in text.split(","))
+    except ValueError:
+        raise InputError(f"--box {text}: expected four numbers X,Y,W,H in pixels of the file") from None
+    if not (w > 0 and h > 0 and x >= 0 and y >= 0 and x + w <= width and y + h <= height):
+        raise InputError(f"--box {text}: does not lie in the image of {width}x{height} pixels; expected X,Y,W,H with X + W <= {width} and Y + H <= {height}")
+    return x / width, y / height, (x + w) / width, (y + h) / height
+
+
+def _lungs(pixels: np.ndarray) -> tuple[torch.Tensor, bool]:
+    """Box int64 [4] of a uint8 [SIZE,SIZE] image and whether lungs were found, by the shipped segmenter."""
+    with torch.no_grad():
+        boxes, found = load_segmenter().boxes(torch.from_numpy(pixels.copy())[None, None].float() / 255, SIZE)
+    return boxes[0], bool(found[0])
+
+
+def _words(rule: Rule | None) -> str:
+    if rule is None:
+        return "none: classification only"
+    told = listed((" ".join(f"{v:g}" for v in r) for r in rule.rectangles), 4)
+    return f"all but {told}" if rule.outside else told
+
+
+def _folder(path: Path) -> Path:
+    """``path``, whose folder exists."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {path}: cannot be written ({error.strerror})") from error
+    return path
+
+
+def _drawn(pixels: np.ndarray, box: torch.Tensor, findings: dict[str, Finding], lesions: list[Any] | None = None) -> Figure:
+    """One panel a finding: lung box cyan, region green, annotated boxes red."""
+    rules = {name: finding.rule for name, finding in findings.items() if finding.rule is not None}
+    columns = min(4, len(rules))
+    rows = math.ceil(len(rules) / columns)
+    figure = Figure(figsize=(max(4.2, 3.1 * columns), 3.4 * rows + 0.4), layout="constrained")
+    regions = finding_regions(box.repeat(len(rules), 1), list(rules), SIZE, rules).numpy()
+    x0, y0, x1, y1 = box.tolist()
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat:
+        ax.axis("off")
+    for ax, name, region in zip(axes.flat, rules, regions, strict=False):
+        ax.imshow(pixels, cmap="gray", vmin=0, vmax=255)
+        ax.imshow(np.where(region[..., None], [0.49, 0.99, 0.0, 0.25], 0.0))
+        ax.contour(region, levels=[0.5], colors=[REGION], linewidths=1.2)
+        ax.plot(np.array([x0, x1, x1, x0, x0]) - 0.5, np.array([y0, y0, y1, y1, y0]) - 0.5, color=BOX, lw=1)
+        for left, top, right, bottom in lesions or []:
+            ax.plot([left, right, right, left, left], [top, top, bottom, bottom, top], color=LESION, lw=1)
+        ax.set_title(name, fontsize=10)
+    figure.supxlabel("cyan: lung box   green: expected region" + ("   red: annotated" if lesions else ""), fontsize=8)
+    return figure

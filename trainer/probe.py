@@ -1,0 +1,43 @@
+"""What a model's figures are tested against: images without the region, or without all but it, and a network that knows nothing.
+
+Legend: images float [B,1,S,S] in [0,1]; region bool [B,S,S].
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from shards.sample import NO_FINDING
+from trainer.classifier import FocusClassifier
+from trainer.config import Config
+from trainer.context import blend, kept_mask
+from trainer.rules import Rule
+
+SIGMA = 1 / 14  # of the blur, in shares of the side: 16 pixels at 224, wider than ribs and vessels
+SEAM = 0.02  # width of the transition, in shares of the side
+
+
+def blurred(images: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    """Images, Gaussian-blurred where bool [B,S,S] says so, with a soft seam outside of that place."""
+    size = images.shape[-1]
+    at = torch.arange(size, device=images.device, dtype=torch.float32)
+    taps = torch.exp(-0.5 * ((at[:, None] - at) / (SIGMA * size)) ** 2)
+    taps = taps / taps.sum(1, keepdim=True)  # renormalised at the border
+    with torch.autocast(images.device.type, enabled=False):
+        smooth = taps @ images.float() @ taps.T
+    soft = torch.where(where.flatten(1).any(1)[:, None, None], kept_mask(where, SEAM), 0.0)
+    return blend(smooth, soft, images)
+
+
+def probed(names: Sequence[str], index: torch.Tensor, findings: Sequence[str], rules: Mapping[str, Rule]) -> list[str]:
+    """Whose region is blurred in each image: its own finding's; where it has none, one of the task's findings in turn, so that blur is no sign of disease."""
+    known = [name for name in findings if name in rules and name != NO_FINDING]
+    return [name if name in rules or not known else known[position % len(known)] for name, position in zip(names, index.tolist(), strict=True)]
+
+
+def random_twin(model: FocusClassifier, config: Config) -> FocusClassifier:
+    """The same network with the random weights that its training could have started from."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed + 1)
+        twin = FocusClassifier(config.backbone, model.net.num_classes, size=config.size, pretrained="false", layer=config.attention.layer)
+    return twin.eval()
