@@ -32,8 +32,8 @@ from typing import Any
 import numpy as np
 import torch
 from scipy import stats
+from step import processor, quartiles
 
-from bench.step import processor, quartiles
 from shards.pack import pack
 from shards.phantom import Phantoms
 from shards.store import open_store
@@ -334,7 +334,7 @@ def main() -> None:
         (work / "cost.md").write_text(cost(work, a.turns))
     elif not a.tables:
         until = str(time.time() + 60 * a.minutes)
-        command = [sys.executable, "-m", "bench.attention_study", "--work", str(work), "--seeds", str(a.seeds), "--worker", until]
+        command = [sys.executable, str(Path(__file__).resolve()), "--work", str(work), "--seeds", str(a.seeds), "--worker", until]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         helpers = [subprocess.Popen(command, env=environment, cwd=HERE.parent) for _ in range(a.workers)]
         if any(helper.wait() for helper in helpers):

@@ -28,6 +28,7 @@ from trainer.classifier import FocusClassifier, normalize_cam
 from trainer.config import Config, parse, positionals
 from trainer.launching import Accelerator
 from trainer.lungs import LungBoxes
+from trainer.metrics import LOCALIZATION
 from trainer.regions import finding_regions
 from trainer.rules import Rule
 
@@ -193,26 +194,43 @@ def text_report(content: dict[str, Any]) -> str:
             b = figures["binary"]
             lines += [f"Sensitivity: {b['sensitivity']:.4f}", f"Positive Predictive Value (PPV): {b['ppv']:.4f}"]
             lines += [f"Youden's Index: {b['youden']:.4f}", f"Discriminant Power: {b['dp']:.4f}"]
-        for kind, what in (("expected", "expected region"), ("lesion", "lesion boxes")):
+        for kind, what in KINDS.items():
             found = figures["localization"][kind]["all"]
             if found is None:
                 lines.append(f"Localization, {what}: no ground truth")
                 continue
             lines.append(f"Localization, {what} ({found['images']} images):")
             for name, words in LOCALIZATION_WORDS.items():
-                low, high = found[f"{name}_95"]
-                lines.append(f"  {words}: {found[name]:.4f} [{low:.4f}, {high:.4f}]")
+                if name in found:
+                    at = f" at {found['iou_threshold']:g}" if name == "iou" else ""
+                    low, high = found[f"{name}_95"]
+                    lines.append(f"  {words}{at}: {found[name]:.4f} [{low:.4f}, {high:.4f}]")
+        if figures.get("probe"):
+            lines.append("Probes of the localization:")
+            lines += [f"  {words}: {value:.4f} [{low:.4f}, {high:.4f}]" for words, (value, (low, high)) in probes(figures["probe"]).items()]
     for split, keys in content["lungs_not_found"].items():
         lines.append(f"No lungs found, whole image used ({split}): {len(keys)}")
     return "\n".join(lines) + "\n"
 
 
+KINDS = {"expected": "expected region", "lesion": "lesion boxes"}
 LOCALIZATION_WORDS = {
     "energy": "CAM energy inside",
     "lift": "CAM energy inside minus area",
     "pointing": "Pointing hit",
+    "pointing_near": "Pointing hit with tolerance",
     "coverage": "Coverage at the threshold",
+    "iou_otsu": "IoU at Otsu's threshold",
+    "iou": "IoU, threshold from val",
 }
+
+
+def probes(probe: dict[str, Any]) -> dict[str, tuple[float, list[float]]]:
+    """The figures of `evaluate.probe` in words, each with its 95% interval."""
+    chance = probe["random"]
+    figures = [(probe[name], probe[f"{name}_95"]) for name in ("drop_outside", "drop_inside")]
+    figures += [(chance[name], chance[f"{name}_95"]) for name in ("energy", "similarity")]
+    return dict(zip(PROBES, figures, strict=True))
 
 
 def _classification_table(figures: dict[str, Any], findings: list[str]) -> str:
@@ -263,9 +281,9 @@ def _predictions(outcome: "Outcome", split: Split) -> str:
     for i in range(len(split)):
         line: dict[str, Any] = {"key": split.key(i), "label": split.classes[split.labels[i]]}
         line["probability"] = {name: round(p, 6) for name, p in zip(split.classes, probability[i].tolist(), strict=True)}
-        for kind, table in (("expected", outcome.expected), ("lesion", outcome.lesion)):
+        for kind, table in outcome.tables().items():
             if not table[i, 0].isnan():
-                line[kind] = {n: round(v, 6) for n, v in zip(LOCALIZATION_WORDS, table[i].tolist(), strict=True)}
+                line[kind] = {n: round(v, 6) for n, v in zip(LOCALIZATION, table[i].tolist(), strict=False)}  # the rest: IoU by threshold
         lines.append(json.dumps(line) + "\n")
     return "".join(lines)
 
@@ -279,13 +297,18 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-SUMMARY = ("accuracy", "AUC", "energy in region", "lift over area", "pointing hit", "energy in lesion", "pointing at lesion")
+PROBES = ("AUC lost, outside blurred", "AUC lost, region blurred", "energy, random weights", "likeness to random weights")
+SUMMARY = ("accuracy", "AUC", "energy in region", "lift over area", "pointing hit", "energy in lesion", "pointing at lesion", *PROBES)
 MEANING = {
     "energy in region": "share of the CAM's sum that lies in the region where the finding is expected (green), mean over the images of a finding",
     "lift over area": "that share minus the region's share of the image: 0 is no better than a map that is the same everywhere",
     "pointing hit": "share of those images whose CAM has its peak in the region",
     "energy in lesion": "as above, in the lesion boxes (red) of the image's own finding, on images that have some",
     "pointing at lesion": "as above",
+    PROBES[0]: "fall of the AUC when everything but the expected region is blurred, paired by image: what the model read elsewhere",
+    PROBES[1]: "fall of the AUC when the expected region is blurred: what the model read there",
+    PROBES[2]: "energy in region of the same network with random weights: what an untrained map gets for nothing",
+    PROBES[3]: "mean rank correlation of the model's CAMs with those of the random network; near 1, the maps do not depend on what was learned",
 }
 CAUTION = (
     "A region is where a finding is expected, not where it is: a model can look there and be wrong, so read these figures beside AUC, "
@@ -305,7 +328,8 @@ def summary(content: dict[str, Any]) -> list[tuple[float, list[float]] | None]:
     for kind, names in (("expected", ("energy", "lift", "pointing")), ("lesion", ("energy", "pointing"))):
         found = figures["localization"][kind]["all"]
         pairs += [(found[name], found[f"{name}_95"]) if found else None for name in names]
-    return pairs
+    probe = figures.get("probe")
+    return pairs + (list(probes(probe).values()) if probe else [None] * len(PROBES))
 
 
 def notes(runs: dict[str, dict[str, Any]]) -> list[str]:
@@ -386,6 +410,13 @@ def _figure(pair: tuple[float, list[float]] | None) -> str:
     return f"{value:.3f}" + (f" <small>{low:.3f} to {high:.3f}</small>" if low is not None else "")
 
 
+def _localization(found: dict[str, Any], head: str) -> str:
+    """All figures of one kind of localization."""
+    names = [name for name in LOCALIZATION_WORDS if name in found]
+    words = [LOCALIZATION_WORDS[name] + (f" ({found['iou_threshold']:g})" if name == "iou" else "") for name in names]
+    return html_table([head, *words], [["", *(_figure((found[name], found[f"{name}_95"])) for name in names)]])
+
+
 def _training(content: dict[str, Any]) -> str:
     """How the model came about, in a line."""
     t, c = content["training"], content["config"]
@@ -412,6 +443,7 @@ def _by_finding(content: dict[str, Any], split: str) -> str:
         rows.append(cells)
     keep = [i for i in range(len(head)) if i < 5 or any(row[i] != "&ndash;" for row in rows)]
     parts = [html_table([head[i] for i in keep], [[row[i] for i in keep] for row in rows])]
+    parts += [_localization(place[kind]["all"], f"{what}, {place[kind]['all']['images']} images") for kind, what in KINDS.items() if place[kind]["all"]]
     confusion = [[html.escape(name), *map(str, line)] for name, line in zip(content["findings"], figures["confusion"], strict=True)]
     parts.append(html_table(["is \\ predicted", *map(html.escape, content["findings"])], confusion))
     if "binary" in figures:
