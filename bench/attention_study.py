@@ -2,11 +2,11 @@
 
 Phantoms with a planted shortcut: a marker outside the lungs that agrees with the label in all, or in 95%, of the training images, and a
 tube inside a lung. Every run is the trainer's own loop (`trainer.train.build`, `Trainer.train`); its last model is tested on
-three sets of the same 600 phantoms, in which the shortcut is as in training, says nothing, or is always wrong. A run that is done is not
-repeated, one that was interrupted starts anew (a run is a minute or two): stop and start as you like. `--minutes` ends it early.
-The tables in bench/attention_study.md are made from whatever is done.
+three sets of other phantoms, in which the shortcut is as in training, says nothing, or is always wrong. A run that is done has a line in
+bench/attention_study.jsonl and is not repeated, one that was interrupted starts anew (a run takes one or two minutes): stop and start as you
+like. `--minutes` ends it early. The tables in bench/attention_study.md are made from whatever is done.
 
-    python bench/attention_study.py --work DIR --minutes 100 --workers 2       # train, then write the tables
+    python bench/attention_study.py --work DIR --minutes 100                   # train, then write the tables
     python bench/attention_study.py --work DIR --cost                          # the cost of a step of each arm, alternating
     python bench/attention_study.py --work DIR --tables                        # only write the tables
 """
@@ -24,7 +24,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -42,20 +42,23 @@ from trainer.config import Config, parse
 from trainer.evaluate import evaluate
 from trainer.lungs import LungBoxes, load_segmenter
 from trainer.metrics import multiclass_auc, summarize
-from trainer.rules import task_findings
+from trainer.rules import read_findings, rules_of, task_findings
 from trainer.train import Trainer, build
 
 HERE = Path(__file__).parent
-SIZE, TRAIN, TEST = 128, 900, 600
+SIZE, TRAIN, TEST = 128, 600, 600  # pixels; training images; test images where the shortcut says nothing, half of it elsewhere
 CONDITIONS = {"marker 0.95": ("marker", 0.95), "marker 1.0": ("marker", 1.0), "tube 0.95": ("tube", 0.95)}
 TESTS = {"as in training": None, "says nothing": 0.0, "reversed": -1.0}
 BACKBONES = {
-    "resnet": ["--backbone", "test_resnet", "--task", "nep", "--optim.lr", "3e-3", "--epochs", "8"],
-    "pvt": ["--backbone", "pvt_v2_b0", "--task", "ne", "--optim.lr", "5e-4", "--epochs", "5"],
+    "resnet18": ["--backbone", "resnet18", "--optim.lr", "1e-3"],
+    "pvt_v2_b0": ["--backbone", "pvt_v2_b0", "--optim.lr", "5e-4"],
+    "test_resnet": ["--backbone", "test_resnet", "--optim.lr", "3e-3"],  # timm's small one (0.5 M parameters), for the many arms
 }
-COMMON = ["--pretrained", "false", "--size", "128", "--batch", "16", "--workers", "0", "--tracker", "none", "--best", "auc", "--log_every", "20"]
-COMMON += ["--optim.name", "adamw", "--optim.weight_decay", "0.01", "--optim.schedule", "cosine", "--optim.warmup", "20"]
+COMMON = ["--task", "nep", "--epochs", "6", "--pretrained", "false", "--size", "128", "--batch", "16", "--workers", "0", "--tracker", "none"]
+COMMON += ["--best", "auc", "--log_every", "20", "--optim.name", "adamw", "--optim.weight_decay", "0.01", "--optim.schedule", "cosine"]
+COMMON += ["--optim.warmup", "20"]
 OFF, ON = ["--swap.probability", "0"], ["--swap.probability", "0.5"]
+CLASSES, RULES = task_findings("nep"), rules_of(read_findings())
 BOX = ["--findings", str(HERE / "whole_box.yaml")]
 CORE = {
     "cross-entropy": ["--balance.lam", "1", *OFF],
@@ -86,7 +89,7 @@ ANNOTATED = {
     "energy + swap, 10% annotated": ["--attention.region", "both", "--attention.annotated", "0.1", *ON],
     "energy + swap, all annotated": ["--attention.region", "both", *ON],
 }
-LAYERS = {"resnet": ("layer3", "layer3,layer4"), "pvt": ("stages.2", "stages.2,stages.3")}
+LAYERS = {"resnet": ("layer3", "layer3,layer4"), "pvt": ("stages.2", "stages.2,stages.3")}  # an earlier one, two
 
 
 @dataclass(frozen=True)
@@ -105,25 +108,28 @@ class Spec:
 
     def flags(self) -> list[str]:
         """Of the trainer."""
-        earlier, both = LAYERS[self.backbone]
+        earlier, both = LAYERS["pvt" if self.backbone.startswith("pvt") else "resnet"]
         arm = [flag.format(earlier=earlier, both=both) for flag in {**CORE, **FURTHER, **ANNOTATED}[self.arm]]
         return [*COMMON, *BACKBONES[self.backbone], *arm, "--seed", str(self.seed)]
 
 
 def specs(seeds: int) -> list[Spec]:
-    """All runs, what matters most first: the core on both backbones, then annotations in the tube, then the further arms."""
-    core = [Spec(c, b, a, s) for s in range(seeds) for c in CONDITIONS for b in BACKBONES for a in CORE]
-    annotated = [Spec("tube 0.95", "resnet", a, s) for s in range(seeds) for a in ANNOTATED]
-    further = [Spec("marker 0.95", "resnet", a, s) for s in range(seeds) for a in FURTHER]
-    tube = [Spec("tube 0.95", "resnet", a, s) for s in range(seeds) for a in FURTHER if a != "input gradient"]
-    return [*core, *annotated, *further, *tube]
+    """All runs, what matters most first: the core on two backbones, the tube, the marker that always agrees, then the further arms."""
+    every = [
+        ("marker 0.95", ("resnet18",), CORE),
+        ("marker 0.95", ("pvt_v2_b0",), CORE),
+        ("tube 0.95", ("resnet18",), {**CORE, **ANNOTATED}),
+        ("marker 0.95", ("test_resnet",), {**CORE, **FURTHER}),
+        ("marker 1.0", ("test_resnet", "pvt_v2_b0"), CORE),
+        ("tube 0.95", ("test_resnet",), {**CORE, **ANNOTATED, **FURTHER}),
+    ]
+    return [Spec(condition, b, arm, seed) for condition, backbones, arms in every for seed in range(seeds) for b in backbones for arm in arms]
 
 
 class Data:
     """Shards and lung boxes of one condition and seed, made once."""
 
     def __init__(self, work: Path, spec: Spec) -> None:
-        self.classes = task_findings("nep" if spec.backbone == "resnet" else "ne")
         self.root = work / "data" / f"{spec.condition}_{spec.seed}".replace(" ", "-")
         self.root.mkdir(parents=True, exist_ok=True)
         with (self.root / "lock").open("w") as lock:
@@ -133,34 +139,31 @@ class Data:
                     self._make(*CONDITIONS[spec.condition], spec.seed)
 
     def _make(self, kind: str, correlation: float, seed: int) -> None:
-        classes = task_findings("nep")
         for name, value in TESTS.items():
             if not (self.root / name).exists():
                 of_test = correlation if value is None else value
-                source = Phantoms(TEST * 5, 1000 + seed, size=SIZE, findings=classes, shortcut=correlation, shortcut_test=of_test, kind=kind)
+                source = Phantoms(TEST * 5, 1000 + seed, size=SIZE, findings=CLASSES, shortcut=correlation, shortcut_test=of_test, kind=kind)
                 source.items = [item for item in source.items if item.split == "test"][: TEST if value == 0.0 else TEST // 2]
                 pack(source, self.root / name, dataset="phantom", workers=1)
         if not (self.root / "train").exists():
-            source = Phantoms(TRAIN * 5 // 3, seed, size=SIZE, findings=classes, shortcut=correlation, kind=kind)
+            source = Phantoms(TRAIN * 5 // 3, seed, size=SIZE, findings=CLASSES, shortcut=correlation, kind=kind)
             source.items = [item for item in source.items if item.split != "test"]
             pack(source, self.root / "train", dataset="phantom", workers=1)
-        # The lungs of every image are found once, and for each task its own table of boxes is cut out.
+        # The lungs of every image are found once.
         segmenter = load_segmenter().to(memory_format=torch.channels_last)
         partial = self.root / "boxes.partial"
         partial.mkdir(exist_ok=True)
         for name, part in (("train", "train"), ("train", "val"), ("says nothing", "test")):
-            split = Split(open_store(self.root / name), part, classes)
+            split = Split(open_store(self.root / name), part, CLASSES)
             boxes = LungBoxes(segmenter, SIZE, len(split), split.fingerprint)
             for batch in split.batches(EpochPlan(split.shard_sizes(), shuffle=False), 0, 0, batch=25, rank=0, world=1, workers=0):
                 boxes(batch.image, batch.index)
-            torch.save((split.rows.tolist(), boxes.memory.table), partial / f"{part}.pt")
+            torch.save(boxes.memory.table, partial / f"{part}.pt")
         partial.rename(self.root / "boxes")
 
-    def remember(self, boxes: LungBoxes, split: Split, part: str) -> None:
+    def remember(self, boxes: LungBoxes, part: str) -> None:
         """Give ``boxes`` what is known."""
-        rows, table = torch.load(self.root / "boxes" / f"{part}.pt", weights_only=True)
-        at = {row: i for i, row in enumerate(rows)}
-        boxes.memory.table = table[[at[row] for row in split.rows.tolist()]].clone()
+        boxes.memory.table = torch.load(self.root / "boxes" / f"{part}.pt", weights_only=True)
 
 
 def trained(work: Path, data: Data, spec: Spec) -> Trainer:
@@ -172,7 +175,7 @@ def trained(work: Path, data: Data, spec: Spec) -> Trainer:
     with contextlib.redirect_stdout(io.StringIO()):
         trainer = build(config)
     for part in ("train", "val"):
-        data.remember(trainer.lungs[part], trainer.splits[part], part)
+        data.remember(trainer.lungs[part], part)
     return trainer
 
 
@@ -186,12 +189,12 @@ def run(work: Path, spec: Spec) -> dict[str, Any]:
     result: dict[str, Any] = {"seconds": time.monotonic() - begin, "lambda": trainer.balance.value(trainer.state.epoch - 1)}
     lungs = trainer.lungs["train"]
     for name in TESTS:
-        split = Split(open_store(data.root / name), "test", data.classes)
+        split = Split(open_store(data.root / name), "test", CLASSES)
         boxes = LungBoxes(lungs.segmenter, SIZE, len(split), split.fingerprint)
         look = name == "says nothing"
         if look:
-            data.remember(boxes, split, "test")
-        seen = evaluate(trainer.accelerator, trainer.model, split, boxes, trainer.config, trainer.rules, look=look)
+            data.remember(boxes, "test")
+        seen = evaluate(trainer.accelerator, trainer.model, split, boxes, trainer.config, RULES, look=look)
         right = (seen.logits.argmax(1) == seen.labels).float()
         result[name] = {"accuracy": float(right.mean()), "auc": multiclass_auc(seen.logits, seen.labels)}
         if look:
@@ -206,30 +209,35 @@ def run(work: Path, spec: Spec) -> dict[str, Any]:
     return result
 
 
+def known(results: Path) -> dict[Spec, dict[str, Any]]:
+    """What is done."""
+    lines = map(json.loads, results.read_text().splitlines()) if results.exists() else ()
+    return {Spec(*line["run"]): line for line in lines}
+
+
 @contextlib.contextmanager
-def claimed(work: Path, spec: Spec) -> Iterator[bool]:
-    """Whether this process has the run to itself."""
+def claimed(work: Path, results: Path, spec: Spec) -> Iterator[bool]:
+    """Whether this process has the run to itself, and nobody has done it."""
     with (work / "locks" / spec.name).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield False
             return
-        yield not (work / "results" / f"{spec.name}.json").exists()
+        yield spec not in known(results)
 
 
-def worker(work: Path, seeds: int, until: float) -> None:
+def worker(work: Path, results: Path, seeds: int, until: float) -> None:
     """Do what nobody else does, until the time is over."""
     torch.set_num_threads(1)
     for spec in specs(seeds):
         if time.time() > until:
             return
-        with claimed(work, spec) as mine:
+        with claimed(work, results, spec) as mine:
             if mine:
-                result = run(work, spec)
-                partial = work / "results" / f".{spec.name}"
-                partial.write_text(json.dumps(result))
-                partial.replace(work / "results" / f"{spec.name}.json")
+                result = {"run": astuple(spec)} | run(work, spec)
+                with results.open("a") as file:  # one write of a line: processes do not mix
+                    file.write(json.dumps(result) + "\n")
                 nothing = result["says nothing"]
                 told = f"{nothing['accuracy']:.3f} (in distribution {result['as in training']['accuracy']:.3f}), energy {nothing['expected_energy']:.3f}"
                 print(f"{time.strftime('%H:%M:%S')} {spec.name}: {told}, {result['seconds']:.0f} s", flush=True)
@@ -260,24 +268,24 @@ def interval(values: list[float]) -> str:
     return f"{mean:.1f} ± {half:.1f}"
 
 
-def tables(work: Path, seeds: int) -> str:
+def tables(results: Path) -> str:
     """Markdown: for each condition and backbone the figures of every arm, then the paired differences to cross-entropy."""
     done: dict[tuple[str, str], dict[str, dict[int, dict]]] = defaultdict(lambda: defaultdict(dict))
-    for spec in specs(seeds):
-        path = work / "results" / f"{spec.name}.json"
-        if path.exists():
-            done[spec.condition, spec.backbone][spec.arm][spec.seed] = json.loads(path.read_text())
+    ended = known(results)
+    for spec in specs(1 + max((s.seed for s in ended), default=0)):
+        if spec in ended:
+            done[spec.condition, spec.backbone][spec.arm][spec.seed] = ended[spec]
     text = []
     for (condition, backbone), arms in done.items():
         text += [f"\n### {condition}, {backbone}\n", "| arm | seeds | " + " | ".join(FIGURES) + " |", "|---|---|" + "---|" * len(FIGURES)]
-        for arm, results in arms.items():
-            text.append(f"| {arm} | {len(results)} | " + " | ".join(interval([f(r) for r in results.values()]) for f in FIGURES.values()) + " |")
+        for arm, runs in arms.items():
+            text.append(f"| {arm} | {len(runs)} | " + " | ".join(interval([f(r) for r in runs.values()]) for f in FIGURES.values()) + " |")
         base = arms.get("cross-entropy", {})
         text += ["\nMinus cross-entropy, paired by seed:\n", "| arm | seeds | " + " | ".join(FIGURES) + " |", "|---|---|" + "---|" * len(FIGURES)]
-        for arm, results in arms.items():
-            both = sorted(set(results) & set(base))
+        for arm, runs in arms.items():
+            both = sorted(set(runs) & set(base))
             if arm != "cross-entropy" and both:
-                text.append(f"| {arm} | {len(both)} | " + " | ".join(interval([f(results[s]) - f(base[s]) for s in both]) for f in FIGURES.values()) + " |")
+                text.append(f"| {arm} | {len(both)} | " + " | ".join(interval([f(runs[s]) - f(base[s]) for s in both]) for f in FIGURES.values()) + " |")
     return "\n".join(text)
 
 
@@ -321,25 +329,26 @@ def main() -> None:
     parser.add_argument("--cost", action="store_true")
     parser.add_argument("--tables", action="store_true")
     parser.add_argument("--worker", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--results", type=Path, default=HERE / "attention_study.jsonl", help="a line for each run that is done")
     parser.add_argument("--write", type=Path, default=HERE / "attention_study.md")
     a = parser.parse_args()
     work = a.work.resolve()
-    for folder in ("results", "locks", "runs"):
+    for folder in ("locks", "runs"):
         (work / folder).mkdir(parents=True, exist_ok=True)
     os.environ |= {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "true"}
     if a.worker:
-        worker(work, a.seeds, a.worker)
+        worker(work, a.results, a.seeds, a.worker)
         return
     if a.cost:
         (work / "cost.md").write_text(cost(work, a.turns))
     elif not a.tables:
         until = str(time.time() + 60 * a.minutes)
-        command = [sys.executable, str(Path(__file__).resolve()), "--work", str(work), "--seeds", str(a.seeds), "--worker", until]
+        command = [sys.executable, str(Path(__file__).resolve()), "--work", str(work), "--seeds", str(a.seeds), "--results", str(a.results), "--worker", until]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         helpers = [subprocess.Popen(command, env=environment, cwd=HERE.parent) for _ in range(a.workers)]
         if any(helper.wait() for helper in helpers):
             sys.exit("error: a worker failed; its message is above; what is done is kept")
-    text = tables(work, a.seeds)
+    text = tables(a.results)
     if (work / "cost.md").exists():
         text += "\n" + (work / "cost.md").read_text()
     head = (

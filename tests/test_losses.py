@@ -8,7 +8,7 @@ from trainer.classifier import FocusClassifier, normalize_cam
 from trainer.losses import attention, attention_term, classification
 from trainer.regions import finding_regions, task_findings
 
-FORMS = ("published", "coverage", "energy")
+FORMS = ("published", "coverage", "energy", "lift")
 PUBLISHED = json.loads((GOLDEN / "published.json").read_text())
 
 
@@ -32,6 +32,8 @@ def test_terms_by_hand():
     assert attention_term(cam, region, 0.5, "published").item() == pytest.approx(0.0)
     assert attention_term(cam, region, 0.7, "published").item() == pytest.approx(0.5)
     assert attention_term(cam, region, 0.5, "energy").item() == pytest.approx(1 - 1.6 / 1.8)
+    assert attention_term(cam, region, 0.5, "lift").item() == pytest.approx((1 - 1.6 / 1.8) / (1 - 2 / 4))
+    assert attention_term(torch.ones(1, 2, 2), region, 0.5, "lift").item() == pytest.approx(1)  # the same everywhere, whatever the area
     soft = torch.sigmoid(torch.tensor([1.0, 5.0])).mean()  # (0.6 - 0.5) / 0.1 and (1 - 0.5) / 0.1
     assert attention_term(cam, region, 0.5, "coverage").item() == pytest.approx(1 - soft.item())
     with pytest.raises(ValueError, match="unknown attention form"):
@@ -52,7 +54,8 @@ def test_degenerate_maps_and_regions_stay_finite(form, dtype, kind, area):
     term.sum().backward()
     assert torch.isfinite(term).all()
     assert torch.isfinite(raw.grad).all()
-    assert ((term >= 0) & (term <= 1)).all()
+    assert (term >= 0).all()
+    assert (term <= 1).all() or form == "lift"
     if area == "empty":
         assert (term == 0).all()
     elif kind != "ordinary":  # a constant map is zero everywhere once its minimum is subtracted
@@ -76,11 +79,12 @@ def test_the_term_alone_is_finite_too(form, cam, dtype):
         assert (cam.grad == 0).all()
 
 
-@pytest.mark.parametrize("backbone", ["resnet18"])
-@pytest.mark.parametrize("form", FORMS)
-def test_gradient_of_the_backbone_against_finite_differences(form, backbone):
+@pytest.mark.parametrize(
+    ("form", "layer"), [*((form, "") for form in FORMS), ("energy", "layer3"), ("energy", "layer3,layer4"), ("energy", "input"), ("lift", "input")]
+)
+def test_gradient_of_the_backbone_against_finite_differences(form, layer):
     torch.manual_seed(1)
-    model = FocusClassifier(backbone, 2, size=64, pretrained="false").double().eval()
+    model = FocusClassifier("resnet18", 2, size=64, pretrained="false", layer=layer).double().eval()
     with torch.no_grad():
         for p in model.parameters():  # timm starts residual branches at zero, where most gradients vanish
             if not p.any():

@@ -1,12 +1,26 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN
+from scipy.stats import spearmanr
 
-from trainer.balance import Balance, published_lambda
-from trainer.metrics import auc_interval, binary_report, classification_report, localize, multiclass_auc, summarize, wilson
+from trainer.metrics import (
+    LOCALIZATION,
+    THRESHOLDS,
+    auc_interval,
+    best_threshold,
+    binary_report,
+    classification_report,
+    localize,
+    multiclass_auc,
+    otsu,
+    rank_correlation,
+    summarize,
+    wilson,
+)
 
 PUBLISHED = json.loads((GOLDEN / "published.json").read_text())
 
@@ -41,39 +55,15 @@ def test_localize_by_hand():
     region = torch.zeros(3, 4, 4, dtype=torch.bool)
     region[:, :2] = True
     rows = localize(cam, region, 0.4)
-    assert rows[0].tolist() == pytest.approx([2 / 3, 2 / 3 - 0.5, 1, 1 / 8])
-    assert rows[1].tolist() == pytest.approx([0, -0.5, 0, 0])
-    assert rows[2].tolist() == pytest.approx([0, -0.5, 0, 0])  # no CAM at all is a miss
-    figures = summarize(rows[:2])
+    columns = [LOCALIZATION.index(name) for name in ("energy", "lift", "pointing", "coverage")]
+    assert rows[0, columns].tolist() == pytest.approx([2 / 3, 2 / 3 - 0.5, 1, 1 / 8])
+    assert rows[1, columns].tolist() == pytest.approx([0, -0.5, 0, 0])
+    assert rows[2, columns].tolist() == pytest.approx([0, -0.5, 0, 0])  # no CAM at all is a miss
+    figures = summarize(rows[:2, : len(LOCALIZATION)])
+    assert figures["pointing_95"] == wilson(0.5, 2)
     assert figures["energy"] == pytest.approx(1 / 3)
     assert figures["energy_95"][0] < 1 / 3 < figures["energy_95"][1]
     assert summarize(rows[:0]) is None
-
-
-@pytest.mark.parametrize("epoch", PUBLISHED["lambda"])
-def test_published_lambda(epoch):
-    assert published_lambda(int(epoch)) == PUBLISHED["lambda"][epoch]
-
-
-def test_ratio_is_a_over_ce_plus_a_clamped_and_survives():
-    balance = Balance("ratio", low=0.2, high=0.9)
-    assert balance.value(0) == 0.5
-    balance.update(torch.tensor([6.0, 2.0, 6.0, 4.0], dtype=torch.float64))  # CE 1, A 0.5
-    assert balance.value(0) == pytest.approx(0.5 / 1.5)
-    balance.update(torch.tensor([100.0, 0.0, 1.0, 0.0], dtype=torch.float64))  # no positives: nothing is learnt
-    assert balance.value(0) == pytest.approx(0.5 / 1.5)
-    other = Balance("ratio", low=0.2, high=0.9)
-    other.load_state_dict(balance.state_dict())
-    assert other.value(3) == balance.value(3)
-    for _ in range(500):
-        balance.update(torch.tensor([0.0, 4.0, 4.0, 4.0], dtype=torch.float64))
-    assert balance.value(0) == 0.9
-
-
-def test_fixed_and_published_do_not_follow_losses():
-    assert Balance("fixed", 0.25).value(40) == 0.25
-    assert Balance("published").value(10) == published_lambda(10)
-    assert not Balance("fixed").follows_losses
 
 
 @pytest.mark.parametrize(("share", "n", "low", "high"), [(0.5, 100, 0.4038, 0.5962), (1.0, 53, 0.9324, 1.0), (0.0, 10, 0.0, 0.2775)])
@@ -92,3 +82,58 @@ def test_the_bootstrap_of_the_auc_is_centred_and_as_wide_as_hanley_and_mcneil_sa
     assert (low + high) / 2 == pytest.approx(auc, abs=0.01)
     assert high - low == pytest.approx(2 * 1.96 * error, rel=0.15)
     assert all(map(math.isnan, auc_interval(logits[:1], labels[:1])))
+
+
+def test_iou_and_tolerance_by_hand():
+    cam = torch.zeros(2, 224, 224)
+    cam[0, 100:120, 100:120] = 1.0
+    cam[0, 100:120, 120:140] = 0.3
+    cam[1, 10, 50] = 1.0
+    region = torch.zeros(2, 224, 224, dtype=torch.bool)
+    region[:, 100:120, 110:130] = True
+    rows = localize(cam, region, 0.5)
+    names = dict(zip(LOCALIZATION, rows[0].tolist(), strict=False))
+    assert names["iou_otsu"] == pytest.approx(200 / 600)  # Otsu parts 1.0 from 0.3 and 0
+    by_threshold = dict(zip(THRESHOLDS, rows[0, len(LOCALIZATION) :].tolist(), strict=True))
+    assert by_threshold[4 / 16] == pytest.approx(400 / 800)
+    assert by_threshold[5 / 16] == pytest.approx(200 / 600)
+    assert best_threshold(rows[:1]) == 0  # the first of those that are equally good
+    assert best_threshold(rows[:0]) is None
+    # The peak of the first is at its upper left corner: 10 pixels from the region, within 15; that of the second is 97 away.
+    assert rows[:, 2].tolist() == [0, 0]
+    assert rows[:, 3].tolist() == [1, 0]
+    # An all-zero map hits nothing, however close.
+    assert localize(torch.zeros(1, 8, 8), torch.ones(1, 8, 8, dtype=torch.bool), 0.5)[0, [0, 2, 3, 4, 5]].tolist() == [0] * 5
+
+
+def test_otsu_is_the_best_of_all_cuts():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        counts = rng.integers(1, 50, 16).astype(float)  # an empty gray would be a tie
+        grays, share = np.arange(16), counts / counts.sum()
+        between = [share[:t].sum() * share[t:].sum() * ((grays[:t] @ share[:t]) / share[:t].sum() - (grays[t:] @ share[t:]) / share[t:].sum()) ** 2
+                   for t in range(1, 16)]  # fmt: skip
+        assert int(otsu(torch.from_numpy(counts)[None])[0]) == int(np.nanargmax(between)) + 1
+
+
+def test_rank_correlation_is_spearmans():
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 6, (5, 7, 7)), rng.normal(size=(5, 7, 7))
+    ours = rank_correlation(torch.from_numpy(a), torch.from_numpy(b))
+    for k in range(5):
+        assert float(ours[k]) == pytest.approx(spearmanr(a[k].ravel(), b[k].ravel()).statistic, abs=1e-5)
+    assert rank_correlation(torch.ones(1, 3, 3), torch.rand(1, 3, 3)).tolist() == [0]
+
+
+def test_the_interval_of_a_difference_is_paired():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(300) % 2
+    noise = torch.randn(300, generator=generator)
+    logits = torch.stack([torch.zeros(300), labels * 1.2 + noise], 1)
+    slightly = torch.stack([torch.zeros(300), labels * 1.0 + noise], 1)
+    low, high = auc_interval(logits, labels, slightly)
+    single = auc_interval(logits, labels)
+    difference = multiclass_auc(logits, labels) - multiclass_auc(slightly, labels)
+    assert low <= difference <= high
+    assert high - low < 0.3 * (single[1] - single[0])
+    assert auc_interval(logits, labels, logits) == [0.0, 0.0]

@@ -120,7 +120,7 @@ def _rule(region: Any, where: str) -> Rule:
         rectangles = [(0.0, 0.0, 1.0, 1.0)]
     else:
         choices = {"half": HALVES, "quadrant": QUADRANTS, "lung": LUNGS}[shape]
-        if value not in choices:
+        if not isinstance(value, str) or value not in choices:
             raise InputError(f"{where}: region: {shape}: {value}: expected one of {', '.join(choices)}")
         rectangles = [choices[value]]
     return Rule(tuple((r[0] - dilate, r[1] - dilate, r[2] + dilate, r[3] + dilate) for r in rectangles), outside)

@@ -1,0 +1,113 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from shards.errors import InputError
+from shards.stream import EpochPlan, Split
+from trainer import train as loop
+from trainer.annotations import Annotations, drawn, lesion_boxes, lesion_regions
+
+SMALL = ["--backbone", "resnet18", "--pretrained", "false", "--size", "64", "--batch", "8", "--workers", "0", "--tracker", "none", "--task", "nep"]
+
+
+@pytest.fixture
+def split(shards):
+    return Split(shards, "train", ("No Finding", "Effusion", "Pneumothorax"))
+
+
+@pytest.fixture
+def flags(shards, segmenter, tmp_path):
+    return ["--shards", str(shards), "--out", str(tmp_path / "run"), "--lungs.weights", str(segmenter), *SMALL]
+
+
+def test_boxes_are_drawn_outward_at_any_size():
+    region = drawn([(10, 20, 31, 40), (60.5, 0, 64, 1)], (64, 64), 32).numpy()
+    expected = np.zeros((32, 32), bool)
+    expected[10:20, 5:16] = True
+    expected[0:1, 30:32] = True
+    assert (region == expected).all()
+    wide = drawn([(0, 0, 10, 10)], (40, 20), 40)  # height, width
+    assert wide.sum() == 10 * 20
+
+
+def test_a_share_is_part_of_a_larger_one_and_the_seed_decides(split):
+    everything = Annotations(split, 1.0, 0)
+    positives = int((split.labels > 0).sum())
+    assert everything.known == len(everything.boxes) == positives
+    chosen = [set(Annotations(split, share, 0).boxes) for share in (0.0, 0.01, 0.3, 0.7, 1.0)]
+    assert [len(c) for c in chosen] == [0, 1, -(-3 * positives // 10), -(-7 * positives // 10), positives]
+    assert all(a <= b for a, b in itertools.pairwise(chosen))
+    assert set(Annotations(split, 0.3, 1).boxes) != chosen[2]
+    assert set(Annotations(split, 0.3, 0).boxes) == chosen[2]
+
+
+def test_regions_are_those_of_the_images_that_are_used(split):
+    used = Annotations(split, 0.3, 0)
+    index = torch.arange(len(split))
+    regions = used.regions(index, (64, 64), 64)
+    full = lesion_regions(split, index, (64, 64), 64)
+    for position in range(len(split)):
+        expected = full[position] if position in used.boxes else torch.zeros(64, 64, dtype=torch.bool)
+        assert torch.equal(regions[position], expected)
+    assert full.flatten(1).any(1).tolist() == (split.labels > 0).tolist()
+    assert lesion_boxes(split, int(np.flatnonzero(split.labels == 0)[0])) == []
+
+
+@pytest.mark.parametrize("region", ["anatomy", "annotation", "both"])
+def test_which_region_an_image_gets(flags, region):
+    more = [] if region == "anatomy" else ["--attention.annotated", "0.5"]
+    job = loop.build(loop.resolve([*flags, "--attention.region", region, "--swap.probability", "0", *more]))
+    split = job.splits["train"]
+    batch = next(iter(split.batches(EpochPlan(split.shard_sizes()), 0, 0, batch=20, rank=0, world=1, workers=0)))
+    seen = job.prepare(batch, True)
+    anatomy = loop.finding_regions(job.lungs["train"](batch.image, batch.index), [split.classes[k] for k in batch.label.tolist()], 64, job.rules)
+    for b, position in enumerate(batch.index.tolist()):
+        used = job.annotations is not None and position in job.annotations.boxes
+        if used:
+            assert torch.equal(seen.region[b], drawn(job.annotations.boxes[position], (64, 64), 64))
+        else:
+            assert torch.equal(seen.region[b], anatomy[b] if region != "annotation" else torch.zeros(64, 64, dtype=torch.bool))
+        assert seen.positive[b] == float(seen.region[b].any())
+
+
+def test_annotations_move_with_the_image(flags):
+    job = loop.build(loop.resolve([*flags, "--attention.region", "annotation", "--swap.probability", "0", "--augment.shift", "0.2"]))
+    split = job.splits["train"]
+    batch = next(iter(split.batches(EpochPlan(split.shard_sizes()), 0, 0, batch=20, rank=0, world=1, workers=0)))
+    moved, still = job.prepare(batch, True), job.annotations.regions(batch.index, (64, 64), 64)
+    draws = loop.draw(0, 0, batch.index)
+    for b, label in enumerate(batch.label.tolist()):
+        if label:
+            dx, dy = ((2 * draws[b, :2] - 1) * 0.2 * 64).tolist()
+            centre = [torch.nonzero(r).float().mean(0) for r in (still[b], moved.region[b])]
+            if 8 < float(centre[0][0] + dy) < 56 and 8 < float(centre[0][1] + dx) < 56:
+                assert (centre[1] - centre[0]).tolist() == pytest.approx([dy, dx], abs=4)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--attention.annotated", "0"], r"--attention.annotated 0.0 leaves none of the \d+ with boxes; pack lesion boxes \(--boxes\)"),
+        (["--task", "No Finding,Subcutaneous Emphysema", "--attention.annotated", "2"], r"--attention.annotated 2.0: must lie in \[0, 1\]"),
+    ],
+)
+def test_no_annotations_is_said_at_once(flags, tmp_path, more, words):
+    with pytest.raises(InputError, match=words):
+        loop.build(loop.resolve([*flags, "--attention.region", "annotation", *more]))
+
+
+def test_annotations_without_any_box_in_the_shards(flags, tmp_path):
+    from shards.pack import pack
+    from shards.phantom import Phantoms
+
+    class Bare(Phantoms):
+        def load(self, item):
+            sample = super().load(item)
+            sample.boxes.clear()
+            return sample
+
+    pack(Bare(30, 0, size=64), tmp_path / "bare", dataset="phantom", workers=1)
+    with pytest.raises(InputError, match=r"--attention.region both: no training image has a box of its finding; pack lesion boxes"):
+        loop.build(loop.resolve([*flags, "--shards", str(tmp_path / "bare"), "--attention.region", "both"]))

@@ -1,0 +1,133 @@
+import numpy as np
+import pytest
+import torch
+
+from trainer.context import Swap, aligned, blend, kept_box, kept_mask, partners, swap_context
+from trainer.probe import blurred, probed
+from trainer.rules import Rule
+
+S = 40
+ALWAYS = Swap(probability=1.0, dilate=0.0, feather=0.0)
+
+
+def test_the_kept_box_by_hand():
+    kept = kept_box(torch.tensor([[10, 20, 30, 40]]), S, 0.0, 0.0)[0]
+    assert (kept[20:40, 10:30] == 1).all()
+    assert kept.sum() == 400
+    # Dilated by a tenth of each side; a seam of 4 pixels falls linearly: 7/8, 5/8, 3/8, 1/8 at the middles of the pixels.
+    soft = kept_box(torch.tensor([[10, 10, 30, 20]]), S, 0.1, 0.1)[0]
+    assert (soft[9:21, 8:32] == 1).all()
+    assert soft[15, :8].tolist() == pytest.approx([0, 0, 0, 0, 1 / 8, 3 / 8, 5 / 8, 7 / 8])
+    assert soft[21:26, 20].tolist() == pytest.approx([7 / 8, 5 / 8, 3 / 8, 1 / 8, 0])
+    assert soft[22, 6] == pytest.approx(5 / 8 * 5 / 8)
+
+
+def test_a_kept_mask_is_whole_and_falls_off_around():
+    mask = torch.zeros(1, S, S, dtype=torch.bool)
+    mask[0, 15:25, 18:22] = True
+    kept = kept_mask(mask, 0.05)
+    assert (kept[mask] == 1).all()
+    assert 0 < kept[0, 20, 16] < 1
+    assert kept[0, 20, 8] == 0
+    assert (kept_mask(torch.zeros_like(mask), 0.05) == 0).all()
+
+
+def test_partners():
+    draws = torch.tensor([[0.1, 0.0], [0.1, 0.99], [0.9, 0.5], [0.1, 0.5]])
+    # The third does not want, the fourth may not; it lends nothing either.
+    assert partners([True, True, True, False], [True, True, True, False], draws, 0.5) == [1, 2, 2, 3]
+    assert partners([True] * 4, [False] * 4, draws, 0.5) == [0, 1, 2, 3]
+    assert partners([True], [True], draws[:1], 1.0) == [0]  # nobody else
+
+
+def test_every_other_image_is_as_likely():
+    draws = torch.from_numpy(np.random.default_rng(0).random((4000, 2)))
+    counts = np.zeros(4)
+    for row in draws[:, None].expand(-1, 4, -1):
+        counts[partners([True] + [False] * 3, [True] * 4, row, 1.0)[0]] += 1
+    assert counts[0] == 0
+    assert counts[1:] == pytest.approx([4000 / 3] * 3, rel=0.1)
+
+
+def plain(*values: float) -> torch.Tensor:
+    return torch.stack([torch.full((1, S, S), v) for v in values])
+
+
+def test_the_swap_keeps_the_box_and_takes_the_rest():
+    images = plain(0.2, 0.8)
+    boxes = torch.tensor([[10, 10, 30, 30], [5, 5, 20, 35]])
+    swapped = swap_context(images, boxes, [True, True], torch.zeros(2, 2), ALWAYS)
+    for b, (own, other) in enumerate([(0.2, 0.8), (0.8, 0.2)]):
+        x0, y0, x1, y1 = boxes[b].tolist()
+        assert swapped[b, 0, y0:y1, x0:x1].unique().tolist() == pytest.approx([own])
+        assert (swapped[b] == torch.tensor(other)).sum() == S * S - (x1 - x0) * (y1 - y0)
+    assert images[0].unique().tolist() == pytest.approx([0.2])  # what came in is as it was
+
+
+def test_findings_outside_the_box_neither_take_nor_lend():
+    images = plain(0.1, 0.5, 0.9)
+    boxes = torch.tensor([[10, 10, 30, 30]] * 3)
+    swapped = swap_context(images, boxes, [True, False, True], torch.zeros(3, 2), ALWAYS)
+    assert torch.equal(swapped[1], images[1])
+    assert swapped[0, 0, 0, 0] == images[2, 0, 0, 0]
+    assert swapped[2, 0, 0, 0] == images[0, 0, 0, 0]
+
+
+def test_probability_zero_changes_nothing_and_one_half_about_half():
+    images = torch.rand(400, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    boxes = torch.tensor([[2, 2, 6, 6]] * 400)
+    draws = torch.from_numpy(np.random.default_rng(1).random((400, 2), np.float32))
+    assert torch.equal(swap_context(images, boxes, [True] * 400, draws, Swap(0.0, 0.0, 0.0)), images)
+    changed = (swap_context(images, boxes, [True] * 400, draws, Swap(0.5, 0.0, 0.0)) != images).flatten(1).any(1)
+    assert 160 < changed.sum() < 240
+
+
+def test_lesions_are_laid_into_a_healthy_image():
+    images = plain(0.9, 0.3, 0.6)
+    lesions = torch.zeros(3, S, S, dtype=torch.bool)
+    lesions[0, 12:18, 12:18] = True
+    boxes = torch.tensor([[10, 10, 30, 30]] * 3)
+    swapped = swap_context(images, boxes, [True] * 3, torch.zeros(3, 2), ALWAYS, lesions=lesions, healthy=[False, True, False])
+    assert (swapped[0, 0][lesions[0]] == 0.9).all()
+    assert swapped[0, 0, 25, 25] == pytest.approx(0.3)  # inside the lungs, but of the healthy image
+    # Nobody healthy: the lung box is what stays.
+    swapped = swap_context(images, boxes, [True] * 3, torch.zeros(3, 2), ALWAYS, lesions=lesions, healthy=[False] * 3)
+    assert swapped[0, 0, 25, 25] == pytest.approx(0.9)
+    assert swapped[0, 0, 0, 0] == pytest.approx(0.3)
+
+
+def test_aligned_lungs_lie_where_they_should():
+    image = torch.zeros(1, 1, S, S)
+    image[0, 0, 4:14, 6:26] = 1
+    moved = aligned(image, torch.tensor([[6, 4, 26, 14]]), torch.tensor([[10, 10, 20, 30]]))
+    assert moved[0, 0, 11:29, 11:19].min() > 0.99
+    assert moved[0, 0, :9].max() < 0.01
+    assert moved[0, 0, :, 21:].max() < 0.01
+    same = torch.rand(1, 1, S, S, generator=torch.Generator().manual_seed(0))
+    box = torch.tensor([[3, 5, 30, 36]])
+    assert torch.allclose(aligned(same, box, box), same, atol=1e-5)
+
+
+def test_blend_ends():
+    a, b = plain(0.25), plain(0.75)
+    assert torch.equal(blend(a, torch.ones(1, S, S), b), a)
+    assert torch.equal(blend(a, torch.zeros(1, S, S), b), b)
+
+
+def test_blur_removes_detail_there_and_nothing_else():
+    image = torch.rand(2, 1, 112, 112, generator=torch.Generator().manual_seed(0))
+    where = torch.zeros(2, 112, 112, dtype=torch.bool)
+    where[0, 60:, :] = True
+    out = blurred(image, where)
+    assert out[0, 0, 64:108, 4:108].std() < 0.1 * image[0].std()
+    assert torch.equal(out[0, 0, :50], image[0, 0, :50])
+    assert torch.equal(out[1], image[1])  # an empty place
+    flat = torch.full((1, 1, 112, 112), 0.4)
+    assert torch.allclose(blurred(flat, torch.ones(1, 112, 112, dtype=torch.bool)), flat, atol=1e-5)  # no dark rim at the border
+
+
+def test_images_without_a_finding_are_blurred_like_one_of_the_others():
+    rules = {"A": Rule(((0, 0, 1, 0.5),)), "B": Rule(((0, 0.5, 1, 1),))}
+    names = ["No Finding", "A", "No Finding", "C"]
+    assert probed(names, torch.arange(4), ("No Finding", "A", "B", "C"), rules) == ["A", "A", "A", "B"]
+    assert probed(["No Finding", "C"], torch.arange(2), ("No Finding", "C"), rules) == ["No Finding", "C"]

@@ -1,0 +1,142 @@
+import numpy as np
+import pytest
+import torch
+
+from shards.errors import InputError
+from shards.sample import LesionBox, Sample
+from trainer.regions import finding_regions
+from trainer.rules import Finding, Rule, read_findings, rules_of, to_yaml, without_rule
+
+BOX = torch.tensor([[10, 20, 50, 80]])  # 40 wide, 60 high
+
+
+def written(tmp_path, text: str) -> str:
+    (tmp_path / "mine.yaml").write_text(text)
+    return str(tmp_path / "mine.yaml")
+
+
+def region_of(tmp_path, region: str) -> np.ndarray:
+    rules = rules_of(read_findings(written(tmp_path, f"Mine:\n  region: {region}\n")))
+    return finding_regions(BOX, ["Mine"], 100, rules)[0].numpy()
+
+
+def filled(*rectangles: tuple[int, int, int, int]) -> np.ndarray:
+    region = np.zeros((100, 100), bool)
+    for x0, y0, x1, y1 in rectangles:
+        region[y0:y1, x0:x1] = True
+    return region
+
+
+@pytest.mark.parametrize(
+    ("region", "expected"),
+    [
+        ("{half: lower}", filled((10, 50, 50, 80))),
+        ("{half: left}", filled((10, 20, 30, 80))),
+        ("{quadrant: upper right}", filled((30, 20, 50, 50))),
+        ("{lung: right}", filled((10, 20, 30, 80))),  # the patient's right lies on the image's left
+        ("{box: true}", filled((10, 20, 50, 80))),
+        ("{box: true, dilate: 0.1}", filled((6, 14, 54, 86))),
+        ("{box: true, outside: true}", ~filled((10, 20, 50, 80))),
+        ("{rectangles: [[0, 0, 0.5, 0.5], [0.75, 0.75, 1, 1]]}", filled((10, 20, 30, 50), (40, 65, 50, 80))),
+        ("{rectangles: [[-.inf, 0.5, .inf, .inf]]}", filled((0, 50, 100, 100))),
+        ("{rectangles: [[-2, -2, 0, 0]]}", filled((0, 0, 10, 20))),  # cut at the image
+    ],
+)
+def test_every_shape(tmp_path, region, expected):
+    assert (region_of(tmp_path, region) == expected).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Mine: [1", "is not YAML"),
+        ("- Mine", "expected `Name:` lines"),
+        ("Mine: 3", "expected `Name:` lines"),
+        ("Mine:\n  regoin: {half: lower}", "Mine: unknown setting regoin; did you mean region"),
+        ("Mine:\n  region: lower", r"Mine: region: expected one of half, quadrant, lung, box, rectangles"),
+        ("Mine:\n  region: {half: middle}", "half: middle: expected one of upper, lower, left, right"),
+        ("Mine:\n  region: {half: [lower]}", "half: .*expected one of upper, lower, left, right"),
+        ("Mine:\n  region: {half: lower, lung: left}", "expected exactly one of .*, got half, lung"),
+        ("Mine:\n  region: {dilate: 0.1}", "expected exactly one of .*, got none"),
+        ("Mine:\n  region: {half: lower, widen: 0.1}", "unknown setting widen"),
+        ("Mine:\n  region: {half: lower, dilate: 2}", "dilate: 2: expected a share"),
+        ("Mine:\n  region: {half: lower, dilate: true}", "dilate: True: expected a share"),
+        ("Mine:\n  region: {half: lower, outside: 1}", "outside: 1: expected true or false"),
+        ("Mine:\n  region: {box: false}", "box: False: expected true"),
+        ("Mine:\n  region: {rectangles: [[0, 0, 0, 1]]}", "left < right, top < bottom; got"),
+        ("Mine:\n  region: {rectangles: [0, 0, 1, 1]}", "left < right, top < bottom; got"),
+        ("Mine:\n  region: {rectangles: []}", "left < right, top < bottom"),
+        ("Mine:\n  region: {rectangles: [[0, 0, .nan, 1]]}", "left < right, top < bottom; got"),
+        ("Mine:\n  region: {rectangles: [[20, 30, 200, 300]]}", "looks like pixels"),
+        ("Mine:\n  images: some", "images: some: expected only .* or any"),
+        ("Mine: !!python/object/apply:os.getcwd []", "is not YAML"),
+    ],
+)
+def test_what_is_no_finding_is_refused_by_name(tmp_path, text, words):
+    with pytest.raises(InputError, match=words):
+        read_findings(written(tmp_path, text))
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(InputError, match=r"no such file, and no ready-made set \(nih, published\)"):
+        read_findings(str(tmp_path / "none.yaml"))
+
+
+def test_a_file_extends_and_replaces_the_ready_made_ones(tmp_path):
+    ready = read_findings()
+    mine = read_findings(written(tmp_path, "Effusion:\n  region: {box: true}\nPlaque:\n  images: any\n"))
+    assert mine["Effusion"].rule == Rule(((0, 0, 1, 1),))
+    assert mine["Plaque"] == Finding(None, "any")
+    assert {name: f for name, f in mine.items() if name not in ("Effusion", "Plaque")} == {n: f for n, f in ready.items() if n != "Effusion"}
+
+
+def test_what_is_written_reads_back(tmp_path):
+    everything = read_findings() | {"Nowhere": Finding(None, "any", "nobody: knows")}
+    again = read_findings(written(tmp_path, to_yaml(everything)))
+    assert again == everything
+
+
+def test_ready_made_findings_have_sources_and_the_published_ones_are_among_them():
+    nih, published = read_findings("nih"), read_findings("published")
+    assert len(nih) >= 14
+    assert all(finding.source and finding.rule for finding in nih.values())
+    assert {name: nih[name] for name in published} == published
+    assert set(published) == {"Effusion", "Pneumothorax", "Subcutaneous Emphysema"}
+    assert without_rule(("No Finding", "Effusion", "Cardiomegaly"), rules_of(published)) == ["Cardiomegaly"]
+    assert without_rule(("No Finding", "Effusion", "Cardiomegaly"), rules_of(nih)) == []
+
+
+def test_which_regions_lie_inside_the_box():
+    rules = rules_of(read_findings())
+    assert rules["Effusion"].inside()
+    assert rules["Cardiomegaly"].inside()
+    assert not rules["Subcutaneous Emphysema"].inside(1.0)
+    assert not rules["Pleural_Thickening"].inside()
+    assert rules["Pleural_Thickening"].inside(0.05)
+
+
+def test_findings_of_a_file_reach_the_samples(tmp_path):
+    """`images: any` in a file: images with further findings belong to the class."""
+    from shards.pack import pack
+    from shards.sources import Item, Source
+    from shards.stream import Split
+
+    labels = [("No Finding",), ("Mine",), ("Mine", "Other"), ("Other",)] * 2
+
+    class Few(Source):
+        def load(self, item):
+            return Sample(item.key, np.full((40, 40), int(item.key[1:]) * 9, np.uint8), item.findings, None, [LesionBox("Mine", (4, 4, 9, 9))])
+
+        def settings(self):
+            return {}
+
+    items = [Item("train", f"a{i}", found) for i, found in enumerate(labels)]
+    pack(Few(items, {}, ("No Finding", "Mine", "Other"), 40), tmp_path / "shards", dataset="few", workers=1)
+    only = Split(tmp_path / "shards", "train", ("No Finding", "Mine"))
+    both = Split(tmp_path / "shards", "train", ("No Finding", "Mine"), among=["Mine"])
+    assert only.counts() == {"No Finding": 2, "Mine": 2}
+    assert both.counts() == {"No Finding": 2, "Mine": 4}
+    assert (only.left_out, both.left_out) == (4, 2)
+    # An image of two classes of the task is of neither.
+    two = Split(tmp_path / "shards", "train", ("Mine", "Other"), among=["Mine", "Other"])
+    assert two.counts() == {"Mine": 2, "Other": 2}
