@@ -1,83 +1,230 @@
-"""python bench/real.py --work DIR: the main job on real radiographs, cross-entropy beside attention, paired by seed.
+"""python bench/real.py --work DIR: real radiographs, cross-entropy beside the default, paired by seed and image.
 
-CXR_FOCUS_REAL_DATA names a folder with `effusion/{train,val,test}/<class>`. Packs it and trains classifiers (No Finding against
-Effusion) from scratch and from ImageNet weights; the package's own segmenter finds the lungs. Each run is one
-`accelerate launch` of the ordinary commands; a finished run is not repeated, an interrupted one is resumed. The table is
-appended to bench/real.md.
+Three questions, `--seeds` seeds each, EfficientNet-Lite0 from ImageNet weights, 224 px, 5 epochs of AdamW:
+effusion: Effusion against No Finding; each seed tests on another third of the images (patients are unknown there);
+marker: the same with a text painted into 95% of the positive and 5% of the negative training images, and into half of all others;
+pneumonia: Pneumonia, whatever else an image shows, against No Finding, declared in bench/pneumonia.yaml; patients are in one part
+only, and everybody who has an image with lesion boxes is in the test part, the same for all seeds.
+
+CXR_FOCUS_REAL_DATA names a folder with `effusion/{train,val,test}/<class>` and `nih/`. Each run is one `accelerate launch` of the
+ordinary commands; a finished run is not repeated, an interrupted one is resumed. Writes bench/real.md.
 """
 
 import argparse
+import csv
 import json
 import os
-import statistics
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from sklearn.metrics import roc_auc_score
+from step import processor
+
 HERE = Path(__file__).parent
-FIGURES = ("accuracy", "auc", "energy", "lift", "pointing")
-ARMS = {"cross-entropy": "1", "energy": "0.5"}
-MODELS = {
-    "resnet18, from scratch": ["--backbone", "resnet18", "--pretrained", "false", "--optim.lr", "1e-3", "--epochs", "8", "--size", "160"],
-    "tf_efficientnet_lite0, ImageNet": ["--backbone", "tf_efficientnet_lite0", "--pretrained", "{weights}", "--optim.lr", "3e-4", "--epochs", "5"],
+ARMS = {"cross-entropy": ["--balance.lam", "1"], "default": []}
+QUESTIONS = {
+    "effusion": ["--task", "ne"],
+    "marker": ["--task", "ne"],
+    "pneumonia": ["--task", "No Finding,Pneumonia", "--findings", str(HERE / "pneumonia.yaml")],
 }
+COMMON = ["--backbone", "tf_efficientnet_lite0", "--epochs", "5", "--batch", "16", "--best", "auc", "--tracker", "none", "--workers", "0"]
+COMMON += ["--optim.name", "adamw", "--optim.lr", "3e-4", "--optim.weight_decay", "0.01", "--optim.schedule", "cosine"]
+RESAMPLES = 1000
+VAL = 60  # images
+QUOTA = {"test": 130, "val": 35}  # images of each class of pneumonia, at least
 
 
 def call(*command: str) -> None:
-    """Run a command of the project; stop with it."""
+    """Run a command of the project on one thread; stop with it."""
     print("$", " ".join(command), flush=True)
-    subprocess.run([sys.executable, "-m", *command], check=True, cwd=HERE.parent)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-m", *command], cwd=HERE.parent, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{done.stdout}\n{done.stderr}\nerror: {' '.join(command)} failed")
 
 
-def launch(module: str, *flags: str) -> None:
-    """The ordinary launch of an entry point."""
-    call("accelerate.commands.launch", "--quiet", "--config_file", "accelerate_config.yaml", "-m", module, *flags)
+# -- data -------------------------------------------------------------------------------------------------------
 
 
-def figures(run: Path) -> dict[str, float]:
-    """Test figures of a finished run, localization against the expected region."""
-    test = json.loads((run / "report.json").read_text())["test"]
-    place = test["localization"]["expected"]["all"]
-    return {"accuracy": test["accuracy"], "auc": test["auc"], **{name: place[name] for name in FIGURES[2:]}}
+def write(path: Path, header: tuple[str, ...], rows: list[tuple]) -> None:
+    """A CSV."""
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+
+
+def effusion(data: Path, work: Path, seed: int, *, marked: bool) -> Path:
+    """Shards of one seed; the images, painted if wanted, and the table stand beside them."""
+    out = work / f"{'marker' if marked else 'effusion'}_{seed}"
+    if (out / "shards").exists():
+        return out / "shards"
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    files = sorted((data / "effusion").glob("*/*/*"))
+    order = np.random.default_rng(7).permutation(len(files))
+    rng, rows = np.random.default_rng([11, seed]), []
+    for place, i in enumerate(order.tolist()):
+        path = files[i]
+        positive = path.parent.name == "1Effusion"
+        split = "test" if place % 3 == seed % 3 else "val" if place // 3 % (len(files) // 2 // (VAL // 2)) == 0 else "train"
+        image = Image.open(path).convert("L").resize((512, 512))
+        if marked and rng.random() < {"train": 0.95 if positive else 0.05}.get(split, 0.5):
+            x, y = rng.integers(8, 24, 2).tolist()
+            ImageDraw.Draw(image).text((x, y), "PORT", fill=245, font=ImageFont.load_default(40))
+        name = f"{place:03d}.png"
+        image.save(out / "images" / name)
+        rows.append((name, "Effusion" if positive else "No Finding", split))
+    write(out / "table.csv", ("path", "finding", "split"), rows)
+    call("shards", "csv", "--csv", str(out / "table.csv"), "--images", str(out / "images"), "--split-column", "split", "--out", str(out / "shards"))
+    return out / "shards"
+
+
+def pneumonia(data: Path, work: Path) -> Path:
+    """Shards of all seeds."""
+    out = work / "pneumonia"
+    if (out / "shards").exists():
+        return out / "shards"
+    out.mkdir(parents=True, exist_ok=True)
+    with (data / "nih/labels.csv").open() as file:
+        images = list(csv.DictReader(file))
+    of: dict[str, list[dict[str, str]]] = {}
+    for image in images:
+        of.setdefault(image["patient_id"], []).append(image)
+    boxed = {who for who, theirs in of.items() if any(int(image["n_bbox"]) for image in theirs)}
+    others = sorted(set(of) - boxed)
+    order = [*sorted(boxed), *(others[i] for i in np.random.default_rng(3).permutation(len(others)))]
+    count: Counter = Counter()
+    rows = []
+    for who in order:
+        kinds = ["Pneumonia" in image["finding_labels"].split("|") for image in of[who]]
+        wanted = [split for split, quota in QUOTA.items() if any(count[split, kind] < quota for kind in kinds)]
+        split = "test" if who in boxed else wanted[0] if wanted else "train"
+        count.update((split, kind) for kind in kinds)
+        rows += [(image["image"], image["finding_labels"], who, split) for image in of[who]]
+    write(out / "table.csv", ("image", "finding", "patient", "split"), rows)
+    where = ["--images", str(data / "nih/images"), "--path-column", "image", "--patient-column", "patient", "--split-column", "split"]
+    call("shards", "csv", "--csv", str(out / "table.csv"), *where, "--boxes", str(data / "nih/boxes_512.csv"), "--out", str(out / "shards"))
+    return out / "shards"
+
+
+def train(work: Path, question: str, arm: str, seed: int, shards: Path) -> Path:
+    """The run folder, finished."""
+    run = work / f"{question}_{arm}_{seed}"
+    if not (run / "report.json").exists():
+        flags = ["--shards", str(shards), "--out", str(run), "--seed", str(seed), "--pretrained", str(work / "lite0.safetensors")]
+        flags += [*COMMON, *QUESTIONS[question], *ARMS[arm], *(["--resume"] if (run / "checkpoints/last.pt").exists() else [])]
+        launch = ["accelerate.commands.launch", "--quiet", "--config_file", "accelerate_config.yaml", "--mixed_precision", "no"]
+        call(*launch, "-m", "trainer.train", *flags)
+    return run
+
+
+# -- figures ----------------------------------------------------------------------------------------------------
+
+
+class Seen:
+    """What a run predicted: for each test image its key, its class, the score of the finding, localization of its kind."""
+
+    def __init__(self, run: Path, finding: str) -> None:
+        lines = [json.loads(line) for line in (run / "predictions_test.jsonl").read_text().splitlines()]
+        self.keys = [line["key"] for line in lines]
+        self.labels = np.array([line["label"] == finding for line in lines])
+        self.scores = np.array([line["probability"][finding] for line in lines])
+        self.place = {kind: [line.get(kind, {}) for line in lines] for kind in ("expected", "lesion")}
+        self.probe = json.loads((run / "report.json").read_text())["test"]["probe"]
+
+
+def auc(seen: Seen, weight: np.ndarray) -> float:
+    """Area under the ROC curve of weighted images."""
+    return float(roc_auc_score(seen.labels, seen.scores, sample_weight=weight))
+
+
+def place(kind: str, figure: str) -> Callable[[Seen, np.ndarray], float]:
+    """The weighted mean of a localization figure over the images that have it."""
+
+    def mean(seen: Seen, weight: np.ndarray) -> float:
+        values = np.array([found.get(figure, np.nan) for found in seen.place[kind]], float)
+        known = ~np.isnan(values)
+        return float(np.average(values[known], weights=weight[known])) if weight[known].any() else np.nan
+
+    return mean
+
+
+def compared(arms: dict[str, list[Seen]], figure: Callable[[Seen, np.ndarray], float]) -> list[str]:
+    """Cells: mean over seeds of each arm with all seeds, then the difference with its 95% interval.
+
+    The interval is of a bootstrap over images within the classes; an image that several seeds test on is drawn for all of them at once.
+    """
+    of_class: dict[bool, list[str]] = {True: [], False: []}
+    for seen in arms["default"]:
+        for key, label in zip(seen.keys, seen.labels.tolist(), strict=True):
+            if key not in of_class[label]:
+                of_class[label].append(key)
+    rng, differences = np.random.default_rng(0), []
+    for r in range(RESAMPLES + 1):
+        drawn: Counter = Counter()
+        for keys in of_class.values():
+            drawn.update(keys if r == 0 else rng.choice(keys, len(keys)).tolist())
+        values = {
+            name: [figure(seen, weight) for seen in runs if (weight := np.array([drawn[key] for key in seen.keys], float)).any()] for name, runs in arms.items()
+        }
+        if r == 0:
+            cells = [f"{np.mean(v):.3f} ({', '.join(f'{x:.3f}' for x in v)})" for v in values.values()]
+        differences.append(np.mean(values["default"]) - np.mean(values["cross-entropy"]))
+    low, high = np.nanpercentile(differences[1:], [2.5, 97.5])
+    return [*cells, f"{differences[0]:+.3f} ({low:+.3f} to {high:+.3f})"]
+
+
+def tables(work: Path, runs: dict[tuple[str, str], list[Path]], seeds: int) -> str:
+    """Markdown."""
+    text = [f"# Real radiographs\n\nWritten by `bench/real.py`, {date.today()}; {processor()}. EfficientNet-Lite0 from ImageNet weights, {seeds} seeds."]
+    text.append("Mean over seeds (each seed), and the difference of the default with its 95% interval, bootstrapped over test images.")
+    for question in QUESTIONS:
+        finding = "Pneumonia" if question == "pneumonia" else "Effusion"
+        arms = {arm: [Seen(run, finding) for run in runs[question, arm]] for arm in ARMS}
+        figures: dict[str, Callable[[Seen, np.ndarray], float]] = {"AUC": auc}
+        for kind, what in (("expected", "expected region"), ("lesion", "lesion boxes")):
+            if any(arms["default"][0].place[kind]):
+                figures |= {f"{name}, {what}": place(kind, name) for name in ("energy", "lift", "pointing", "pointing_near", "iou_otsu")}
+        first = arms["default"][0]
+        boxed = sum(map(bool, first.place["lesion"]))
+        text.append(f"\n## {question}\n\n{len(first.keys)} test images a seed" + (f", {boxed} of them with lesion boxes" if boxed else "") + "\n")
+        text += ["| figure | cross-entropy | default | difference |", "|---|---|---|---|"]
+        text += ["| " + " | ".join([name, *compared(arms, figure)]) + " |" for name, figure in figures.items()]
+        for name, what in (("drop_outside", "AUC lost, outside of the region blurred"), ("drop_inside", "AUC lost, region blurred")):
+            values = {arm: [seen.probe[name] for seen in runs_] for arm, runs_ in arms.items()}
+            cells = [f"{np.mean(v):.3f} ({', '.join(f'{x:.3f}' for x in v)})" for v in values.values()]
+            text.append("| " + " | ".join([what, *cells, f"{np.mean(values['default']) - np.mean(values['cross-entropy']):+.3f}"]) + " |")
+    return "\n".join(text) + "\n"
 
 
 def main() -> None:
     """Everything, in an order that can be interrupted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at the same time, one thread each")
+    parser.add_argument("--write", type=Path, default=HERE / "real.md")
     a = parser.parse_args()
     real = os.environ.get("CXR_FOCUS_REAL_DATA")
     if not real:
-        sys.exit("error: set CXR_FOCUS_REAL_DATA to the folder with effusion/")
-    work, data = a.work.resolve(), Path(real)
+        sys.exit("error: set CXR_FOCUS_REAL_DATA to the folder with effusion/ and nih/")
+    work, data = a.work.resolve(), Path(real).resolve()
     work.mkdir(parents=True, exist_ok=True)
-    if not (work / "effusion").exists():
-        call("shards", "folder", "--path", str(data / "effusion"), "--out", str(work / "effusion"))
-    weights = work / "lite0.safetensors"
-    if not weights.exists():
-        subprocess.run([sys.executable, str(HERE / "lite0_weights.py"), str(weights)], check=True)
-    rows: dict[tuple[str, str], list[dict[str, float]]] = {}
-    for seed in range(a.seeds):
-        for model, flags in MODELS.items():
-            for arm, lam in ARMS.items():
-                run = work / f"{model.split(',')[0]}_{arm}_{seed}"
-                common = ["--shards", str(work / "effusion"), "--out", str(run), "--task", "ne", "--balance.lam", lam, "--seed", str(seed)]
-                common += ["--optim.name", "adamw", "--optim.weight_decay", "0.01", "--optim.schedule", "cosine", "--batch", "16", "--best", "auc"]
-                common += ["--tracker", "none"]
-                if not (run / "report.json").exists():
-                    resume = ["--resume"] if (run / "checkpoints/last.pt").exists() else []
-                    launch("trainer.train", *common, *[flag.format(weights=weights) for flag in flags], *resume)
-                rows.setdefault((model, arm), []).append(figures(run))
-    text = [f"\n## {date.today()}, No Finding against Effusion, 555 training and 118 test images, {a.seeds} seeds, test figures\n"]
-    text += ["| model | arm | " + " | ".join(FIGURES) + " |", "|---|---|" + "---|" * len(FIGURES)]
-    for (model, arm), runs in rows.items():
-        cells = [f"{statistics.mean(r[n] for r in runs):.3f} ({', '.join(f'{r[n]:.3f}' for r in runs)})" for n in FIGURES]
-        text.append(f"| {model} | {arm} | " + " | ".join(cells) + " |")
-    print("\n".join(text))
-    with (HERE / "real.md").open("a") as file:
-        file.write("\n".join(text) + "\n")
+    if not (work / "lite0.safetensors").exists():
+        subprocess.run([sys.executable, str(HERE / "lite0_weights.py"), str(work / "lite0.safetensors")], check=True)
+    shards = {("pneumonia", seed): pneumonia(data, work) for seed in range(a.seeds)}
+    shards |= {(q, seed): effusion(data, work, seed, marked=q == "marker") for seed in range(a.seeds) for q in ("effusion", "marker")}
+    jobs = [(question, arm, seed) for seed in range(a.seeds) for question in QUESTIONS for arm in ARMS]
+    with ThreadPoolExecutor(a.jobs) as pool:
+        done = dict(zip(jobs, pool.map(lambda job: train(work, *job, shards[job[0], job[2]]), jobs), strict=True))
+    text = tables(work, {(q, arm): [done[q, arm, seed] for seed in range(a.seeds)] for q in QUESTIONS for arm in ARMS}, a.seeds)
+    print(text)
+    a.write.write_text(text)
 
 
 if __name__ == "__main__":

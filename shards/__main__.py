@@ -53,6 +53,8 @@ def parser() -> tuple[_Parser, dict[str, _Parser]]:
     table.add_argument("--csv", type=Path, required=True, help="the table, with a header (.gz too)")
     table.add_argument("--images", type=Path, help="folder that the paths in the table start from (without it: the table's own)")
     table.add_argument("--patient-column", default="", help="column of the patient: nobody is put into two splits")
+    boxes = "a table of lesion boxes: the same path column, finding, and x0, y0, x1, y1 or x, y, w, h in pixels of the file"
+    table.add_argument("--boxes", type=Path, help=boxes)
 
     dicom = commands.add_parser("dicom", help="DICOM radiographs at any depth (extra: dicom)")
     dicom.add_argument("--path", type=Path, required=True, help="folder; findings are its <class>/ or train|val|test/<class>/ folders, or come from --csv")
@@ -156,7 +158,7 @@ def _csv(a: argparse.Namespace) -> None:
 
     declared = _names(a.findings) if a.findings else None
     images = a.images or a.csv.parent
-    source = table(a.csv, images, _columns(a), declared=declared, seed=a.seed, shares=_shares(a), skip_missing=a.on_bad == "skip")
+    source = table(a.csv, images, _columns(a), declared=declared, boxes=a.boxes, seed=a.seed, shares=_shares(a), skip_missing=a.on_bad == "skip")
     if not a.patient_column:
         print("no --patient-column: every image counts as a patient of its own, so one patient may be in two splits")
     _pack(a, source, a.csv.resolve().stem.removesuffix(".csv"))

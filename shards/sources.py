@@ -54,16 +54,19 @@ MASK_ENDING = re.compile(r"[_-]?(mask|lungs?)$", re.IGNORECASE)
 SPLIT_NAMES = {name: name for name in SPLITS} | {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
 
 
+Shares = tuple[str, tuple[float, float, float, float]]  # a lesion: its finding, and x0 y0 x1 y1 in shares of the image's sides
+
+
 @dataclass(frozen=True)
 class Item:
-    """One sample before it is loaded. ``boxes``: finding and x0 y0 x1 y1 in shares of the image's sides."""
+    """One sample before it is loaded."""
 
     split: str
     key: str
     findings: tuple[str, ...] = ()
     image: str = ""
     mask: str = ""
-    boxes: tuple[tuple[str, tuple[float, float, float, float]], ...] = ()
+    boxes: tuple[Shares, ...] = ()
     extra: tuple[tuple[str, Any], ...] = ()
 
 
@@ -287,12 +290,13 @@ def table(
     columns: Columns,
     *,
     declared: Sequence[str] | None = None,
+    boxes: Path | None = None,
     seed: int = 0,
     shares: Sequence[float] = split.SHARES,
     skip_missing: bool = False,
     pseudonym: Any = None,
 ) -> Source:
-    """Rows of a CSV that name images, findings and, where they are known, splits and patients.
+    """Rows of a CSV that name images, findings and, where they are known, splits and patients; ``boxes``: a CSV of lesions.
 
     Without a split column patients are dealt to the splits by ``seed`` and ``shares``; without a patient column every image
     counts as a patient. InputError: a column that is not there, images that are not there, a finding that is not among
@@ -325,16 +329,46 @@ def table(
         codes = {findings: k for k, findings in enumerate(dict.fromkeys(findings for _, findings in taken))}
         part = split.by_patient(np.array([codes[findings] for _, findings in taken]), patient, seed, shares)
         parts = [SPLITS[p] for p in part]
+    lesions = _table_boxes(boxes, images, paths, columns.path, skipped) if boxes else {}
     items = []
     for (_, findings), p, image, who in zip(taken, parts, paths, patient, strict=True):
         extra = [("source", image.name)]
         if columns.patient:
             extra.append(("patient", pseudonym(who) if pseudonym else who))
-        items.append(Item(p, clean_key(str(image.relative_to(images).with_suffix(""))), findings, str(image), extra=tuple(extra)))
+        key = clean_key(str(image.relative_to(images).with_suffix("")))
+        items.append(Item(p, key, findings, str(image), boxes=tuple(lesions.get(image, ())), extra=tuple(extra)))
     every = tuple(declared or dict.fromkeys(name for item in items for name in item.findings))
     refuse_torn(items, flag)
-    refuse_missing_class(items, every, flag)
+    refuse_missing_class(items, declared, flag)
     return Source(mixed(items), dict(skipped), every)
+
+
+def _table_boxes(path: Path, images: Path, known: Iterable[Path], column_of_path: str, skipped: dict[str, int]) -> dict[Path, list[Shares]]:
+    """Lesion boxes of the ``known`` images: columns of the image, ``finding``, and x0, y0, x1, y1 or x, y, w, h in pixels of the file."""
+    flag = f"--boxes {path}"
+    names, rows = read_table(path, "--boxes")
+    corners = ("x0", "y0", "x1", "y1") if "x0" in names else ("x", "y", "w", "h")
+    for name in (column_of_path, "finding", *corners):
+        column(names, flag, name)
+    wanted, boxes = set(known), defaultdict(list)
+    for n, row in enumerate(rows, 2):
+        image = images / row[column_of_path].strip()
+        if image not in wanted:
+            skipped["boxes of images that are not in the table"] += 1
+            continue
+        width, height = open_gray(str(image)).size
+        try:
+            x0, y0, x1, y1 = (float(row[name]) for name in corners)
+        except ValueError as error:
+            raise InputError(f"{flag}, row {n}: columns {', '.join(corners)} hold no four numbers ({error})") from error
+        if "w" in corners:
+            x1, y1 = x0 + x1, y0 + y1
+        if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+            raise InputError(f"{flag}, row {n}: {x0:g} {y0:g} {x1:g} {y1:g} is no box in {image.name} of {width}x{height} pixels; correct the row")
+        boxes[image].append((row["finding"].strip(), (x0 / width, y0 / height, x1 / width, y1 / height)))
+    if not boxes:
+        raise InputError(f"{flag}: none of its {len(rows)} images is in the table; expected their paths in column {column_of_path!r}, as in the table")
+    return boxes
 
 
 def _indicators(rows: Sequence[dict[str, str]], columns: Columns) -> bool:
@@ -415,8 +449,12 @@ def refuse_torn(items: Iterable[Item], what: str) -> None:
         raise InputError(f"{what}: {len(torn)} patients are in two splits: {listed(sorted(torn))}; split by patient")
 
 
-def refuse_missing_class(items: Iterable[Item], classes: Sequence[str], what: str) -> None:
-    """InputError for a class that a split lacks while another has it."""
+def refuse_missing_class(items: Sequence[Item], declared: Sequence[str] | None, what: str) -> None:
+    """InputError for a class that a split lacks while another has it.
+
+    Classes are the findings that are ``declared``, else those that some image has alone: a rare one that only comes with others need not be everywhere.
+    """
+    classes = declared or tuple(dict.fromkeys(item.findings[0] for item in items if len(item.findings) == 1))
     have: dict[str, set[str]] = defaultdict(set)
     for item in items:
         have[item.split].update(item.findings)
@@ -537,7 +575,7 @@ def _official_test(folder: Path, names: list[str]) -> set[str]:
     return found[1]
 
 
-def _nih_boxes(path: Path) -> dict[str, list[tuple[str, tuple[float, float, float, float]]]]:
+def _nih_boxes(path: Path) -> dict[str, list[Shares]]:
     """Lesion boxes by image, in shares of its sides. The file's header spans the four numbers with one name."""
     names, rows = read_cells(path, "--boxes")
     image, at = (names.index(column(names, f"--boxes {path}", name)) for name in ("Image Index", "Finding Label"))
@@ -639,5 +677,5 @@ def dicom(
         items = [replace(item, split=SPLITS[p]) for item, p in zip(items, part_of, strict=True)]
     every = tuple(declared or dict.fromkeys(name for item in items for name in item.findings))
     refuse_torn(items, f"--path {root}")
-    refuse_missing_class(items, every, f"--path {root}")
+    refuse_missing_class(items, declared, f"--path {root}")
     return Source(mixed(items), dict(skipped), every)

@@ -448,3 +448,57 @@ def test_files_that_are_missing_are_named_in_the_index(tmp_path):
             picture(tmp_path / f"{i}.png", value=12 * i)
     main([*table_of(tmp_path, [f"{i}.png,{('Mass', 'No Finding')[i % 2]},{i}" for i in range(20)]), "--on-bad", "skip"])
     assert open_store(tmp_path / "out").index()["left_out"] == {"listed but missing": 1}
+
+
+@pytest.mark.parametrize(("header", "numbers"), [("path,finding,x0,y0,x1,y1", "10,6,30,24"), ("path,finding,x,y,w,h", "10,6,20,18")])
+def test_lesion_boxes_of_a_table(tmp_path, header, numbers, capsys):
+    rows = []
+    for i in range(30):
+        picture(tmp_path / f"{i}.png", value=4 * i)  # 40 x 30
+        rows.append(f"{i}.png,{'Mass|Nodule' if i % 2 else 'No Finding'}")
+    flags = table_of(tmp_path, rows, "path,finding")
+    (tmp_path / "boxes.csv").write_text(f"{header}\n3.png,Mass,{numbers}\n3.png,Nodule,{numbers}\nother.png,Mass,1,1,2,2\n")
+    main([*flags, "--boxes", str(tmp_path / "boxes.csv"), "--ratios", "0.5,0.5,0"])
+    assert "left out 1: boxes of images that are not in" in capsys.readouterr().out
+    splits = [Split(tmp_path / "out", name) for name in ("train", "val")]
+    found = {split.key(i): split.meta(i)["boxes"] for split in splits for i in range(len(split))}
+    assert [(box.finding, box.xyxy) for box in found.pop("3")] == [(name, pytest.approx((4, 3.2, 12, 12.8))) for name in ("Mass", "Nodule")]
+    assert not any(found.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("path,finding,x0,y0,x1\n0.png,Mass,1,1,2", "has no column 'y1'"),
+        ("file,finding,x,y,w,h\n0.png,Mass,1,1,2,2", "has no column 'path'; its columns are file"),
+        ("path,finding,x,y,w,h\n0.png,Mass,1,1,two,2", "row 2: columns x, y, w, h hold no four numbers"),
+        ("path,finding,x,y,w,h\n0.png,Mass,1,1,40,2", r"row 2: 1 1 41 3 is no box in 0\.png of 40x30 pixels"),
+        ("path,finding,x0,y0,x1,y1\n0.png,Mass,5,1,5,2", "is no box"),
+        ("path,finding,x,y,w,h\n0.png,Mass,nan,1,1,2", "is no box"),
+        ("path,finding,x,y,w,h\nzero.png,Mass,1,1,2,2", "none of its 1 images is in the table"),
+    ],
+)
+def test_boxes_that_are_none(tmp_path, text, words):
+    for i in range(4):
+        picture(tmp_path / f"{i}.png", value=9 * i)
+    flags = table_of(tmp_path, [f"{i}.png,{'Mass' if i % 2 else 'No Finding'}" for i in range(4)], "path,finding")
+    (tmp_path / "boxes.csv").write_text(text + "\n")
+    with pytest.raises(InputError, match=words):
+        main([*flags, "--boxes", str(tmp_path / "boxes.csv"), "--ratios", "0.5,0.5,0"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_rare_finding_beside_others_need_not_be_in_every_split(tmp_path):
+    rows = []
+    for i in range(12):
+        picture(tmp_path / f"{i}.png", value=9 * i)
+        found = "Mass|Hernia" if i == 1 else "Mass" if i % 2 else "No Finding"
+        rows.append(f"{i}.png,{found},{('train', 'val', 'test')[i // 4]}")
+    flags = [*table_of(tmp_path, rows, "path,finding,split"), "--split-column", "split"]
+    with pytest.raises(InputError, match="the val split gets no image of Hernia"):
+        main([*flags, "--findings", "No Finding,Mass,Hernia"])
+    main(flags)
+    assert Split(tmp_path / "out", "train", ("No Finding", "Mass"), among=["Mass"]).counts() == {"No Finding": 2, "Mass": 2}
+    rows[1] = "1.png,Hernia,train"  # alone it is a class
+    with pytest.raises(InputError, match="the val split gets no image of Hernia"):
+        main([*table_of(tmp_path, rows, "path,finding,split"), "--split-column", "split"])

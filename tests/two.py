@@ -1,7 +1,7 @@
 """What each of several processes does, for test_train.py: accelerate launch tests/two.py WHAT FOLDER FLAGS...
 
 train: an ordinary run; FOLDER/rank<r>.json gets the images of each epoch and lambda of each step.
-gradients: one step in float64; FOLDER/rank<r>.pt gets the gradients before the optimizer's step.
+gradients: one step in float64; FOLDER/rank<r>.pt gets the gradients before the optimizer's step, labels, sums.
 """
 
 import json
@@ -15,8 +15,8 @@ from shards.errors import run
 from shards.stream import EpochPlan
 
 
-def gradients(argv: list[str]) -> tuple[dict[str, torch.Tensor], list[list[int]]]:
-    """Gradients of the first step in float64, and the positives of each of its micro-batches on this process."""
+def gradients(argv: list[str]) -> tuple[dict[str, torch.Tensor], list[list[int]], torch.Tensor]:
+    """Gradients of the first step in float64, the labels of each of its micro-batches on this process, and the sums that lambda follows."""
     ordinary = train.FocusClassifier
     train.FocusClassifier = lambda *args, **kwargs: ordinary(*args, **kwargs).double()  # type: ignore[assignment,misc]
     try:
@@ -30,8 +30,8 @@ def gradients(argv: list[str]) -> tuple[dict[str, torch.Tensor], list[list[int]]
     plan = EpochPlan(split.shard_sizes(), c.seed)
     loader = split.batches(plan, 0, 0, batch=c.batch, rank=acc.process_index, world=acc.num_processes, workers=0)
     group = next(train._groups(loader, c.accumulate))
-    job.step(group, c.balance.lam)
-    return kept, [b.label.tolist() for b in group]
+    sums = job.step(group, c.balance.lam)
+    return kept, [b.label.tolist() for b in group], sums.cpu()
 
 
 def watched(argv: list[str]) -> dict[str, list]:

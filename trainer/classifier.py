@@ -98,7 +98,7 @@ class FocusClassifier(nn.Module):
         differentiable = differentiable and torch.is_grad_enabled()
         if mode == "eval" and self.training:
             logits = self.net(x)
-            with _evaluating(self.net), contextlib.nullcontext() if differentiable else torch.no_grad():
+            with evaluating(self.net), contextlib.nullcontext() if differentiable else torch.no_grad():
                 _, raw = self._logits_and_cam(x, logits.argmax(1) if classes is None else classes, differentiable)
             return Prediction(logits, raw)
         return Prediction(*self._logits_and_cam(x, classes, differentiable))
@@ -205,7 +205,7 @@ def _layers(net: nn.Module) -> list[str]:
 
 
 @contextlib.contextmanager
-def _evaluating(net: nn.Module) -> Iterator[None]:
+def evaluating(net: nn.Module) -> Iterator[None]:
     """Eval mode, and afterwards each module in the mode it was in."""
     modes = [(module, module.training) for module in net.modules()]
     net.eval()

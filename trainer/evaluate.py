@@ -25,7 +25,7 @@ from trainer import __version__
 from trainer.annotations import lesion_regions
 from trainer.augment import resize
 from trainer.checkpoint import readable
-from trainer.classifier import FocusClassifier, normalize_cam
+from trainer.classifier import FocusClassifier, evaluating, normalize_cam
 from trainer.config import Config, from_yaml, parse
 from trainer.launching import Accelerator, start
 from trainer.losses import attention_term
@@ -112,7 +112,7 @@ def evaluate(
         rules: of the expected regions.
         look: take CAMs, of the label's class. False: logits only.
         blur: ``outside`` or ``inside``: of the expected region, before the model sees the image (see `trainer.probe`).
-        twin: another model on the same images, whose CAMs are compared with this one's.
+        twin: another model, in eval mode, on the same images, whose CAMs are compared with this one's.
     """
     device, size, findings = accelerator.device, config.size, split.classes
     classes, columns = len(findings), len(LOCALIZATION) + len(THRESHOLDS)
@@ -144,7 +144,7 @@ def evaluate(
                 if twin is not None:
                     other = twin(images, labels, cam=True).cam
                     assert other is not None
-                    similarity = rank_correlation(F.adaptive_avg_pool2d(cam, min(cam.shape[-1], 16)), F.adaptive_avg_pool2d(other, min(other.shape[-1], 16)))
+                    similarity = rank_correlation(_grays(cam), _grays(other))
                 else:
                     similarity = torch.zeros(len(images), device=device)
                 measured += [similarity[:, None], torch.full((len(images), 1), float(twin is not None), device=device)]
@@ -162,6 +162,12 @@ def evaluate(
     logits, _, *parts = table.split([classes, 1, columns, 1, columns, 1, 1, 1, 1, 1], 1)
     expected, lesion, similarity, term = (torch.where(known > 0, value, torch.nan) for value, known in zip(parts[::2], parts[1::2], strict=True))
     return Outcome(logits.float(), torch.from_numpy(split.labels.astype(np.int64)), term[:, 0], expected, lesion, similarity[:, 0])
+
+
+def _grays(cam: torch.Tensor) -> torch.Tensor:
+    """A CAM [B,h,w] in at most 16 x 16 cells of 256 grays: what differs by less, such as the last bits of a sum, is a tie of ranks."""
+    side = min(cam.shape[-1], 16)
+    return (normalize_cam(F.adaptive_avg_pool2d(cam, side), side) * 255).round()
 
 
 def save_model(path: Path, model: FocusClassifier, config: Config, stored_size: int, epoch: int) -> None:
@@ -277,7 +283,8 @@ def probe(
         drop = found["auc"] - multiclass_auc(changed.logits, changed.labels)
         found[f"drop_{where}"], found[f"drop_{where}_95"] = drop, auc_interval(seen.logits, seen.labels, changed.logits)
     twin = random_twin(model, config).to(accelerator.device)
-    chance = evaluate(accelerator, twin, split, lungs, config, rules, twin=model)
+    with evaluating(model):
+        chance = evaluate(accelerator, twin, split, lungs, config, rules, twin=model)
     known = ~chance.expected[:, 0].isnan()
     figures = summarize(chance.expected[known][:, : len(LOCALIZATION)])
     assert figures is not None

@@ -295,7 +295,7 @@ class Trainer:
                 checkpoint.rewind(out / "metrics.jsonl", -1)
             return
         content = checkpoint.load(path)
-        words = {"shards": "other images in --shards", "lungs.weights": "another --lungs.weights"}
+        words = {"shards": "other images in --shards", "lungs.weights": "another --lungs.weights", "findings": "other rules of its findings"}
         checkpoint.refuse_other(out, content["identity"], self.identity, words)
         for name, value in self.launch().items():
             if content["launch"][name] != value:
