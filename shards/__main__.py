@@ -1,29 +1,18 @@
 """python -m shards {phantom,nih,folder,csv,dicom,masks,index,verify}: make shards, and check them."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
-from shards.errors import InputError, listed, nearest, run
+from shards.errors import CommandParser, InputError, command_line, listed, run
 from shards.sample import ASPECTS, FINDINGS, FORMATS
 from shards.split import SHARES
 
 
-class _Parser(argparse.ArgumentParser):
-    """One-line errors with the nearest names, no abbreviations."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
-
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise InputError(f"{self.prog}: {message}; see {self.prog} --help")
-
-
-def parser() -> tuple[_Parser, dict[str, _Parser]]:
+def parser() -> tuple[CommandParser, dict[str, CommandParser]]:
     """The command line, and each command's own."""
-    main = _Parser(prog="python -m shards", description=__doc__)
-    commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    main = CommandParser(prog="python -m shards", description=__doc__)
+    commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=CommandParser)
 
     phantom = commands.add_parser("phantom", help="synthetic radiographs with known lungs and lesions")
     phantom.add_argument("--count", type=int, required=True, help="images of all splits together (60/20/20)")
@@ -104,13 +93,7 @@ def parser() -> tuple[_Parser, dict[str, _Parser]]:
 def main(argv: list[str] | None = None) -> None:
     """Parse and run one command."""
     whole, commands = parser()
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and argv[0] in commands:
-        flags = list(commands[argv[0]]._option_string_actions)
-        for token in argv[1:]:  # before argparse complains that what is misspelt is missing
-            if token.startswith("--") and token.partition("=")[0] not in flags:
-                raise InputError(f"unknown flag {token!r}; {nearest(token.partition('=')[0], flags)}")
-    arguments = whole.parse_args(argv)
+    arguments = command_line(whole, commands, argv)
     globals()[f"_{arguments.command}"](arguments)
 
 

@@ -1,10 +1,12 @@
 """Errors for people: one line that says what is wrong, where, and what to do about it."""
 
+import argparse
 import difflib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 ALONE = 3.0  # seconds after which a process says what the first one has not said
 
@@ -30,6 +32,28 @@ def listed(items: Iterable[object], most: int = 5) -> str:
     names = [str(item) for item in items]
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+class CommandParser(argparse.ArgumentParser):
+    """One-line errors with the nearest names, no abbreviations."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **{"formatter_class": argparse.ArgumentDefaultsHelpFormatter, **options})
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        """As argparse's, which would print the usage and exit."""
+        raise InputError(f"{self.prog}: {message}; see {self.prog} --help")
+
+
+def command_line(whole: CommandParser, commands: Mapping[str, CommandParser], argv: list[str] | None) -> argparse.Namespace:
+    """Parse a command and its flags; InputError names what is nearest to an unknown flag."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0] in commands:
+        flags = list(commands[argv[0]]._option_string_actions)
+        for token in argv[1:]:  # before argparse complains that what is misspelt is missing
+            if token.startswith("--") and token.partition("=")[0] not in flags:
+                raise InputError(f"unknown flag {token!r}; {nearest(token.partition('=')[0], flags)}")
+    return whole.parse_args(argv)
 
 
 def run(main: Callable[[], None]) -> None:

@@ -71,3 +71,40 @@ def test_every_split_has_as_many_of_each_finding():
 def test_impossible_requests_are_refused(wrong):
     with pytest.raises(InputError, match="--"):
         make(**wrong)
+
+
+def test_the_tube_lies_in_a_lung_and_its_kind_is_the_class():
+    names = ("No Finding", "Effusion", "Pneumothorax", "Subcutaneous Emphysema")
+    with_tube = Phantoms(100, 3, size=256, findings=names, shortcut=1.0, kind="tube")
+    without = Phantoms(100, 3, size=256, findings=names)
+    counts = {}
+    for item, bare in zip(with_tube.items[:24], without.items[:24], strict=True):
+        sample, plain = with_tube.load(item), without.load(bare)
+        assert sample.extra["marker"] == names.index(sample.findings[0])
+        assert (sample.mask == plain.mask).all()
+        assert [box.xyxy for box in sample.boxes] == [box.xyxy for box in plain.boxes]
+        tube = sample.image.astype(int) - plain.image > 25
+        assert 20 < tube.sum() < 1500
+        # It lies among the lungs, away from the upper and lower ends of their box, where the lesions are looked for.
+        rows, columns = np.nonzero(sample.mask)
+        at = np.nonzero(tube)
+        assert np.isin(sample.mask[tube], 255).mean() > 0.4
+        assert rows.min() < at[0].min()
+        assert at[0].max() < rows.max()
+        assert columns.min() - 8 < at[1].min()
+        assert at[1].max() < columns.max() + 8
+        counts.setdefault(sample.extra["marker"], []).append(int(tube.sum()))
+    assert len(counts) == 4
+    with pytest.raises(InputError, match="--shortcut-kind wire: expected marker or tube"):
+        Phantoms(100, 0, shortcut=1.0, kind="wire")
+
+
+def test_the_tubes_correlation_is_the_parameter():
+    source = Phantoms(1000, 1, size=32, findings=("No Finding", "Effusion"), shortcut=0.5, shortcut_test=-1.0, kind="tube")
+    agree = {name: [] for name in ("train", "test")}
+    for item in source.items:
+        if item.split in agree:
+            sample = source.load(item)
+            agree[item.split].append(sample.extra["marker"] == source.classes.index(sample.findings[0]))
+    assert 0.68 < np.mean(agree["train"]) < 0.82  # 0.5 its own, half of the others by chance
+    assert np.mean(agree["test"]) == 0

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from shards.errors import InputError, listed, nearest
+from shards.errors import CommandParser, InputError, command_line, listed
 from shards.sample import EFFUSION, NO_FINDING, fit, load_image
 from trainer.checkpoint import write_atomic
 from trainer.lungs import load_segmenter
 from trainer.regions import finding_regions
 from trainer.report import BOX, LESION, REGION
-from trainer.rules import LIMIT, Finding, Rectangle, Rule, _read, read_findings, to_yaml
+from trainer.rules import LIMIT, Finding, Rectangle, Rule, read_file, read_findings, to_yaml
 
 SIZE = 512
 SHOW = """examples:
@@ -30,16 +30,16 @@ then
   python -m trainer.train --findings plaque.yaml --task "No Finding,Pleural plaque" ..."""
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Run one of the two commands."""
-    parser = argparse.ArgumentParser(prog="trainer.regions", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    style: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    show_ = commands.add_parser("show", help="print the findings and draw their regions", epilog=SHOW, **style)
+    plain: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = CommandParser(prog="python -m trainer.regions", description=__doc__, **plain)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=CommandParser)
+    show_ = commands.add_parser("show", help="print the findings and draw their regions", epilog=SHOW, **plain)
     show_.add_argument("--findings", default="", help="a file of findings, or published (without it: the ready-made ones, nih)")
     show_.add_argument("--image", type=Path, help="a radiograph to draw on (without it: a synthetic one)")
     show_.add_argument("--out", type=Path, default=Path("regions.png"), help="picture to write")
-    learn_ = commands.add_parser("learn", help="a region rule from one annotated radiograph", epilog=LEARN, **style)
+    learn_ = commands.add_parser("learn", help="a region rule from one annotated radiograph", epilog=LEARN, **plain)
     learn_.add_argument("image", type=Path, metavar="IMAGE", help="the radiograph, any format that shards takes, DICOM included")
     learn_.add_argument("--box", action="append", required=True, metavar="X,Y,W,H", help="the lesion in pixels of the file; may be given several times")
     learn_.add_argument("--finding", required=True, metavar="NAME", help="what it is called in the shards")
@@ -47,11 +47,7 @@ def main(argv: list[str]) -> None:
     learn_.add_argument("--one-sided", action="store_true", help="do not mirror a box that lies beside the midline to the other lung")
     learn_.add_argument("--images", choices=("only", "any"), default="only", help="which images count as the finding: with no other label, or any")
     learn_.add_argument("--out", type=Path, help="file of findings to write or extend (without it: NAME.yaml); the picture stands beside it")
-    flags = {name for p in (show_, learn_) for name in p._option_string_actions}
-    for token in argv:
-        if token.startswith("--") and token.partition("=")[0] not in flags:
-            raise InputError(f"unknown flag {token}; {nearest(token.partition('=')[0], flags)}")
-    a = parser.parse_args(argv)
+    a = command_line(parser, commands.choices, argv)
     show(a.findings, a.image, a.out) if a.command == "show" else learn(a)
 
 
@@ -81,7 +77,7 @@ def learn(a: argparse.Namespace) -> None:
         raise InputError(f"--finding {a.finding!r}: expected the name of a finding")
     if not 0 <= a.margin <= 1:
         raise InputError(f"--margin {a.margin}: a share of the lung box lies in [0, 1]")
-    known = _read(out) if out.is_file() else {}
+    known = read_file(out) if out.is_file() else {}
     if a.finding in known:
         raise InputError(f"--out {out}: has a finding {a.finding!r} already; remove it there, or name another file")
     image = load_image(a.image)

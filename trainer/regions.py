@@ -5,7 +5,6 @@ Legend: boxes int64 [B,4] x0 y0 x1 y1, ends exclusive; regions bool [B,S,S].
 python -m trainer.regions show | learn: the rules drawn on a radiograph; a rule from one annotated radiograph.
 """
 
-import sys
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -48,4 +47,4 @@ def finding_regions(boxes: torch.Tensor, findings: Sequence[str], size: int, rul
 if __name__ == "__main__":
     from trainer.learn_regions import main
 
-    run(lambda: main(sys.argv[1:]))
+    run(main)

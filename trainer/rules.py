@@ -68,14 +68,15 @@ def read_findings(name: str = "") -> dict[str, Finding]:
     """
     ready = sorted(path.stem for path in READY.glob("*.yaml"))
     if name in ("", *ready):
-        return _read(READY / f"{name or DEFAULT}.yaml")
+        return read_file(READY / f"{name or DEFAULT}.yaml")
     path = Path(name)
     if not path.is_file():
         raise InputError(f"--findings {name}: no such file, and no ready-made set ({', '.join(ready)})")
-    return read_findings() | _read(path)
+    return read_findings() | read_file(path)
 
 
-def _read(path: Path) -> dict[str, Finding]:
+def read_file(path: Path) -> dict[str, Finding]:
+    """The findings of one file, and no others; errors as `read_findings`."""
     try:
         content = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
