@@ -60,7 +60,7 @@ def test_the_swap_keeps_the_box_and_takes_the_rest():
     for b, (own, other) in enumerate([(0.2, 0.8), (0.8, 0.2)]):
         x0, y0, x1, y1 = boxes[b].tolist()
         assert swapped[b, 0, y0:y1, x0:x1].unique().tolist() == pytest.approx([own])
-        assert (swapped[b] == torch.tensor(other)).sum() == S * S - (x1 - x0) * (y1 - y0)
+        assert torch.isclose(swapped[b], torch.tensor(other)).sum() == S * S - (x1 - x0) * (y1 - y0)
     assert images[0].unique().tolist() == pytest.approx([0.2])  # what came in is as it was
 
 
@@ -82,6 +82,18 @@ def test_probability_zero_changes_nothing_and_one_half_about_half():
     assert 160 < changed.sum() < 240
 
 
+def test_nothing_of_the_lenders_lungs_shows():
+    """However large its box: what lies in it comes to lie under the box that is kept."""
+    images = torch.full((2, 1, 64, 64), 0.2)
+    images[1, 0, 6:58, 8:56] = 1.0  # lungs full of disease
+    boxes = torch.tensor([[16, 12, 48, 44], [8, 6, 56, 58]])
+    swapped = swap_context(images, boxes, [True, False], torch.zeros(2, 2), Swap(1.0, 0.0, 0.0))
+    assert torch.equal(swapped[0], images[0])  # the other may not lend
+    swapped = swap_context(images, boxes, [True, True], torch.zeros(2, 2), Swap(1.0, 0.05, 0.04))
+    assert swapped[0].max() < 0.25
+    assert swapped[1, 0, 6:58, 8:56].min() > 0.99
+
+
 def test_lesions_are_laid_into_a_healthy_image():
     images = plain(0.9, 0.3, 0.6)
     lesions = torch.zeros(3, S, S, dtype=torch.bool)
@@ -90,10 +102,24 @@ def test_lesions_are_laid_into_a_healthy_image():
     swapped = swap_context(images, boxes, [True] * 3, torch.zeros(3, 2), ALWAYS, lesions=lesions, healthy=[False, True, False])
     assert (swapped[0, 0][lesions[0]] == 0.9).all()
     assert swapped[0, 0, 25, 25] == pytest.approx(0.3)  # inside the lungs, but of the healthy image
+    # A second healthy image: the host has a seam of the same shape, its own inside, the other healthy one outside.
+    swapped = swap_context(images, boxes, [True] * 3, torch.zeros(3, 2), ALWAYS, lesions=lesions, healthy=[False, True, True])
+    assert (swapped[1, 0][lesions[0]] == 0.3).all()
+    assert swapped[1, 0, 25, 25] == pytest.approx(0.6)
     # Nobody healthy: the lung box is what stays.
     swapped = swap_context(images, boxes, [True] * 3, torch.zeros(3, 2), ALWAYS, lesions=lesions, healthy=[False] * 3)
     assert swapped[0, 0, 25, 25] == pytest.approx(0.9)
     assert swapped[0, 0, 0, 0] == pytest.approx(0.3)
+
+
+def test_a_lesion_beyond_the_lung_box_stays():
+    images = plain(0.9, 0.3)
+    lesions = torch.zeros(2, S, S, dtype=torch.bool)
+    lesions[0, 28:36, 12:18] = True
+    boxes = torch.tensor([[10, 10, 30, 30]] * 2)
+    swapped = swap_context(images, boxes, [True] * 2, torch.zeros(2, 2), ALWAYS, lesions=lesions, healthy=[False] * 2)
+    assert (swapped[0, 0][lesions[0]] == 0.9).all()
+    assert swapped[0, 0, 35, 35] == pytest.approx(0.3)
 
 
 def test_aligned_lungs_lie_where_they_should():

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from shards.errors import InputError
-from trainer.regions import PUBLISHED, TASKS, finding_regions, task_findings, without_rule
+from trainer.regions import PUBLISHED, TASKS, finding_regions, placed, task_findings, without_rule
 
 
 def published(box, finding, size):
@@ -43,6 +43,12 @@ def test_halves_meet_at_half_to_even():
 
 def test_no_lungs_found_leaves_emphysema_an_empty_region():
     assert not finding_regions(torch.tensor([[0, 0, 8, 8]]), ["Subcutaneous Emphysema"], 8).any()
+
+
+def test_regions_that_say_nothing():
+    region = torch.zeros(3, 4, 4, dtype=torch.bool)
+    region[1], region[2, :2] = True, True
+    assert placed(region).tolist() == [False, False, True]
 
 
 def test_tasks():

@@ -26,7 +26,7 @@ def drawn(boxes: Iterable[Box], stored: Sequence[int], size: int) -> torch.Tenso
     height, width = stored
     for x0, y0, x1, y1 in boxes:
         left, top = max(0, math.floor(x0 * size / width)), max(0, math.floor(y0 * size / height))
-        region[top : math.ceil(y1 * size / height), left : math.ceil(x1 * size / width)] = True
+        region[top : max(0, math.ceil(y1 * size / height)), left : max(0, math.ceil(x1 * size / width))] = True
     return region
 
 
@@ -35,11 +35,20 @@ def lesion_regions(split: Split, index: torch.Tensor, stored: Sequence[int], siz
     return torch.stack([drawn(lesion_boxes(split, position), stored, size) for position in index.tolist()])
 
 
+def chosen(expected: torch.Tensor, lesions: torch.Tensor, how: str) -> torch.Tensor:
+    """The regions bool [B,S,S] that attention follows by ``--attention.region``: anatomy, annotation or both."""
+    if how == "anatomy":
+        return expected
+    if how == "annotation":
+        return lesions
+    return torch.where(lesions.flatten(1).any(1)[:, None, None], lesions, expected)
+
+
 class Annotations:
     """The lesion boxes of a split that training may use.
 
     Args:
-        split: read once, from one end to the other.
+        split: the metadata of all its samples are read once, from one end to the other; of remote shards, all are fetched.
         share: of the images with boxes; which, ``seed`` decides, and a smaller share is part of a larger one.
     """
 

@@ -70,7 +70,7 @@ def blend(images: torch.Tensor, kept: torch.Tensor, others: torch.Tensor) -> tor
 
 
 def aligned(images: torch.Tensor, boxes: torch.Tensor, to: torch.Tensor) -> torch.Tensor:
-    """Images moved and stretched so that ``boxes`` come to lie on ``to``; what comes in from outside is black."""
+    """Images moved and stretched so that ``boxes`` come to lie on ``to``; beyond their edges the edges go on."""
     size = images.shape[-1]
     scale = (boxes[:, 2:] - boxes[:, :2]).float() / (to[:, 2:] - to[:, :2]).float()
     # In coordinates of grid_sample: -1 and 1 are the image's edges.
@@ -78,7 +78,8 @@ def aligned(images: torch.Tensor, boxes: torch.Tensor, to: torch.Tensor) -> torc
     shift = centre - scale * ((to[:, :2] + to[:, 2:]).float() / size - 1)
     theta = torch.zeros(len(images), 2, 3, device=images.device, dtype=images.dtype)
     theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = scale[:, 0], scale[:, 1], shift
-    return F.grid_sample(images, F.affine_grid(theta, list(images.shape), align_corners=False), align_corners=False)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
 def swap_context(
@@ -93,27 +94,33 @@ def swap_context(
 ) -> torch.Tensor:
     """Images [B,1,S,S] whose surroundings come, with ``settings.probability``, from another image of the batch.
 
-    An image is changed, and lends its surroundings, only where ``inside`` says that its finding (or the lack of one) shows inside the lung
-    box: labels, boxes and regions stay right. What is kept of an image with ``lesions`` (bool [B,S,S]) is those alone: they are laid
-    into a ``healthy`` image of the batch, whose lungs are stretched to the place of its own.
+    An image is changed, and lends its surroundings, only where ``inside`` says that its finding (or the lack of one) shows inside its lung
+    box. The lender is stretched so that its lungs come to lie under the box that is kept: none of them shows, and labels, boxes and
+    regions stay right. What is kept of an image with ``lesions`` (bool [B,S,S]) is those alone, in the lungs of a ``healthy``
+    image of the batch. That image in its turn keeps a piece of the same shape, in another healthy one, so that a seam is no sign of disease.
 
     Args:
         draws: float [B,2] on the CPU, whether and with whom.
     """
     assert settings.probability is not None
-    size = images.shape[-1]
-    kept = kept_box(boxes, size, settings.dilate, settings.feather)
-    index = list(range(len(images)))
+    kept = kept_box(boxes, images.shape[-1], settings.dilate, settings.feather)
+    lender = list(range(len(images)))
     if lesions is not None:
-        marked = lesions.flatten(1).any(1).tolist()
-        hosts = partners(marked, healthy, draws, settings.probability)
-        laid = [b for b in index if hosts[b] != b]
-    else:
-        laid = []
-    free = [able and b not in laid for b, able in enumerate(inside)]
-    others = images[partners(free, inside, draws, settings.probability)]
-    if lesions is not None and laid:
-        host = [hosts[b] for b in laid]
-        others[laid] = aligned(images[host], boxes[host], boxes[laid])
-        kept[laid] = kept_mask(lesions[laid], settings.feather / 2)
-    return blend(images, kept, others)
+        marked, around = lesions.flatten(1).any(1), kept_mask(lesions, settings.feather / 2)
+        kept = torch.where(marked[:, None, None], torch.maximum(kept, around), kept)  # a lesion may reach beyond the box
+        hosts = partners(marked.tolist(), healthy, draws, settings.probability)
+        others = partners(healthy, healthy, draws, 1.0)
+        laid = [(b, host) for b, host in enumerate(hosts) if host != b]
+        for piece, b, host in [(b, b, host) for b, host in laid] + [(b, host, others[host]) for b, host in laid]:
+            if host != b and lender[b] == b:
+                lender[b], kept[b] = host, around[piece]
+    free = [able and lender[b] == b for b, able in enumerate(inside)]
+    swapped = partners(free, inside, draws, settings.probability)
+    lender = [other if free[b] else lender[b] for b, other in enumerate(swapped)]
+    changed = [b for b, other in enumerate(lender) if other != b]
+    if not changed:
+        return images
+    surroundings = images.clone()
+    from_ = [lender[b] for b in changed]
+    surroundings[changed] = aligned(images[from_], boxes[from_], boxes[changed])
+    return blend(images, kept, surroundings)

@@ -22,7 +22,7 @@ from shards.sample import SPLITS
 from shards.store import open_store
 from shards.stream import EpochPlan, Split
 from trainer import __version__
-from trainer.annotations import lesion_regions
+from trainer.annotations import chosen, lesion_regions
 from trainer.augment import resize
 from trainer.checkpoint import readable
 from trainer.classifier import FocusClassifier, evaluating, normalize_cam
@@ -43,7 +43,7 @@ from trainer.metrics import (
     wilson,
 )
 from trainer.probe import blurred, probed, random_twin
-from trainer.regions import finding_regions
+from trainer.regions import finding_regions, placed
 from trainer.rules import Finding, Rule, read_findings, rules_of, task_findings
 
 MODEL, LUNGS, FINDINGS = "model.safetensors", "lungs.safetensors", "findings.yaml"
@@ -138,8 +138,9 @@ def evaluate(
             if look:
                 assert cam is not None
                 shown = normalize_cam(cam, size)
-                for region in (expected, lesion_regions(split, batch.index, raw.shape[-2:], size).to(device)):
-                    known = region.flatten(1).any(1, keepdim=True)
+                lesions = lesion_regions(split, batch.index, raw.shape[-2:], size).to(device)
+                for region in (expected, lesions):
+                    known = placed(region)[:, None]
                     measured += [localize(shown, region, config.attention.threshold) * known, known]
                 if twin is not None:
                     other = twin(images, labels, cam=True).cam
@@ -151,8 +152,8 @@ def evaluate(
                 if config.attention.form == "published":  # its term follows the predicted class
                     cam = model(images, None, cam=True).cam
                     assert cam is not None
-                term = attention_term(normalize_cam(cam, size), expected, config.attention.threshold, config.attention.form)
-                known = expected.flatten(1).any(1)
+                region = chosen(expected, lesions, config.attention.region)
+                term, known = attention_term(normalize_cam(cam, size), region, config.attention.threshold, config.attention.form), placed(region)
                 measured += [(term * known)[:, None], known[:, None]]
             rows = torch.cat([m.double().cpu() for m in measured], 1)
         table[batch.index, : rows.shape[1]] += rows * batch.weight[:, None]

@@ -352,6 +352,10 @@ class LungBoxes:
             self.memory.table[index] = known
         return known[:, :4].long().to(images.device, non_blocking=True)
 
+    def found(self, index: torch.Tensor) -> list[bool]:
+        """Whether lungs were found in images whose boxes are known; without, the box is the whole image."""
+        return (self.memory.table[index, 4] > 0).tolist()
+
     def share(self, accelerator: Accelerator) -> None:
         """What one process has segmented, all know afterwards."""
         if accelerator.num_processes > 1:

@@ -44,6 +44,12 @@ def finding_regions(boxes: torch.Tensor, findings: Sequence[str], size: int, rul
     return inside ^ outside[:, None, None]
 
 
+def placed(region: torch.Tensor) -> torch.Tensor:
+    """Which regions [B,S,S] say something about where to look: bool [B], false for nowhere and for everywhere (the lungs of an image without)."""
+    flat = region.flatten(1)
+    return flat.any(1) & ~flat.all(1)
+
+
 if __name__ == "__main__":
     from trainer.learn_regions import main
 

@@ -26,7 +26,7 @@ from shards.sample import NO_FINDING
 from shards.store import open_store
 from shards.stream import Batch, EpochPlan, Split
 from trainer import checkpoint
-from trainer.annotations import Annotations
+from trainer.annotations import Annotations, chosen
 from trainer.augment import SWAPS, augment, draw, resize
 from trainer.balance import Balance
 from trainer.classifier import FocusClassifier, normalize_cam
@@ -36,7 +36,7 @@ from trainer.evaluate import FINDINGS, LUNGS, MODEL, Outcome, among, evaluate, f
 from trainer.launching import Accelerator, start
 from trainer.losses import attention, attention_term, classification
 from trainer.lungs import LungBoxes, load_segmenter
-from trainer.regions import finding_regions
+from trainer.regions import finding_regions, placed
 from trainer.rules import Finding, Rule, read_findings, rules_of, task_findings, without_rule
 from trainer.rules import to_yaml as findings_to_yaml
 from trainer.tracking import Tracking
@@ -96,7 +96,7 @@ class Trainer:
         self.inside = {name for name, rule in self.rules.items() if rule.inside(c.swap.dilate)}
         if self.inside:
             self.inside.add(NO_FINDING)
-        self.swaps = bool(self.inside) and c.swap_probability > 0
+        self.swaps = bool(self.inside or self.annotations) and c.swap_probability > 0
 
     def train(self) -> None:
         """Epochs until they are done or patience ends."""
@@ -197,12 +197,12 @@ class Trainer:
         names = [findings[k] for k in batch.label.tolist()]
         region = finding_regions(boxes, names, c.size, self.rules)
         if lesions is not None:
-            drawn = lesions.flatten(1).any(1)[:, None, None]
-            region = torch.where(drawn, lesions, region) if c.attention.region == "both" else lesions
+            region = chosen(region, lesions, c.attention.region)
         if self.swaps:
-            inside, healthy = ([name in kind for name in names] for kind in (self.inside, {NO_FINDING}))
+            found = self.lungs["train"].found(batch.index)
+            inside, healthy = ([f and name in kind for f, name in zip(found, names, strict=True)] for kind in (self.inside, {NO_FINDING}))
             images = swap_context(images, boxes, inside, draws[:, SWAPS], self.swap, lesions=lesions, healthy=healthy)
-        return Prepared(images, labels, region, weight, weight * region.flatten(1).any(1))
+        return Prepared(images, labels, region, weight, weight * placed(region))
 
     def log(self, logged: "_Logged", bar: Any, lam: float, position: float) -> None:
         """A line of metrics.jsonl and of the tracker; stops the run at a loss that is not finite."""
