@@ -49,6 +49,8 @@ class Phantoms(Source):
     ) -> None:
         if kind not in KINDS:
             raise InputError(f"--shortcut-kind {kind}: expected {' or '.join(KINDS)}")
+        if kind != KINDS[0] and shortcut is None:
+            raise InputError(f"--shortcut-kind {kind}: say how well it agrees with the finding, --shortcut 0.95")
         for name in findings:
             if name not in FINDINGS:
                 raise InputError(f"--findings {name}: phantoms exist for {', '.join(FINDINGS)}")

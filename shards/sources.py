@@ -329,7 +329,8 @@ def table(
         codes = {findings: k for k, findings in enumerate(dict.fromkeys(findings for _, findings in taken))}
         part = split.by_patient(np.array([codes[findings] for _, findings in taken]), patient, seed, shares)
         parts = [SPLITS[p] for p in part]
-    lesions = _table_boxes(boxes, images, paths, columns.path, skipped) if boxes else {}
+    every = tuple(declared or dict.fromkeys(name for _, findings in taken for name in findings))
+    lesions = _table_boxes(boxes, images, paths, columns.path, every, skipped, skip_missing) if boxes else {}
     items = []
     for (_, findings), p, image, who in zip(taken, parts, paths, patient, strict=True):
         extra = [("source", image.name)]
@@ -337,26 +338,36 @@ def table(
             extra.append(("patient", pseudonym(who) if pseudonym else who))
         key = clean_key(str(image.relative_to(images).with_suffix("")))
         items.append(Item(p, key, findings, str(image), boxes=tuple(lesions.get(image, ())), extra=tuple(extra)))
-    every = tuple(declared or dict.fromkeys(name for item in items for name in item.findings))
     refuse_torn(items, flag)
     refuse_missing_class(items, declared, flag)
     return Source(mixed(items), dict(skipped), every)
 
 
-def _table_boxes(path: Path, images: Path, known: Iterable[Path], column_of_path: str, skipped: dict[str, int]) -> dict[Path, list[Shares]]:
+def _table_boxes(
+    path: Path, images: Path, known: Iterable[Path], column_of_path: str, findings: Sequence[str], skipped: dict[str, int], skip_bad: bool
+) -> dict[Path, list[Shares]]:
     """Lesion boxes of the ``known`` images: columns of the image, ``finding``, and x0, y0, x1, y1 or x, y, w, h in pixels of the file."""
     flag = f"--boxes {path}"
     names, rows = read_table(path, "--boxes")
     corners = ("x0", "y0", "x1", "y1") if "x0" in names else ("x", "y", "w", "h")
     for name in (column_of_path, "finding", *corners):
         column(names, flag, name)
-    wanted, boxes = set(known), defaultdict(list)
+    wanted, boxes, sizes = set(known), defaultdict(list), dict[Path, tuple[int, int]]()
     for n, row in enumerate(rows, 2):
-        image = images / row[column_of_path].strip()
+        image, finding = images / row[column_of_path].strip(), row["finding"].strip()
         if image not in wanted:
             skipped["boxes of images that are not in the table"] += 1
             continue
-        width, height = open_gray(str(image)).size
+        if finding not in findings:
+            skipped[f"boxes of {finding!r}, which is no finding of the table"] += 1
+            continue
+        try:
+            sizes[image] = sizes.get(image) or open_gray(str(image)).size
+        except InputError:
+            if skip_bad:  # the image itself is left out, and counted, when it is packed
+                continue
+            raise
+        width, height = sizes[image]
         try:
             x0, y0, x1, y1 = (float(row[name]) for name in corners)
         except ValueError as error:
@@ -365,9 +376,10 @@ def _table_boxes(path: Path, images: Path, known: Iterable[Path], column_of_path
             x1, y1 = x0 + x1, y0 + y1
         if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
             raise InputError(f"{flag}, row {n}: {x0:g} {y0:g} {x1:g} {y1:g} is no box in {image.name} of {width}x{height} pixels; correct the row")
-        boxes[image].append((row["finding"].strip(), (x0 / width, y0 / height, x1 / width, y1 / height)))
+        boxes[image].append((finding, (x0 / width, y0 / height, x1 / width, y1 / height)))
     if not boxes:
-        raise InputError(f"{flag}: none of its {len(rows)} images is in the table; expected their paths in column {column_of_path!r}, as in the table")
+        why = listed(f"{count} {what}" for what, count in skipped.items() if what.startswith("boxes")) or "no image with a box can be read"
+        raise InputError(f"{flag}: none of its {len(rows)} boxes can be used ({why}); expected paths in column {column_of_path!r} and findings as in the table")
     return boxes
 
 

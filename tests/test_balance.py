@@ -92,7 +92,7 @@ def test_constrained_grows_while_validation_stays_and_gives_way_when_it_does_not
     assert balance.value(0) == 0.9
 
 
-@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.5, 0.5), (0.0, 0.0)])
+@pytest.mark.parametrize(("low", "high"), [(0.0, 0.99), (0.5, 0.5), (0.0, 0.0)])
 def test_constrained_survives_the_ends(low, high):
     balance = Balance("constrained", low=low, high=high)
     for loss in (1.0, 0.5, 3.0, 0.4) * 5:
@@ -131,6 +131,9 @@ def test_settings_that_cannot_work_are_named():
     wrong = Config("s", "o")
     wrong.balance.policy, wrong.attention.form = "balanced", "published"
     assert any("--attention.form published" in problem for problem in wrong.problems())
+    wrong = Config("s", "o")
+    wrong.balance.policy, wrong.balance.high = "constrained", 1.0
+    assert any("--balance.high 1" in problem for problem in wrong.problems())
     wrong = Config("s", "o")
     wrong.balance.epsilon, wrong.attention.annotated, wrong.swap = -1.0, 1.5, Swap(probability=2.0, dilate=-0.1)
     told = " ".join(wrong.problems())

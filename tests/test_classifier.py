@@ -146,3 +146,31 @@ def test_without_the_hub_both_remedies_are_named(monkeypatch, tmp_path):
     monkeypatch.setattr("trainer.classifier.huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(InputError, match=r"--pretrained FILE .*--pretrained false"):
         FocusClassifier("resnet18", 2, size=64)
+
+
+def test_a_layer_that_is_not_run_is_named():
+    with pytest.raises(InputError, match=r"--attention.layer blocks.11.attn.attn_drop: is not run in the forward"):
+        make("vit_tiny_patch16_224", size=224, layer="blocks.11.attn.attn_drop")
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "vgg11"])
+def test_the_inputs_gradient_is_a_map_with_a_gradient_however_small_it_is(backbone):
+    model = make(backbone, layer="input")
+    _, cam = model(IMAGES, torch.tensor([1, 1]), cam=True)
+    assert cam.shape[1:] == IMAGES.shape[2:]
+    assert cam.amax((1, 2)).tolist() == pytest.approx([1, 1])
+    cam.mean().backward()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+
+
+def test_several_layers_are_averaged_at_the_size_of_the_largest():
+    model = make("resnet18", layer="layer3,layer4").eval()
+    _, cam = model(IMAGES, torch.tensor([1, 1]), cam=True)
+    alone = [make("resnet18", layer=name) for name in ("layer3", "layer4")]
+    maps = []
+    for other in alone:
+        other.load_state_dict(model.state_dict())
+        maps.append(other.eval()(IMAGES, torch.tensor([1, 1]), cam=True).cam)
+    size = cam.shape[-1]
+    expected = torch.stack([normalize_cam(m, size) for m in maps]).mean(0)
+    assert torch.allclose(cam, expected, atol=1e-5)

@@ -86,6 +86,7 @@ def test_recipes_are_valid(recipe):
         (["--batch", "abc"], "^--batch abc: expected a whole number; see --help$"),
         (["--attention.form", "x"], "^--attention.form x: expected one of published, coverage, energy, lift; see --help$"),
         (["--balance.lam", "nan"], "^--balance.lam nan: expected a number; see --help$"),
+        (["--swap.probability", "foo"], "^--swap.probability foo: expected a number; see --help$"),
         (["--resume", "maybe"], "^--resume maybe: expected true or false; see --help$"),
     ],
 )

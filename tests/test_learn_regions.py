@@ -8,7 +8,7 @@ from shards.sample import fit, load_image
 from trainer import learn_regions
 from trainer.learn_regions import main
 from trainer.regions import finding_regions
-from trainer.rules import read_findings, rules_of
+from trainer.rules import read_file, read_findings, rules_of
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +76,7 @@ def test_one_side_and_several_boxes_and_the_margin(radiograph, tmp_path):
         (["CHEST", "--box", "10,10,20,20", "--finding", " "], "expected the name of a finding"),
         (["CHEST", "--box", "10,10,20,20", "--finding", "X", "--margin", "3"], "--margin 3.0: a share of the lung box"),
         (["CHEST", "--box", "10,10,20,20", "--finding", "X", "--marign", "3"], "unknown flag '--marign'; did you mean --margin"),
+        (["CHEST", "--box", "10,10,20,20", "--finding", "X", "--out", "x.png"], r"--out x\.png: expected a file name that ends in \.yaml or \.yml"),
         (["nowhere.png", "--box", "10,10,20,20", "--finding", "X"], "nowhere.png: cannot be read"),
         (["NOISE", "--box", "10,10,20,20", "--finding", "X"], "no believable pair of lungs"),
     ],
@@ -85,7 +86,7 @@ def test_what_cannot_be_learned_from(radiograph, tmp_path, flags, words):
     Image.fromarray(rng.integers(0, 255, (64, 64), dtype=np.uint8)).save(tmp_path / "noise.png")
     flags = [{"CHEST": str(radiograph[0]), "NOISE": str(tmp_path / "noise.png")}.get(f, f) for f in flags]
     with pytest.raises(InputError, match=words):
-        main(["learn", *flags, *(["--out", str(tmp_path / "out.yaml")] if flags else [])])
+        main(["learn", *flags, *(["--out", str(tmp_path / "out.yaml")] if flags and "--out" not in flags else [])])
     assert not (tmp_path / "out.yaml").exists()
 
 
@@ -93,10 +94,14 @@ def test_a_finding_is_not_replaced_unasked(radiograph, tmp_path):
     path, lesion = radiograph
     flags = ["learn", str(path), "--box", box(lesion), "--finding", "Plaque", "--out", str(tmp_path / "mine.yaml")]
     main(flags)
-    before = (tmp_path / "mine.yaml").read_bytes()
+    before = b"# by hand\nOther: {images: any}\n" + (tmp_path / "mine.yaml").read_bytes()
+    (tmp_path / "mine.yaml").write_bytes(before)
     with pytest.raises(InputError, match="has a finding 'Plaque' already"):
         main(flags)
     assert (tmp_path / "mine.yaml").read_bytes() == before
+    main([*flags[:5], "Second", *flags[6:]])
+    assert (tmp_path / "mine.yaml").read_bytes().startswith(before), "what stood there, comments too, is kept"
+    assert set(read_file(tmp_path / "mine.yaml")) == {"Other", "Plaque", "Second"}
 
 
 def test_show_prints_and_draws(radiograph, tmp_path, capsys):
@@ -109,5 +114,8 @@ def test_show_prints_and_draws(radiograph, tmp_path, capsys):
     assert "Cardiomegaly" not in printed
     assert f"drawn on {radiograph[0]}" in printed
     assert load_image(tmp_path / "all.png").size > load_image(tmp_path / "deep" / "some.png").size
+    for bad in (tmp_path, tmp_path / "all.xyz"):
+        with pytest.raises(InputError, match=r"expected a file name that ends in \.png"):
+            main(["show", "--out", str(bad)])
     with pytest.raises(InputError, match="no such file, and no ready-made set"):
         main(["show", "--findings", "mine"])

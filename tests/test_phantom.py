@@ -97,6 +97,8 @@ def test_the_tube_lies_in_a_lung_and_its_kind_is_the_class():
     assert len(counts) == 4
     with pytest.raises(InputError, match="--shortcut-kind wire: expected marker or tube"):
         Phantoms(100, 0, shortcut=1.0, kind="wire")
+    with pytest.raises(InputError, match="--shortcut-kind tube: say how well it agrees"):
+        Phantoms(100, 0, kind="tube")
 
 
 def test_the_tubes_correlation_is_the_parameter():

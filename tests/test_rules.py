@@ -68,6 +68,7 @@ def test_every_shape(tmp_path, region, expected):
         ("Mine:\n  region: {rectangles: []}", "left < right, top < bottom"),
         ("Mine:\n  region: {rectangles: [[0, 0, .nan, 1]]}", "left < right, top < bottom; got"),
         ("Mine:\n  region: {rectangles: [[20, 30, 200, 300]]}", "looks like pixels"),
+        ("No Finding:\n  region: {half: lower}", "No Finding is the absence of findings"),
         ("Mine:\n  images: some", "images: some: expected only .* or any"),
         ("Mine: !!python/object/apply:os.getcwd []", "is not YAML"),
     ],

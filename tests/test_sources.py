@@ -475,7 +475,8 @@ def test_lesion_boxes_of_a_table(tmp_path, header, numbers, capsys):
         ("path,finding,x,y,w,h\n0.png,Mass,1,1,40,2", r"row 2: 1 1 41 3 is no box in 0\.png of 40x30 pixels"),
         ("path,finding,x0,y0,x1,y1\n0.png,Mass,5,1,5,2", "is no box"),
         ("path,finding,x,y,w,h\n0.png,Mass,nan,1,1,2", "is no box"),
-        ("path,finding,x,y,w,h\nzero.png,Mass,1,1,2,2", "none of its 1 images is in the table"),
+        ("path,finding,x,y,w,h\nzero.png,Mass,1,1,2,2", r"none of its 1 boxes can be used \(1 boxes of images that are not in the table\)"),
+        ("path,finding,x,y,w,h\n0.png,Masss,1,1,2,2", r"none of its 1 boxes can be used \(1 boxes of 'Masss', which is no finding of the table\)"),
     ],
 )
 def test_boxes_that_are_none(tmp_path, text, words):

@@ -25,8 +25,8 @@ def readable(path: Path) -> None:
     path.chmod(0o666 & ~mask)
 
 
-def claim(accelerator: Accelerator, out: Path, config: str, *, resumable: bool = True) -> None:
-    """Make the run folder with its config.yaml; InputError on every process if it already holds something."""
+def claim(accelerator: Accelerator, out: Path, files: dict[str, str], *, resumable: bool = True) -> None:
+    """Make the run folder with these files, config.yaml last; InputError on every process if it already holds something."""
     taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
     accelerator.wait_for_everyone()  # all have looked before anybody writes
     if taken:
@@ -36,7 +36,8 @@ def claim(accelerator: Accelerator, out: Path, config: str, *, resumable: bool =
     if accelerator.is_main_process:
         try:
             out.mkdir(parents=True, exist_ok=True)
-            write_atomic(out / "config.yaml", config)
+            for name, text in files.items():
+                write_atomic(out / name, text)
         except OSError as error:
             raise InputError(f"--out {out}: cannot be written ({error.strerror})") from error
     accelerator.wait_for_everyone()

@@ -117,6 +117,8 @@ class FocusClassifier(nn.Module):
         # Fused attention has no second derivative; it matters only for layers before an attention block.
         with torch.set_grad_enabled(had_graph), sdpa_kernel(SDPBackend.MATH) if self.layers else contextlib.nullcontext():
             logits = self._run(x, keep)
+            if len(kept) < max(1, len(self.layers)):
+                raise InputError(f"--attention.layer {','.join(self.layers)}: is not run in the forward, so there is nothing to see; choose another layer")
             if classes is None:
                 classes = logits.argmax(1)
             score = logits.gather(1, classes[:, None]).sum()
@@ -125,7 +127,8 @@ class FocusClassifier(nn.Module):
         maps = []
         for features, gradient in zip(kept, gradients, strict=True):
             if self.layers == [INPUT]:
-                maps.append(at_least_float32(gradient).square().sum(1))
+                energy = at_least_float32(gradient).square().sum(1)
+                maps.append(energy / energy.detach().amax((1, 2), keepdim=True).clamp(min=1e-30))  # tiny numbers, which are no sign of a dead map
                 continue
             features = features if differentiable else features.detach()
             maps.append(grad_cam(_to_maps(features, self.net), _to_maps(gradient, self.net)))

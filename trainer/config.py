@@ -166,6 +166,8 @@ class Config:
         if self.balance.policy == "balanced" and (self.attention.mode == "eval" or self.attention.form == "published"):
             what = "--attention.mode eval" if self.attention.mode == "eval" else "--attention.form published"
             found.append(f"--balance.policy balanced: needs an attention term with a gradient in the training forward, which {what} has not")
+        if self.balance.policy == "constrained" and self.balance.high == 1:
+            found.append("--balance.high 1: constrained starts there, and from cross-entropy alone it would never move; lower it")
         for name in ("weight_decay", "clip", "warmup"):
             if getattr(self.optim, name) < 0:
                 found.append(f"--optim.{name} {getattr(self.optim, name)}: must not be negative")
@@ -252,11 +254,12 @@ class _Parser(jsonargparse.ArgumentParser):
     def error(self, message: str, *_: Any) -> None:  # type: ignore[override]
         text = " ".join(str(message).split()).removeprefix('Parser key "config": ').removesuffix("; see --help")  # told twice
         wrong = re.search(r'Parser key "(.*?)": .*?Expected a (.*)\. Got value: (.*)', text)
+        either = re.search(r'Parser key "(.*?)": Does not validate against any of the Union subtypes Subtypes: (\[.*?\]).*Given value: (.*)', text)
         missing = re.fullmatch(r"the following arguments are required: (.*)", text)
-        if wrong:
-            name, kind, value = wrong.groups()
+        if wrong or either:
+            name, kind, value = (wrong or either).groups()  # type: ignore[union-attr]
             choice = re.findall(r"'([^']*)'", kind)
-            expected = f"one of {', '.join(choice)}" if "Literal" in kind else " or ".join(KINDS.get(k, k) for k in choice)
+            expected = f"one of {', '.join(choice)}" if "Literal" in kind else " or ".join(KINDS.get(k, k) for k in choice if k != "NoneType")
             text = f"--{name} {value}: expected {expected}"
         elif missing:
             text = "missing: " + ", ".join(f"--{name.strip()}" for name in missing[1].split(","))

@@ -44,7 +44,7 @@ from trainer.metrics import (
 )
 from trainer.probe import blurred, probed, random_twin
 from trainer.regions import finding_regions, placed
-from trainer.rules import Finding, Rule, read_findings, rules_of, task_findings
+from trainer.rules import Finding, Rule, read_file, read_findings, rules_of, task_findings, to_yaml
 
 MODEL, LUNGS, FINDINGS = "model.safetensors", "lungs.safetensors", "findings.yaml"
 
@@ -222,7 +222,7 @@ def open_run(path: Path) -> Run:
 def run_findings(path: Path, config: Config) -> dict[str, Finding]:
     """The findings of a run: its own copy, or, for a run from before there were such copies, the published ones."""
     own = path / FINDINGS
-    known = read_findings(str(own) if own.is_file() else "published")
+    known = read_file(own) if own.is_file() else read_findings("published")
     return {name: known[name] for name in task_findings(config.task) if name in known}
 
 
@@ -240,24 +240,27 @@ def finish(
     lungs: dict[str, LungBoxes],
     training: dict[str, Any],
     out: Path,
+    thresholds: dict[str, int | None] | None = None,
 ) -> dict[str, Any]:
-    """Evaluate val and test, probe the model, and write the run's reports. Returns the content of report.json."""
+    """Evaluate val and test, probe the model, and write the run's reports. Returns the content of report.json.
+
+    ``thresholds`` of the IoU, as the run's own validation images chose them, are used where there is no val.
+    """
     from trainer import report  # matplotlib and its fonts, only where something is drawn
 
     classes, rules = task_findings(config.task), rules_of(findings)
     outcomes: dict[str, Outcome] = {n: evaluate(accelerator, model, splits[n], lungs.get(n), config, rules) for n in ("val", "test") if n in splits}
     content: dict[str, Any] = {"findings": classes, "dataset": next(iter(splits.values())).dataset, "training": training}
+    content["regions"] = to_yaml(findings)
     content["written"] = f"cxr-focus {__version__}, {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}"
     for name in outcomes:
         if name in lungs:
             lungs[name].share(accelerator)
     lost = {name: boxes.memory.not_found().tolist() for name, boxes in lungs.items()}
     content["lungs_not_found"] = {name: [splits[name].key(p) for p in positions] for name, positions in lost.items()}
-    # The threshold of the IoU comes from validation: measured here, or by the run that the model is of.
-    old = json.loads((Path(config.out) / "report.json").read_text()) if (Path(config.out) / "report.json").is_file() else {}
-    chosen = outcomes["val"].thresholds() if "val" in outcomes else old.get("iou_threshold", {})
-    content["iou_threshold"] = chosen
-    content |= {name: outcome.report(classes, intervals=True, chosen=chosen) for name, outcome in outcomes.items()} | {"config": asdict(config)}
+    thresholds = outcomes["val"].thresholds() if "val" in outcomes else thresholds
+    content["iou_threshold"] = thresholds
+    content |= {name: outcome.report(classes, intervals=True, chosen=thresholds) for name, outcome in outcomes.items()} | {"config": asdict(config)}
     shown = "test" if "test" in splits else "val"
     content[shown]["probe"] = probe(accelerator, model, outcomes[shown], splits[shown], lungs.get(shown), config, rules)
     if accelerator.is_main_process:
@@ -332,8 +335,8 @@ def main(argv: list[str] | None = None) -> None:
     own = os.path.realpath(options.shards) == os.path.realpath(config.shards)
     out = Path(options.out) if options.out else path if own else path / f"evaluate_{index['dataset']}"
     out.mkdir(parents=True, exist_ok=True)
-    old = path / "report.json"
-    training = json.loads(old.read_text())["training"] if old.is_file() else {"unfinished": True, "best_epoch": int(opened.metadata["epoch"]) + 1}
+    old = json.loads((path / "report.json").read_text()) if (path / "report.json").is_file() else {}
+    training = old.get("training", {"unfinished": True, "best_epoch": int(opened.metadata["epoch"]) + 1})
     if training.get("unfinished") and accelerator.is_main_process:
         print(f"{path} has not finished: these are figures of its best model so far, of epoch {training['best_epoch']}")
     config.batch, config.workers = options.batch, options.workers
@@ -342,7 +345,7 @@ def main(argv: list[str] | None = None) -> None:
     if segmenter is not None:
         segmenter.to(accelerator.device)
         lungs = {n: LungBoxes(segmenter, config.size, len(s), s.fingerprint) for n, s in splits.items()}
-    content = finish(accelerator, model, config, opened.findings, splits, lungs, training, out)
+    content = finish(accelerator, model, config, opened.findings, splits, lungs, training, out, old.get("iou_threshold"))
     if accelerator.is_main_process:
         from trainer import report
 

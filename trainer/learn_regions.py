@@ -54,6 +54,7 @@ def main(argv: list[str] | None = None) -> None:
 def show(name: str, image: Path | None, out: Path) -> None:
     """Print what is declared and draw each region."""
     findings = read_findings(name)
+    _writable(out, (".png", ".pdf", ".svg"))
     if image is None:
         from shards.phantom import phantom
 
@@ -65,7 +66,7 @@ def show(name: str, image: Path | None, out: Path) -> None:
     print(f"{'':{width}}  images  region in shares of the lung box: left top right bottom")
     for finding, entry in findings.items():
         print(f"{finding:{width}}  {entry.images:6}  {_words(entry.rule)}" + (f"  ({entry.source})" if entry.source else ""))
-    _drawn(pixels, box, {n: f for n, f in findings.items() if f.rule is not None}).savefig(_folder(out), dpi=110)
+    _drawn(pixels, box, {n: f for n, f in findings.items() if f.rule is not None}).savefig(out, dpi=110)
     lost = "" if found else "; no lungs were found in it, so the whole image stands in for their box"
     print(f"wrote {out}: drawn on {what}{lost}")
 
@@ -77,7 +78,7 @@ def learn(a: argparse.Namespace) -> None:
         raise InputError(f"--finding {a.finding!r}: expected the name of a finding")
     if not 0 <= a.margin <= 1:
         raise InputError(f"--margin {a.margin}: a share of the lung box lies in [0, 1]")
-    known = read_file(out) if out.is_file() else {}
+    known = read_file(out) if _writable(out, (".yaml", ".yml")).is_file() else {}
     if a.finding in known:
         raise InputError(f"--out {out}: has a finding {a.finding!r} already; remove it there, or name another file")
     image = load_image(a.image)
@@ -104,7 +105,8 @@ def learn(a: argparse.Namespace) -> None:
             print("the box lies beside the midline: its mirror image belongs to the region, too (--one-sided leaves it out)")
     rule = Rule(tuple(dict.fromkeys(rectangles)))
     finding = Finding(rule, a.images, f"learned from one annotated radiograph ({a.image.name}), margin {a.margin:g}")
-    write_atomic(_folder(out), to_yaml(known | {a.finding: finding}))
+    before = out.read_text().rstrip("\n") + "\n" if known else ""
+    write_atomic(out, before + to_yaml({a.finding: finding}))
     picture = out.with_suffix(".png")
     _drawn(pixels, box, {a.finding: finding}, [tuple(v * SIZE for v in b) for b in lesions]).savefig(picture, dpi=110)
     print(f"{a.finding}: {_words(rule)}")
@@ -138,8 +140,10 @@ def _words(rule: Rule | None) -> str:
     return f"all but {told}" if rule.outside else told
 
 
-def _folder(path: Path) -> Path:
-    """``path``, whose folder exists."""
+def _writable(path: Path, kinds: tuple[str, ...]) -> Path:
+    """``path``, which has one of these suffixes, and whose folder exists."""
+    if path.suffix.lower() not in kinds or path.is_dir():
+        raise InputError(f"--out {path}: expected a file name that ends in {' or '.join(kinds)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -133,7 +133,7 @@ def localize(cam: torch.Tensor, region: torch.Tensor, threshold: float) -> torch
 def otsu(histogram: torch.Tensor) -> torch.Tensor:
     """The gray from which on a histogram [B,G] is foreground, so that the variance between the classes is largest: int64 [B].
 
-    Otsu, IEEE Trans. SMC 1979, eq. 18. Where all pixels have one gray, the gray above it.
+    Otsu, IEEE Trans. SMC 1979, eq. 18.
     """
     share = histogram.double() / histogram.double().sum(1, keepdim=True).clamp(min=1)
     grays = torch.arange(histogram.shape[1], device=histogram.device, dtype=share.dtype)

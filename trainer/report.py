@@ -338,6 +338,8 @@ def notes(runs: dict[str, dict[str, Any]]) -> list[str]:
     kinds = {json.dumps([c["findings"], c["dataset"], shown_split(c), c[shown_split(c)]["images"]]) for c in runs.values()}
     if len(kinds) > 1:
         told.append("these runs differ in their findings or images: their figures cannot be compared")
+    if len({content.get("regions") for content in runs.values()}) > 1:
+        told.append("these runs differ in their expected regions: figures of the region cannot be compared")
     return told
 
 

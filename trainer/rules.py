@@ -83,6 +83,8 @@ def read_file(path: Path) -> dict[str, Finding]:
         raise InputError(f"--findings {path}: is not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict) or not all(isinstance(name, str) and isinstance(entry, dict) for name, entry in content.items()):
         raise InputError(f"--findings {path}: expected `Name:` lines with settings under each: region, images, source")
+    if NO_FINDING in content:
+        raise InputError(f"--findings {path}: {NO_FINDING} is the absence of findings; it has no region and cannot be declared")
     return {name: _finding(entry, f"--findings {path}: {name}") for name, entry in content.items()}
 
 

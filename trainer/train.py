@@ -2,7 +2,7 @@
 
 Legend: B images of a process and micro-batch, W processes, K classes, S pixels of a side, h x w positions of the CAM.
 A step is `accumulate` micro-batches; its losses are divided by the counts of the whole step over all processes, so W
-processes and any accumulation give the gradient of one big batch.
+processes and any accumulation give the gradient of one big batch (but for context swap, whose partners come from a micro-batch).
 """
 
 import contextlib
@@ -396,7 +396,9 @@ def resolve(argv: list[str] | None) -> Config:
     # A run may be resumed from another working folder.
     config.shards = config.shards if "://" in config.shards else os.path.abspath(config.shards)
     config.lungs.weights = config.lungs.weights and os.path.abspath(config.lungs.weights)
-    config.pretrained = os.path.abspath(config.pretrained) if os.path.isfile(config.pretrained) else config.pretrained
+    for name in ("pretrained", "findings"):
+        value = getattr(config, name)
+        setattr(config, name, os.path.abspath(value) if os.path.isfile(value) else value)
     return config
 
 
@@ -405,7 +407,7 @@ def build(config: Config) -> Trainer:
     trackers = None if config.tracker == "none" else config.tracker
     accelerator = start(config.seed, log_with=trackers, project_dir=config.out)
     store, out, classes = open_store(config.shards), Path(config.out), task_findings(config.task)
-    findings = run_findings(out, config) if config.resume else {n: f for n, f in read_findings(config.findings).items() if n in classes}
+    findings = findings_of(config)
     index = store.index()
     splits = {n: Split(store, n, classes, among=among(findings)) for n in ("train", "val", "test") if n in index["splits"] or n != "test"}
     total, world = len(splits["train"]), accelerator.num_processes
@@ -419,17 +421,19 @@ def build(config: Config) -> Trainer:
     weights = own if config.resume and own.is_file() and not os.path.exists(config.lungs.weights) else config.lungs.weights
     segmenter = load_segmenter(weights or None)
     model = FocusClassifier(config.backbone, len(classes), size=config.size, pretrained=config.pretrained, layer=config.attention.layer)
+    annotations = annotated(config, splits["train"])
     if not config.resume:
-        checkpoint.claim(accelerator, out, to_yaml(config))
+        checkpoint.claim(accelerator, out, {FINDINGS: findings_to_yaml(findings), "config.yaml": to_yaml(config)})
 
     accelerator.print(
         f"{config.batch} images x {world} processes x {config.accumulate} accumulated = {per_step} a step; "
         f"{total} training images, {-(-total // per_step)} steps an epoch; {accelerator.device.type}, {accelerator.mixed_precision}"
     )
     for name, split in splits.items():
-        left = f"; {split.left_out} others left out (not exactly one finding of the task)" if split.left_out else ""
+        left = f"; {split.left_out} others left out (of none of the task's classes, or of several)" if split.left_out else ""
         accelerator.print(f"{name}: {', '.join(f'{n} {finding}' for finding, n in split.counts().items())}{left}")
-    annotations = annotated(config, splits["train"], accelerator)
+    if annotations:
+        accelerator.print(f"{annotations.known} of {total} training images have lesion boxes of their finding, {len(annotations.boxes)} are used as regions")
     unplaced = without_rule(classes, rules_of(findings))
     if unplaced and config.attention.region != "annotation":
         accelerator.print(f"no region is known for {listed(unplaced)}: classification only, no attention loss for them; declare one with --findings FILE")
@@ -443,31 +447,43 @@ def build(config: Config) -> Trainer:
     tracking = Tracking(accelerator, config.tracker)
     parts = config, accelerator, splits, accelerator.unwrap_model(net), net, optimizer, schedule, balance, lungs, tracking
     trainer = Trainer(*parts, findings, annotations, identity(config, splits, key, findings))
-    fixed = [name for name in classes if name not in trainer.inside] if trainer.swaps else []
-    if fixed:
-        accelerator.print(f"context swap leaves out {listed(fixed)}: only what shows inside the lung box may get other surroundings")
+    fixed = [name for name in classes if name not in trainer.inside]
+    if config.swap_probability > 0 and trainer.attends and fixed:
+        what = f"leaves out {listed(fixed)}" if trainer.swaps else "is off"
+        accelerator.print(f"context swap {what}: only what shows inside the lung box may get other surroundings")
+    if trainer.swaps and config.batch == 1:
+        accelerator.print("context swap does nothing with --batch 1: partners come from the same batch")
     if config.resume:
         trainer.restore()
     if accelerator.is_main_process:  # a resume that is refused has changed nothing
         checkpoint.write_atomic(out / "config.yaml", to_yaml(replace(config, resume=False)))
-        checkpoint.write_atomic(out / FINDINGS, findings_to_yaml(findings))
         segmenter.save(out / LUNGS)
     tracking.start(out, asdict(config))
     return trainer
 
 
-def annotated(config: Config, split: Split, accelerator: Accelerator) -> Annotations | None:
-    """The lesion boxes that training uses; says how many there are. InputError where there are none."""
+def findings_of(config: Config) -> dict[str, Finding]:
+    """The findings of the task as --findings says; of a resumed run whose file is gone, its own copy."""
+    gone = config.findings.endswith((".yaml", ".yml")) and not os.path.isfile(config.findings)
+    if config.resume and gone:
+        return run_findings(Path(config.out), config)
+    classes = task_findings(config.task)
+    return {name: finding for name, finding in read_findings(config.findings).items() if name in classes}
+
+
+def annotated(config: Config, split: Split) -> Annotations | None:
+    """The lesion boxes that training uses. InputError where there are none."""
     a = config.attention
     if a.region == "anatomy" or (config.plain and not config.swap_probability):
         return None
     boxes = Annotations(split, a.annotated, config.seed)
     if not boxes.boxes:
         why = (
-            f"--attention.annotated {a.annotated} leaves none of the {boxes.known} with boxes" if boxes.known else "no training image has a box of its finding"
+            f"--attention.annotated {a.annotated} leaves none of {boxes.known} images with boxes"
+            if boxes.known
+            else "no training image has a box of its finding"
         )
         raise InputError(f"--attention.region {a.region}: {why}; pack lesion boxes (--boxes), or take --attention.region anatomy")
-    accelerator.print(f"{boxes.known} of {len(split)} training images have lesion boxes of their finding, {len(boxes.boxes)} of these are used as regions")
     return boxes
 
 

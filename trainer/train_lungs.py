@@ -205,7 +205,7 @@ def build(argv: list[str] | None) -> tuple[Trainer, dict[str, Split]]:
     if config.batch * world > len(train):
         raise InputError(f"--batch {config.batch} x {world} processes is more than the {len(train)} training images; lower --batch")
     if not config.resume:
-        checkpoint.claim(accelerator, out, to_yaml(config))
+        checkpoint.claim(accelerator, out, {"config.yaml": to_yaml(config)})
     inputs = start_from.settings["inputs"] if start_from is not None else 1 if config.patch > 1 else 3
     segmenter = LungSegmenter(config.channels, config.size, patch=config.patch, inputs=inputs, threshold=config.threshold)
     if start_from is not None and not config.resume:
