@@ -89,7 +89,7 @@ def test_annotations_move_with_the_image(flags):
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--attention.annotated", "0"], r"--attention.annotated 0.0 leaves none of the \d+ with boxes; pack lesion boxes \(--boxes\)"),
+        (["--attention.annotated", "0"], r"--attention.annotated 0.0 leaves none of \d+ images with boxes; pack lesion boxes \(--boxes\)"),
         (["--task", "No Finding,Subcutaneous Emphysema", "--attention.annotated", "2"], r"--attention.annotated 2.0: must lie in \[0, 1\]"),
     ],
 )

@@ -13,6 +13,9 @@ import torch
 from torch.nn import functional as F
 
 
+ALIKE = 0.2  # share of its sides by which the edges of a lung box may differ from another's, for a lesion to be in its place there too
+
+
 @dataclass(frozen=True)
 class Swap:
     """Context swap."""
@@ -40,6 +43,14 @@ def kept_box(boxes: torch.Tensor, size: int, dilate: float, feather: float) -> t
     return ramp(1)[:, :, None] * ramp(0)[:, None, :]
 
 
+def under(boxes: torch.Tensor, size: int, dilate: float, feather: float) -> list[list[bool]]:
+    """[b][k]: whether box k lies under what is kept of image b, its seam included."""
+    margin = (dilate * (boxes[:, 2:] - boxes[:, :2])).repeat(1, 2) + feather * size
+    outward = boxes.float() + margin * torch.tensor([-1.0, -1.0, 1.0, 1.0], device=boxes.device)
+    beyond = (boxes[None, :, :2] < outward[:, None, :2]) | (boxes[None, :, 2:] > outward[:, None, 2:])
+    return (~beyond.any(2)).tolist()
+
+
 def kept_mask(masks: torch.Tensor, feather: float) -> torch.Tensor:
     """As `kept_box` for any shape: bool [B,S,S] -> float [B,S,S], 1 in the mask, falling to 0 around it."""
     reach = max(1, round(feather * masks.shape[-1]))
@@ -48,38 +59,22 @@ def kept_mask(masks: torch.Tensor, feather: float) -> torch.Tensor:
     return torch.where(masks, 1.0, soft)
 
 
-def partners(able: Sequence[bool], lenders: Sequence[bool], draws: torch.Tensor, probability: float) -> list[int]:
+def partners(candidates: Sequence[Sequence[int]], draws: torch.Tensor, probability: float) -> list[int]:
     """For each image the one whose surroundings it gets, itself where it keeps its own.
 
     Args:
-        able: who may be changed; lenders: whose surroundings may be taken.
+        candidates: for each image those that may lend theirs, none of them itself.
         draws: [B,2] on the CPU: whether, and whom.
     """
-    pool = [b for b, lends in enumerate(lenders) if lends]
-    chosen = list(range(len(able)))
-    for b, (whether, whom) in enumerate(draws.tolist()):
-        others = [k for k in pool if k != b]
-        if able[b] and others and whether < probability:
-            chosen[b] = others[int(whom * len(others))]
-    return chosen
+    return [
+        theirs[int(whom * len(theirs))] if theirs and whether < probability else b
+        for b, (theirs, (whether, whom)) in enumerate(zip(candidates, draws.tolist(), strict=True))
+    ]
 
 
 def blend(images: torch.Tensor, kept: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """``kept`` [B,S,S] of each image, the rest of ``others`` [B,1,S,S]."""
     return torch.lerp(others, images, kept[:, None].to(images.dtype))
-
-
-def aligned(images: torch.Tensor, boxes: torch.Tensor, to: torch.Tensor) -> torch.Tensor:
-    """Images moved and stretched so that ``boxes`` come to lie on ``to``; beyond their edges the edges go on."""
-    size = images.shape[-1]
-    scale = (boxes[:, 2:] - boxes[:, :2]).float() / (to[:, 2:] - to[:, :2]).float()
-    # In coordinates of grid_sample: -1 and 1 are the image's edges.
-    centre = (boxes[:, :2] + boxes[:, 2:]).float() / size - 1
-    shift = centre - scale * ((to[:, :2] + to[:, 2:]).float() / size - 1)
-    theta = torch.zeros(len(images), 2, 3, device=images.device, dtype=images.dtype)
-    theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = scale[:, 0], scale[:, 1], shift
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
 def swap_context(
@@ -95,32 +90,30 @@ def swap_context(
     """Images [B,1,S,S] whose surroundings come, with ``settings.probability``, from another image of the batch.
 
     An image is changed, and lends its surroundings, only where ``inside`` says that its finding (or the lack of one) shows inside its lung
-    box. The lender is stretched so that its lungs come to lie under the box that is kept: none of them shows, and labels, boxes and
-    regions stay right. What is kept of an image with ``lesions`` (bool [B,S,S]) is those alone, in the lungs of a ``healthy``
-    image of the batch. That image in its turn keeps a piece of the same shape, in another healthy one, so that a seam is no sign of disease.
+    box; and only to those under whose kept box and seam its own lung box lies, so that its lungs do not show. Labels, boxes and regions stay
+    right. (Stretching it to fit would do for more pairs, but what was interpolated is a sign that the surroundings say nothing, which
+    training picks up: see bench/LOG.md.) What is kept of an image with ``lesions`` (bool [B,S,S]) is those alone, in a ``healthy`` image
+    whose lungs lie likewise. That image in its turn keeps a piece of the same shape, in another healthy one, so that a seam is no sign of disease.
 
     Args:
         draws: float [B,2] on the CPU, whether and with whom.
     """
     assert settings.probability is not None
-    kept = kept_box(boxes, images.shape[-1], settings.dilate, settings.feather)
-    lender = list(range(len(images)))
+    every, size = range(len(images)), images.shape[-1]
+    kept = kept_box(boxes, size, settings.dilate, settings.feather)
+    fits = under(boxes, size, settings.dilate, settings.feather)
+    lender = list(every)
     if lesions is not None:
         marked, around = lesions.flatten(1).any(1), kept_mask(lesions, settings.feather / 2)
         kept = torch.where(marked[:, None, None], torch.maximum(kept, around), kept)  # a lesion may reach beyond the box
-        hosts = partners(marked.tolist(), healthy, draws, settings.probability)
-        others = partners(healthy, healthy, draws, 1.0)
+        alike = under(boxes, size, ALIKE, 0.0)
+        homes = [[k for k in every if healthy[k] and k != b and alike[b][k] and alike[k][b]] for b in every]
+        hosts = partners([homes[b] if has else [] for b, has in enumerate(marked.tolist())], draws, settings.probability)
+        others = partners(homes, draws, 1.0)
         laid = [(b, host) for b, host in enumerate(hosts) if host != b]
         for piece, b, host in [(b, b, host) for b, host in laid] + [(b, host, others[host]) for b, host in laid]:
             if host != b and lender[b] == b:
                 lender[b], kept[b] = host, around[piece]
-    free = [able and lender[b] == b for b, able in enumerate(inside)]
-    swapped = partners(free, inside, draws, settings.probability)
-    lender = [other if free[b] else lender[b] for b, other in enumerate(swapped)]
-    changed = [b for b, other in enumerate(lender) if other != b]
-    if not changed:
-        return images
-    surroundings = images.clone()
-    from_ = [lender[b] for b in changed]
-    surroundings[changed] = aligned(images[from_], boxes[from_], boxes[changed])
-    return blend(images, kept, surroundings)
+    free = [inside[b] and lender[b] == b for b in every]
+    swapped = partners([[k for k in every if free[b] and inside[k] and k != b and fits[b][k]] for b in every], draws, settings.probability)
+    return blend(images, kept, images[[other if free[b] else lender[b] for b, other in enumerate(swapped)]])
