@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-
 ALIKE = 0.2  # share of its sides by which the edges of a lung box may differ from another's, for a lesion to be in its place there too
 
 
