@@ -95,4 +95,4 @@ class Balance:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
         self.means = state["means"]
-        self.current, self.best = state.get("current", self.high), state.get("best", math.inf)
+        self.current, self.best = state["current"], state["best"]

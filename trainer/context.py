@@ -1,4 +1,4 @@
-"""Context swap: what lies outside the lungs is exchanged between the images of a batch, so that it says nothing about the label.
+"""Context swap: what lies outside the lungs is exchanged between the images of a batch, so that it says less about the label.
 
 Legend: images float [B,1,S,S]; boxes int64 [B,4] x0 y0 x1 y1, ends exclusive; draws float [B] in [0,1).
 
