@@ -199,6 +199,9 @@ def _pack(a: argparse.Namespace, source: Any, dataset: str) -> None:
     source.size, source.aspect = a.size, getattr(a, "aspect", "stretch")
     for why, count in source.skipped.items():
         print(f"left out {count}: {why}")
+    if getattr(a, "boxes", None):
+        boxed = [len(item.boxes) for item in source.items if item.boxes]
+        print(f"lesion boxes: {sum(boxed)} of {len(boxed)} images")
     index = pack(
         source,
         a.out,

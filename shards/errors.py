@@ -6,7 +6,10 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 ALONE = 3.0  # seconds after which a process says what the first one has not said
 
@@ -32,6 +35,28 @@ def listed(items: Iterable[object], most: int = 5) -> str:
     names = [str(item) for item in items]
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+class _Unique(yaml.SafeLoader):
+    """YAML in which a name that is given twice is an error: otherwise the last one would win, unsaid."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path, flag: str) -> Any:
+    """Plain values of a YAML file; no tag builds an object. InputError: it cannot be read, is not YAML, names something twice."""
+    try:
+        return yaml.load(path.read_text(), _Unique)  # a SafeLoader
+    except OSError as error:
+        raise InputError(f"{flag} {path}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{flag} {path}: is not YAML ({' '.join(str(error).split())})") from error
 
 
 class CommandParser(argparse.ArgumentParser):

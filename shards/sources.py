@@ -49,6 +49,7 @@ NIH_FINDINGS = (
     NO_FINDING, "Atelectasis", "Cardiomegaly", "Consolidation", "Edema", EFFUSION, "Emphysema", "Fibrosis", "Hernia",
     "Infiltration", "Mass", "Nodule", "Pleural_Thickening", "Pneumonia", PNEUMOTHORAX,
 )  # fmt: skip
+NIH_BOX_NAMES = {"Infiltrate": "Infiltration"}  # the archive's list of boxes has a spelling of its own
 NIH_PIXELS = 1024.0  # lesion boxes of the archive are pixels of its 1024 x 1024 images
 MASK_ENDING = re.compile(r"[_-]?(mask|lungs?)$", re.IGNORECASE)
 SPLIT_NAMES = {name: name for name in SPLITS} | {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
@@ -359,7 +360,9 @@ def _table_boxes(
             skipped["boxes of images that are not in the table"] += 1
             continue
         if finding not in findings:
-            skipped[f"boxes of {finding!r}, which is no finding of the table"] += 1
+            finding = NIH_BOX_NAMES.get(finding, finding)
+        if finding not in findings:
+            skipped[f"boxes of {finding!r}, which is no finding of the table{_close(finding, findings)}"] += 1
             continue
         try:
             sizes[image] = sizes.get(image) or open_gray(str(image)).size
@@ -374,13 +377,21 @@ def _table_boxes(
             raise InputError(f"{flag}, row {n}: columns {', '.join(corners)} hold no four numbers ({error})") from error
         if "w" in corners:
             x1, y1 = x0 + x1, y0 + y1
+        told = f"{flag}, row {n}: {x0:g} {y0:g} {x1:g} {y1:g}"
         if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
-            raise InputError(f"{flag}, row {n}: {x0:g} {y0:g} {x1:g} {y1:g} is no box in {image.name} of {width}x{height} pixels; correct the row")
+            raise InputError(f"{told} is no box in {image.name} of {width}x{height} pixels; correct the row")
+        if min(x1 - x0, y1 - y0) < 1:
+            raise InputError(f"{told} is less than a pixel of {image.name} ({width}x{height}): boxes are in pixels of the file, not in shares of it")
         boxes[image].append((finding, (x0 / width, y0 / height, x1 / width, y1 / height)))
     if not boxes:
         why = listed(f"{count} {what}" for what, count in skipped.items() if what.startswith("boxes")) or "no image with a box can be read"
         raise InputError(f"{flag}: none of its {len(rows)} boxes can be used ({why}); expected paths in column {column_of_path!r} and findings as in the table")
     return boxes
+
+
+def _close(name: str, known: Sequence[str]) -> str:
+    close = nearest(name, known)
+    return f" ({close})" if close.startswith("did you mean") else ""
 
 
 def _indicators(rows: Sequence[dict[str, str]], columns: Columns) -> bool:
@@ -597,7 +608,7 @@ def _nih_boxes(path: Path) -> dict[str, list[Shares]]:
             x, y, w, h = (float(value) / NIH_PIXELS for value in cells[at + 1 : at + 5])
         except (ValueError, IndexError) as error:
             raise InputError(f"--boxes {path}: {cells[0]} has no box of four numbers; use the archive's BBox_List_2017.csv") from error
-        name = {"Infiltrate": "Infiltration"}.get(cells[at], cells[at])
+        name = NIH_BOX_NAMES.get(cells[at], cells[at])
         boxes[cells[image].rpartition(".")[0]].append((name, (x, y, x + w, y + h)))
     return boxes
 

@@ -125,10 +125,11 @@ class Split(Dataset["Batch | InputError"]):
         counts = np.bincount(label, minlength=none)
         empty = [name for name, count in zip(self.classes, counts, strict=False) if not count]
         if empty:
-            raise InputError(
-                f"{self.store.name}: the {self.split} split has no image {'of' if empty[0] in self.among else 'whose one finding is'} {listed(empty)}; "
-                "pack images of it into every split, or choose another --task"
-            )
+            beside = int(sum(empty[0] in index["labels"][code] for code in codes.tolist()))
+            told = f"{self.store.name}: the {self.split} split has no image {'of' if empty[0] in self.among else 'whose one finding is'} {listed(empty)}"
+            if beside and empty[0] not in self.among:
+                told += f" ({beside} have {empty[0]} beside others: to take those, declare it with `images: any` in a file of --findings)"
+            raise InputError(f"{told}; pack images of it into every split, or train a task without it")
         return rows, label[rows]
 
     def _class(self, found: Sequence[str]) -> int:

@@ -72,6 +72,9 @@ def test_one_side_and_several_boxes_and_the_margin(radiograph, tmp_path):
         (["CHEST", "--box", "390,10,20,20", "--finding", "X"], r"does not lie in the image of 400x300 pixels; expected X,Y,W,H with X \+ W <= 400"),
         (["CHEST", "--box", "nan,10,20,20", "--finding", "X"], "does not lie in the image"),
         (["CHEST", "--box", "10,10,0,20", "--finding", "X"], "does not lie in the image"),
+        (["CHEST", "--box", "0.2,0.2,0.4,0.4", "--finding", "X"], r"is less than a pixel; expected X,Y,W,H in pixels of the file \(400x300\)"),
+        (["CHEST", "--box", "10,10,20,20", "--finding", "A,B"], "must not hold a comma"),
+        (["CHEST", "--box", "390,10,20,20", "--finding", "X", "--out", "x.png"], "does not lie in the image"),
         (["CHEST", "--box", "10,10,20,20", "--finding", "No Finding"], "expected the name of a finding"),
         (["CHEST", "--box", "10,10,20,20", "--finding", " "], "expected the name of a finding"),
         (["CHEST", "--box", "10,10,20,20", "--finding", "X", "--margin", "3"], "--margin 3.0: a share of the lung box"),
@@ -102,6 +105,15 @@ def test_a_finding_is_not_replaced_unasked(radiograph, tmp_path):
     main([*flags[:5], "Second", *flags[6:]])
     assert (tmp_path / "mine.yaml").read_bytes().startswith(before), "what stood there, comments too, is kept"
     assert set(read_file(tmp_path / "mine.yaml")) == {"Other", "Plaque", "Second"}
+    assert {p.name for p in tmp_path.iterdir()} == {"mine.yaml", "mine.png", "mine_second.png"}, "each finding keeps its picture"
+
+
+def test_what_a_user_should_look_at_is_said(radiograph, tmp_path, capsys):
+    flags = ["learn", str(radiograph[0]), "--box", "1,1,8,8", "--finding", "Mass", "--out", str(tmp_path / "mine.yaml")]
+    main(flags)
+    printed = capsys.readouterr().out
+    assert "the box lies wholly outside the lung box" in printed
+    assert "note: Mass is a ready-made finding" in printed
 
 
 def test_show_prints_and_draws(radiograph, tmp_path, capsys):

@@ -51,7 +51,7 @@ def test_every_shape(tmp_path, region, expected):
     [
         ("Mine: [1", "is not YAML"),
         ("- Mine", "expected `Name:` lines"),
-        ("Mine: 3", "expected `Name:` lines"),
+        ("Mine: 3", "Mine: expected a name with settings under it"),
         ("Mine:\n  regoin: {half: lower}", "Mine: unknown setting regoin; did you mean region"),
         ("Mine:\n  region: lower", r"Mine: region: expected one of half, quadrant, lung, box, rectangles"),
         ("Mine:\n  region: {half: middle}", "half: middle: expected one of upper, lower, left, right"),
@@ -71,6 +71,10 @@ def test_every_shape(tmp_path, region, expected):
         ("No Finding:\n  region: {half: lower}", "No Finding is the absence of findings"),
         ("Mine:\n  images: some", "images: some: expected only .* or any"),
         ("Mine: !!python/object/apply:os.getcwd []", "is not YAML"),
+        ("Mine:\n  images: any\nMine:\n  images: only", "'Mine' is given twice"),
+        ("Mine:", "Mine: expected a name with settings under it"),
+        ("Mine, too:\n  images: any", "Mine, too: must not hold a comma"),
+        ("Mine:\n  region: {rectangles: [[0, 0, 1, inf]]}", r"the image's edge is \.inf, with a point"),
     ],
 )
 def test_what_is_no_finding_is_refused_by_name(tmp_path, text, words):

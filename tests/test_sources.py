@@ -459,7 +459,9 @@ def test_lesion_boxes_of_a_table(tmp_path, header, numbers, capsys):
     flags = table_of(tmp_path, rows, "path,finding")
     (tmp_path / "boxes.csv").write_text(f"{header}\n3.png,Mass,{numbers}\n3.png,Nodule,{numbers}\nother.png,Mass,1,1,2,2\n")
     main([*flags, "--boxes", str(tmp_path / "boxes.csv"), "--ratios", "0.5,0.5,0"])
-    assert "left out 1: boxes of images that are not in" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "left out 1: boxes of images that are not in" in printed
+    assert "lesion boxes: 2 of 1 images" in printed
     splits = [Split(tmp_path / "out", name) for name in ("train", "val")]
     found = {split.key(i): split.meta(i)["boxes"] for split in splits for i in range(len(split))}
     assert [(box.finding, box.xyxy) for box in found.pop("3")] == [(name, pytest.approx((4, 3.2, 12, 12.8))) for name in ("Mass", "Nodule")]
@@ -476,7 +478,11 @@ def test_lesion_boxes_of_a_table(tmp_path, header, numbers, capsys):
         ("path,finding,x0,y0,x1,y1\n0.png,Mass,5,1,5,2", "is no box"),
         ("path,finding,x,y,w,h\n0.png,Mass,nan,1,1,2", "is no box"),
         ("path,finding,x,y,w,h\nzero.png,Mass,1,1,2,2", r"none of its 1 boxes can be used \(1 boxes of images that are not in the table\)"),
-        ("path,finding,x,y,w,h\n0.png,Masss,1,1,2,2", r"none of its 1 boxes can be used \(1 boxes of 'Masss', which is no finding of the table\)"),
+        (
+            "path,finding,x,y,w,h\n0.png,Masss,1,1,2,2",
+            r"none of its 1 boxes can be used \(1 boxes of 'Masss', which is no finding of the table \(did you mean Mass\?\)\)",
+        ),
+        ("path,finding,x0,y0,x1,y1\n0.png,Mass,0.2,0.2,0.6,0.5", r"row 2: 0\.2 .* is less than a pixel of 0\.png \(40x30\): boxes are in pixels"),
     ],
 )
 def test_boxes_that_are_none(tmp_path, text, words):

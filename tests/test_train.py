@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -225,6 +226,7 @@ def test_resume_refuses_what_does_not_fit(flags, tmp_path):
     for given, words in (
         (("--task", "np"), "--task ne, other rules of its findings, other images in --shards"),
         (("--balance.lam", "0.3"), "--balance.lam 0.5"),
+        (("--swap.probability", "0.3"), "no --swap.probability"),
         (("--backbone", "resnet34"), "--backbone resnet18"),
         (("--optim.lr", "0.1"), "--optim.lr 1e-05"),
         (("--size", "96"), "--size 64"),
@@ -256,6 +258,7 @@ def test_a_finished_run_is_left_as_it_is(flags, tmp_path, capsys):
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     loop.main(["--resume", "--out", out])
     assert "nothing is left to train" in capsys.readouterr().out
+    loop.main(["--resume", "--out", out, "--batch", "4"])  # nothing was done with it, so nothing is written of it
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
     loop.main(["--resume", "--out", out, "--epochs", "2", "--batch", "4"])
     assert "note: images a step was 8 before, now it is 4" in capsys.readouterr().out
@@ -489,6 +492,52 @@ def test_an_unfinished_run_is_called_so(flags, tmp_path, capsys):
     assert "has not finished" in (tmp_path / "page.html").read_text()
 
 
+def test_images_that_the_run_was_trained_on_are_counted(flags, tmp_path, shards, capsys):
+    """Shards whose test images are another's training images: evaluating there is no test."""
+    loop.main([*flags, "--epochs", "1"])
+    other = tmp_path / "other"
+    shutil.copytree(shards, other)
+    index = json.loads((other / "index.json").read_text())
+    index["splits"] = {"test": index["splits"]["train"]}
+    for old, new in (("train.npy", "test.npy"), ("train.labels.npy", "test.labels.npy")):
+        (other / old).replace(other / new)
+        index["splits"]["test"]["tables"][new] = index["splits"]["test"]["tables"].pop(old)
+    (other / "index.json").write_text(json.dumps(index))
+    train = Split(shards, "train", ("No Finding", "Effusion"))
+    assert evaluate.overlap(train, Split(other, "test", ("No Finding", "Effusion"))) == (len(train), 0)
+    assert evaluate.overlap(train, Split(shards, "test", ("No Finding", "Effusion"))) == (0, 0)
+    run = str(tmp_path / "run")
+    evaluate.main(["--run", run, "--shards", str(other), "--workers", "0"])
+    assert f"WARNING: of the {len(train)} test images {len(train)} are training images of this run" in capsys.readouterr().out
+    second = tmp_path / "second"
+    other.rename(second)  # of the same name as a data set, but other shards
+    with pytest.raises(InputError, match=r"holds the report of .*other; name another folder"):
+        evaluate.main(["--run", run, "--shards", str(second), "--workers", "0"])
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/config.yaml").write_text("")
+    with pytest.raises(InputError, match="is another run's folder"):
+        evaluate.main(["--run", run, "--shards", str(second), "--out", str(tmp_path / "theirs"), "--workers", "0"])
+
+
+def test_an_interrupted_run_says_how_to_go_on(flags, tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop.Trainer, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        loop.main([*flags, "--epochs", "1"])
+    assert "stopped; --resume goes on from the beginning" in capsys.readouterr().err
+
+
+def test_the_last_epoch_is_kept_where_that_is_asked_for(flags, tmp_path, monkeypatch):
+    scores = iter([0.5, 0.9, 0.4])
+    monkeypatch.setattr(loop, "validation_figures", lambda *_: {"val_accuracy": next(scores), "val_auc": 0.5, "val_loss": 1.0, "val_weighted": 1.0})
+    job = loop.build(loop.resolve([*flags, "--epochs", "3", "--best", "last", "--balance.lam", "1"]))
+    job.train()
+    assert job.state.best_epoch == 2
+    assert evaluate.open_run(tmp_path / "run").metadata["epoch"] == "2"
+
+
 def test_reports_of_what_is_no_run(flags, tmp_path):
     (tmp_path / "lungs").mkdir()
     (tmp_path / "lungs/report.json").write_text('{"dice": 0.9}')
@@ -514,11 +563,15 @@ def test_prediction_goes_on_after_a_bad_file_and_says_so(flags, tmp_path, capsys
     (tmp_path / "bad.png").write_text("x")
     with pytest.raises(InputError, match=r"1 of 2 images could not be used: .*bad\.png: cannot be decoded as an image \(1 bytes; no known image format\)"):
         predict.main(["--run", str(tmp_path / "run"), str(tmp_path / "bad.png"), str(tmp_path / "good.png")])
-    assert '"image": ' in capsys.readouterr().out
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert line["lung_box"] is None  # a gray image has no lungs, so nothing is known of a region
+    assert line.get("energy_in_region") is None
     with pytest.raises(InputError, match="no such image file: nowhere"):
         predict.main(["--run", str(tmp_path / "run"), "nowhere.png"])
     with pytest.raises(InputError, match="--out /proc/x: cannot be written"):
         predict.main(["--run", str(tmp_path / "run"), "--out", "/proc/x", str(tmp_path / "good.png")])
+    with pytest.raises(InputError, match="is a folder; name image files"):
+        predict.main(["--run", str(tmp_path / "run"), str(tmp_path)])
     assert (tmp_path / "run/model.safetensors").stat().st_mode & 0o044
 
 

@@ -64,7 +64,7 @@ def refuse_other(out: Path, was: dict[str, Any], own: dict[str, Any], words: dic
     """InputError where a run to be resumed was made with other settings; ``words``: what to call those that are no flag."""
     other = [name for name, value in own.items() if was.get(name) != value]
     if other:
-        told = [words.get(name) or f"--{name} {was.get(name)}" for name in other]
+        told = [words.get(name) or (f"--{name} {was[name]}" if was.get(name) is not None else f"no --{name}") for name in other]
         raise InputError(f"--resume {out}: the run was made with {listed(told)}; leave that as it was, or start a new run")
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 import jsonargparse
 import yaml
 
-from shards.errors import InputError, nearest
+from shards.errors import InputError, nearest, read_yaml
 from trainer.augment import Strength
 from trainer.context import Swap
 from trainer.paint import Painting
@@ -118,8 +118,8 @@ class Config:
     """Of weights, order and augmentation."""
     patience: int = 30
     """Stop after so many epochs in a row without a better model."""
-    best: Literal["accuracy", "auc", "loss"] = "accuracy"
-    """What the best model is best in, on val (loss: validation cross-entropy)."""
+    best: Literal["accuracy", "auc", "loss", "last"] = "accuracy"
+    """What the model that is kept is best in, on val (loss: validation cross-entropy); last: the last epoch's, where val is too small to choose by."""
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -166,6 +166,10 @@ class Config:
         if self.balance.policy == "balanced" and (self.attention.mode == "eval" or self.attention.form == "published"):
             what = "--attention.mode eval" if self.attention.mode == "eval" else "--attention.form published"
             found.append(f"--balance.policy balanced: needs an attention term with a gradient in the training forward, which {what} has not")
+        if self.balance.policy != "fixed" and self.balance.lam != BalanceConfig.lam:
+            found.append(f"--balance.lam {self.balance.lam}: is of the policy fixed, {self.balance.policy} finds its own; leave one of the two out")
+        if self.attention.region == "anatomy" and self.attention.annotated != 1:
+            found.append(f"--attention.annotated {self.attention.annotated}: no lesion boxes are used with --attention.region anatomy; take annotation or both")
         if self.balance.policy == "constrained" and self.balance.high == 1:
             found.append("--balance.high 1: constrained starts there, and from cross-entropy alone it would never move; lower it")
         for name in ("weight_decay", "clip", "warmup"):
@@ -356,12 +360,7 @@ def _bare_switches(kind: type, argv: list[str]) -> list[str]:
 
 
 def _read_yaml(kind: type, path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise InputError(f"--config {path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"--config {path}: is not YAML ({' '.join(str(error).split())})") from error
+    content = read_yaml(path, "--config")
     if not isinstance(content, dict):
         raise InputError(f"--config {path}: expected settings as `name: value` lines")
     _check_names(kind, content, path, "")

@@ -250,7 +250,8 @@ def finish(
 
     classes, rules = task_findings(config.task), rules_of(findings)
     outcomes: dict[str, Outcome] = {n: evaluate(accelerator, model, splits[n], lungs.get(n), config, rules) for n in ("val", "test") if n in splits}
-    content: dict[str, Any] = {"findings": classes, "dataset": next(iter(splits.values())).dataset, "training": training}
+    first = next(iter(splits.values()))
+    content: dict[str, Any] = {"findings": classes, "dataset": first.dataset, "shards": where(first.store.name), "training": training}
     content["regions"] = to_yaml(findings)
     content["written"] = f"cxr-focus {__version__}, {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}"
     for name in outcomes:
@@ -300,6 +301,47 @@ def probe(
     return found
 
 
+def overlap(train: Split, split: Split) -> tuple[int, int]:
+    """How many images of ``split`` are training images (same key, same number of bytes), and how many others have the ID of a patient of theirs."""
+
+    def file(of: Split, position: int) -> tuple[str, int]:
+        return of.key(position), int(of.table[of.rows[position]]["image_len"])
+
+    files = {file(train, p) for p in range(len(train))}
+    patients = {train.meta(p).get("patient") for p in range(len(train))} - {None}
+    same = [file(split, p) in files for p in range(len(split))]
+    return sum(same), sum(not known and split.meta(p).get("patient") in patients for p, known in enumerate(same))
+
+
+def warn_of_overlap(config: Config, findings: Mapping[str, Finding], splits: Mapping[str, Split]) -> None:
+    """Say how many images of other shards the run was trained on: figures on those prove nothing."""
+    if not os.path.isdir(config.shards):
+        print(f"note: {config.shards}, which the run was trained on, is no folder here: whether images are in both was not checked")
+        return
+    train = Split(open_store(config.shards), "train", task_findings(config.task), among=among(findings))
+    for name, split in splits.items():
+        images, patients = overlap(train, split)
+        told = [f"{images} are training images of this run"] if images else []
+        told += [f"{patients} {'more ' if images else ''}have the ID of a patient that it was trained on"] if patients else []
+        if told:
+            print(f"WARNING: of the {len(split)} {name} images {' and '.join(told)}: figures of those say nothing about new patients")
+
+
+def where(shards: str) -> str:
+    """A folder's full path; a URL as it is."""
+    return shards if "://" in shards else os.path.realpath(shards)
+
+
+def refuse_to_overwrite(out: Path, path: Path, shards: str) -> None:
+    """InputError where ``out`` is another run, or holds the evaluation of other shards."""
+    if (out / "config.yaml").is_file() and out.resolve() != path.resolve():
+        raise InputError(f"--out {out}: is another run's folder, whose report would be overwritten; name another folder")
+    if (out / "report.json").is_file():
+        other = json.loads((out / "report.json").read_text()).get("shards", where(shards))
+        if other != where(shards):
+            raise InputError(f"--out {out}: holds the report of {other}; name another folder for that of {shards}")
+
+
 @dataclass
 class EvaluateConfig:
     """Evaluate a finished run on its own shards or on others."""
@@ -332,9 +374,12 @@ def main(argv: list[str] | None = None) -> None:
     if not splits:
         raise InputError(f"--shards {store.name}: has neither val nor test; pack one")
 
-    own = os.path.realpath(options.shards) == os.path.realpath(config.shards)
+    own = where(options.shards) == where(config.shards)
     out = Path(options.out) if options.out else path if own else path / f"evaluate_{index['dataset']}"
+    refuse_to_overwrite(out, path, options.shards)
     out.mkdir(parents=True, exist_ok=True)
+    if not own and accelerator.is_main_process:
+        warn_of_overlap(config, opened.findings, splits)
     old = json.loads((path / "report.json").read_text()) if (path / "report.json").is_file() else {}
     training = old.get("training", {"unfinished": True, "best_epoch": int(opened.metadata["epoch"]) + 1})
     if training.get("unfinished") and accelerator.is_main_process:

@@ -5,6 +5,7 @@ Hides the drawing and the arithmetic between pixels of a file and shares of a lu
 
 import argparse
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -73,17 +74,20 @@ def show(name: str, image: Path | None, out: Path) -> None:
 
 def learn(a: argparse.Namespace) -> None:
     """Derive a rule from the boxes, add it to the file, draw it."""
-    out = a.out or Path(f"{a.finding.replace(' ', '_').lower()}.yaml")
+    slug = re.sub(r"\W+", "_", a.finding).strip("_").lower()
+    out = a.out or Path(f"{slug}.yaml")
     if not a.finding.strip() or a.finding == NO_FINDING:
         raise InputError(f"--finding {a.finding!r}: expected the name of a finding")
     if not 0 <= a.margin <= 1:
         raise InputError(f"--margin {a.margin}: a share of the lung box lies in [0, 1]")
-    known = read_file(out) if _writable(out, (".yaml", ".yml")).is_file() else {}
-    if a.finding in known:
-        raise InputError(f"--out {out}: has a finding {a.finding!r} already; remove it there, or name another file")
+    if "," in a.finding:
+        raise InputError(f"--finding {a.finding!r}: must not hold a comma, which separates the findings of a --task")
     image = load_image(a.image)
     height, width = image.shape
     lesions = [_box(text, width, height) for text in a.box]
+    known = read_file(out) if _writable(out, (".yaml", ".yml")).is_file() else {}
+    if a.finding in known:
+        raise InputError(f"--out {out}: has a finding {a.finding!r} already; remove it there, or name another file")
     pixels = fit(image, SIZE)
     box, found = _lungs(pixels)
     if not found:
@@ -99,6 +103,8 @@ def learn(a: argparse.Namespace) -> None:
         if max(map(abs, (*low, *high))) > LIMIT:
             raise InputError(f"--box: lies {max(map(abs, (*low, *high))):.1f} lung boxes away from the lungs; is it in pixels of {a.image} ({width}x{height})?")
         rectangles.append((low[0], low[1], high[0], high[1]))
+        if relative[2] <= 0 or relative[0] >= 1 or relative[3] <= 0 or relative[1] >= 1:
+            print(f"note: the box lies wholly outside the lung box; look at the picture. Boxes are X,Y,W,H in pixels of {a.image} ({width}x{height})")
         beside = relative[2] <= 0.5 or relative[0] >= 0.5
         if beside and not a.one_sided:
             rectangles.append((round(1 - high[0], 2), low[1], round(1 - low[0], 2), high[1]))
@@ -107,11 +113,13 @@ def learn(a: argparse.Namespace) -> None:
     finding = Finding(rule, a.images, f"learned from one annotated radiograph ({a.image.name}), margin {a.margin:g}")
     before = out.read_text().rstrip("\n") + "\n" if known else ""
     write_atomic(out, before + to_yaml({a.finding: finding}))
-    picture = out.with_suffix(".png")
+    picture = out.with_name(f"{out.stem}_{slug}.png") if known else out.with_suffix(".png")
     _drawn(pixels, box, {a.finding: finding}, [tuple(v * SIZE for v in b) for b in lesions]).savefig(picture, dpi=110)
     print(f"{a.finding}: {_words(rule)}")
     if not rule.inside(0.05):
         print("the region reaches beyond the lung box: context swap will leave these images alone")
+    if a.finding in read_findings():
+        print(f"note: {a.finding} is a ready-made finding; with --findings {out} this region takes the place of that one")
     print(f"wrote {out} and {picture}; use it with --findings {out}")
 
 
@@ -123,6 +131,8 @@ def _box(text: str, width: int, height: int) -> tuple[float, ...]:
         raise InputError(f"--box {text}: expected four numbers X,Y,W,H in pixels of the file") from None
     if not (w > 0 and h > 0 and x >= 0 and y >= 0 and x + w <= width and y + h <= height):
         raise InputError(f"--box {text}: does not lie in the image of {width}x{height} pixels; expected X,Y,W,H with X + W <= {width} and Y + H <= {height}")
+    if min(w, h) < 1:
+        raise InputError(f"--box {text}: is less than a pixel; expected X,Y,W,H in pixels of the file ({width}x{height}), not in shares of it")
     return x / width, y / height, (x + w) / width, (y + h) / height
 
 

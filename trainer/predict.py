@@ -16,7 +16,7 @@ from trainer.classifier import normalize_cam
 from trainer.config import parse, positionals
 from trainer.evaluate import open_run
 from trainer.launching import start
-from trainer.regions import finding_regions
+from trainer.regions import finding_regions, placed
 from trainer.rules import rules_of
 
 
@@ -39,7 +39,7 @@ class PredictConfig:
 def main(argv: list[str] | None = None) -> None:
     """One JSON line on standard output for each image, in order; messages go to standard error.
 
-    ``lung_box`` is x0 y0 x1 y1 in pixels of the image file, ends exclusive, null where no lungs were found.
+    ``lung_box`` is x0 y0 x1 y1 in pixels of the image file, ends exclusive; it and ``energy_in_region`` are null where no lungs were found.
     """
     flags, names = positionals(argv)
     images = [Path(name) for name in names]
@@ -53,6 +53,9 @@ def main(argv: list[str] | None = None) -> None:
     findings, size = json.loads(metadata["findings"]), config.size
     if options.look_at and options.look_at not in findings:
         raise InputError(f"--look_at {options.look_at}: the run knows {', '.join(findings)}")
+    folders = [path for path in images if path.is_dir()]
+    if folders:
+        raise InputError(f"{folders[0]}: is a folder; name image files, such as {folders[0]}/*.png")
     missing = [path for path in images if not path.is_file()]
     if missing:
         raise InputError(f"no such image file: {listed(missing)}")
@@ -87,30 +90,31 @@ def main(argv: list[str] | None = None) -> None:
             box, found = segmenter.boxes(stored.float() / 255, size) if segmenter is not None else (None, None)
         predicted = findings[int(np.argmax(probability))]
         shown = options.look_at or predicted
-        region = finding_regions(box, [shown], size, rules)[0].cpu() if box is not None else torch.zeros(size, size, dtype=torch.bool)
+        seen = box is not None and bool(found)
+        region = finding_regions(box, [shown], size, rules)[0].cpu() if box is not None and seen else torch.zeros(size, size, dtype=torch.bool)
         line: dict[str, Any] = {"image": str(path), "predicted": predicted}
         line["probability"] = {name: round(p, 6) for name, p in zip(findings, probability, strict=True)}
         line["cam_of"] = shown
-        if box is not None and found is not None:
+        if box is not None:
             # In pixels of the file, so that it can be drawn on the original.
             scale = [image.shape[1] / size, image.shape[0] / size] * 2
-            line["lung_box"] = [round(v * s) for v, s in zip(box[0].tolist(), scale, strict=True)] if found.any() else None
-            if region.any():
-                total = float(cam.sum())
-                line["energy_in_region"] = round(float((cam[0].cpu() * region).sum()) / total, 6) if total else 0.0
+            line["lung_box"] = [round(v * s) for v, s in zip(box[0].tolist(), scale, strict=True)] if seen else None
+            if shown in rules:
+                share = float((cam[0].cpu() * region).sum()) / max(float(cam.sum()), 1e-12)
+                line["energy_in_region"] = round(share, 6) if placed(region[None]) else None
         name = clean_key(path.stem)
         while name in taken:
             name += "_"
         taken.add(name)
         overlay = out / f"{name}.png"
-        title = f"{path.name}\n{predicted} {max(probability):.2f}, CAM of {shown}"
+        title = f"{path.name}\n{predicted} {max(probability):.2f}, CAM of {shown}{'' if seen or box is None else ', no lungs found'}"
         tile = report.Tile(
             title,
             pixels[0, 0].cpu().numpy(),
             cam[0].float().cpu().numpy(),
             region.numpy(),
             np.zeros((size, size), bool),
-            box[0].tolist() if box is not None else None,
+            box[0].tolist() if box is not None and seen else None,
         )
         report.panel([tile], cam_of=shown).savefig(overlay, dpi=150)
         line["overlay"] = str(overlay)

@@ -305,14 +305,16 @@ MEANING = {
     "pointing hit": "share of those images whose CAM has its peak in the region",
     "energy in lesion": "as above, in the lesion boxes (red) of the image's own finding, on images that have some",
     "pointing at lesion": "as above",
-    PROBES[0]: "fall of the AUC when everything but the expected region is blurred, paired by image: what the model read elsewhere",
-    PROBES[1]: "fall of the AUC when the expected region is blurred: what the model read there",
+    PROBES[0]: "fall of the AUC when everything but the expected region is blurred, paired by image: what the model gets from elsewhere on these "
+    "images. Near 0 or below it does not mean that it reads the region: a mark that misleads on these images is no loss",
+    PROBES[1]: "fall of the AUC when the expected region is blurred: what the model gets from there",
     PROBES[2]: "energy in region of the same network with random weights: what an untrained map gets for nothing",
     PROBES[3]: "mean rank correlation of the model's CAMs with those of the random network; near 1, the maps do not depend on what was learned",
 }
 CAUTION = (
     "A region is where a finding is expected, not where it is: a model can look there and be wrong, so read these figures beside AUC, "
-    "and where there are lesion boxes, beside those of the lesions."
+    "and where there are lesion boxes, beside those of the lesions. Higher is better, but for the loss outside and the likeness to random weights. "
+    "The CAM of a No Finding image is that of its own class and has no region: nothing is asked of it."
 )
 
 

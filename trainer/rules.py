@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from shards.errors import InputError, listed, nearest
+from shards.errors import InputError, listed, nearest, read_yaml
 from shards.sample import NO_FINDING, TASKS
 
 READY = Path(__file__).with_name("findings")  # ready-made files
@@ -77,12 +77,14 @@ def read_findings(name: str = "") -> dict[str, Finding]:
 
 def read_file(path: Path) -> dict[str, Finding]:
     """The findings of one file, and no others; errors as `read_findings`."""
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"--findings {path}: is not YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(content, dict) or not all(isinstance(name, str) and isinstance(entry, dict) for name, entry in content.items()):
+    content = read_yaml(path, "--findings")
+    if not isinstance(content, dict):
         raise InputError(f"--findings {path}: expected `Name:` lines with settings under each: region, images, source")
+    for name, entry in content.items():
+        if not isinstance(name, str) or not isinstance(entry, dict):
+            raise InputError(f"--findings {path}: {name}: expected a name with settings under it: region, images, source")
+        if "," in name:
+            raise InputError(f"--findings {path}: {name}: must not hold a comma, which separates the findings of a --task")
     if NO_FINDING in content:
         raise InputError(f"--findings {path}: {NO_FINDING} is the absence of findings; it has no region and cannot be declared")
     return {name: _finding(entry, f"--findings {path}: {name}") for name, entry in content.items()}
@@ -135,7 +137,8 @@ def _rectangles(value: Any, where: str) -> list[Rectangle]:
         raise InputError(said)
     for r in value:
         if not (isinstance(r, list) and len(r) == 4 and all(map(_number, r)) and r[0] < r[2] and r[1] < r[3]):
-            raise InputError(f"{said}; got {r}")
+            hint = " (the image's edge is .inf, with a point)" if isinstance(r, list) and {"inf", "-inf"} & set(map(str, r)) else ""
+            raise InputError(f"{said}; got {r}{hint}")
         if any(LIMIT < abs(v) < math.inf for v in r):
             raise InputError(f"{said}; {r} looks like pixels (.inf is the image's edge)")
     return [(float(r[0]), float(r[1]), float(r[2]), float(r[3])) for r in value]

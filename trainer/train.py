@@ -224,9 +224,8 @@ class Trainer:
             "lr": self.optimizer.param_groups[0]["lr"],
             "images_per_s": state.images / max(state.seconds, 1e-9),
         }
-        bar.set_postfix(
-            {"ce": f"{line['ce']:.3f}", "att": "-" if line["attention"] is None else f"{line['attention']:.3f}", "epoch": state.epoch + 1}, refresh=False
-        )
+        told = {"ce": line["ce"], "att": line["attention"], "lambda": lam if self.attends else None}
+        bar.set_postfix({name: f"{value:.3f}" for name, value in told.items() if value is not None} | {"epoch": state.epoch + 1}, refresh=False)
         self.write(line)
 
     def write(self, line: dict[str, Any]) -> None:
@@ -246,7 +245,7 @@ class Trainer:
         self.balance.validated(figures["val_loss"])
         if c.optim.schedule == "plateau":
             self.schedule.step(figures["val_weighted" if c.optim.watch == "weighted" else "val_loss"])
-        score = -figures["val_loss"] if c.best == "loss" else figures[f"val_{c.best}"]
+        score = {"accuracy": figures["val_accuracy"], "auc": figures["val_auc"], "loss": -figures["val_loss"], "last": state.epoch}[c.best]
         state.since_best += 1
         if score > state.best:
             state.best, state.best_epoch, state.since_best = score, state.epoch, 0
@@ -315,6 +314,11 @@ class Trainer:
         self.accelerator.print(f"resumed after step {self.state.step}, epoch {self.state.epoch} and {self.state.position} images")
 
     @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do, report included."""
+        return self.done and (Path(self.config.out) / "report.json").is_file()
+
+    @property
     def done(self) -> bool:
         """Whether epochs or patience are used up."""
         return self.state.epoch >= self.config.epochs or self.state.since_best >= self.config.patience
@@ -360,7 +364,8 @@ def validation_figures(outcome: Outcome, lam: float, config: Config) -> dict[str
     known = ~outcome.term.isnan()
     if known.any():
         term = outcome.term[known].sum() / (len(known) if config.attention.form == "published" else known.sum())
-        figures |= {"val_attention": float(term), "val_energy": report["localization"]["expected"]["all"]["energy"]}
+        place = report["localization"]["lesion" if config.attention.region == "annotation" else "expected"]["all"]
+        figures |= {"val_attention": float(term), "val_energy": place and place["energy"]}
     figures["val_weighted"] = lam * figures["val_loss"] + (1 - lam) * figures.get("val_attention", 0.0)
     return figures
 
@@ -455,7 +460,7 @@ def build(config: Config) -> Trainer:
         accelerator.print("context swap does nothing with --batch 1: partners come from the same batch")
     if config.resume:
         trainer.restore()
-    if accelerator.is_main_process:  # a resume that is refused has changed nothing
+    if accelerator.is_main_process and not trainer.finished:  # a resume that is refused, or has nothing to do, changes nothing
         checkpoint.write_atomic(out / "config.yaml", to_yaml(replace(config, resume=False)))
         segmenter.save(out / LUNGS)
     tracking.start(out, asdict(config))
@@ -467,8 +472,12 @@ def findings_of(config: Config) -> dict[str, Finding]:
     gone = config.findings.endswith((".yaml", ".yml")) and not os.path.isfile(config.findings)
     if config.resume and gone:
         return run_findings(Path(config.out), config)
-    classes = task_findings(config.task)
-    return {name: finding for name, finding in read_findings(config.findings).items() if name in classes}
+    classes, known = task_findings(config.task), read_findings(config.findings)
+    for name in classes:
+        other = [declared for declared in known if declared != name and declared.casefold() == name.casefold()]
+        if name not in known and other:
+            raise InputError(f"--task: {name} has no entry among the findings, but {other[0]} has; write it as in the shards, in both places")
+    return {name: finding for name, finding in known.items() if name in classes}
 
 
 def annotated(config: Config, split: Split) -> Annotations | None:
@@ -493,11 +502,16 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(max(1, os.cpu_count() or 1))
     trainer = build(resolve(argv))
     acc, config, state, out = trainer.accelerator, trainer.config, trainer.state, Path(trainer.config.out)
-    if trainer.done and (out / "report.json").is_file():
+    if trainer.finished:
         acc.print(f"nothing is left to train: {out} has its {state.epoch} epochs and its report; raise --epochs to go on")
         trainer.tracking.finish()
         return
-    trainer.train()
+    try:
+        trainer.train()
+    except KeyboardInterrupt:
+        kept = (out / "checkpoints" / "last.pt").is_file()
+        acc.print(f"\n{out}: stopped; --resume goes on from {'its last checkpoint' if kept else 'the beginning, there is no checkpoint yet'}", file=sys.stderr)
+        raise
     acc.wait_for_everyone()
     trainer.model.load_state_dict(open_run(out).model.state_dict())
     training = {
