@@ -97,6 +97,10 @@ def test_a_chosen_layer_and_one_that_does_not_exist():
     assert make("resnet18", layer="layer3")(IMAGES, cam=True).cam.shape == (2, 4, 4)
     with pytest.raises(InputError, match=r"layer9: resnet18 has no such module; did you mean .*layer.*It has conv1"):
         make("resnet18", layer="layer9")
+    with pytest.raises(InputError, match=r"xyzw: resnet18 has no such module\. It has conv1"):
+        make("resnet18", layer="xyzw")
+    with pytest.raises(InputError, match=r"layer4,input: input is the gradient at the image and stands alone"):
+        make("resnet18", layer="layer4,input")
 
 
 def test_normalize_cam_by_hand():

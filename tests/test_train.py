@@ -361,6 +361,9 @@ def test_fp16_on_a_cpu_is_refused(monkeypatch):
         launching.start(0)
 
 
+TOGETHER = pytest.mark.xdist_group("processes")  # one after the other: they meet at the same port
+
+
 def launch(*command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     """Two processes on the CPU, one thread each."""
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
@@ -368,6 +371,7 @@ def launch(*command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     return subprocess.run([*start, "--num_processes", "2", *command], env=environment, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
+@TOGETHER
 @pytest.mark.parametrize("policy", ["ratio", "balanced", "constrained"])
 def test_two_processes_train_one_run(flags, tmp_path, policy):
     both = [*flags, "--batch", "4", "--epochs", "2", "--balance.policy", policy, "--save_every", "2"]
@@ -392,11 +396,12 @@ def test_two_processes_train_one_run(flags, tmp_path, policy):
     assert job.state.epoch == 3
 
 
+@TOGETHER
 @pytest.mark.parametrize("form", ["energy", "published"])
 def test_two_processes_have_the_gradient_of_one(flags, tmp_path, form):
     # LayerNorm, float64, unequal positives on the processes and in the micro-batches.
-    flags = [*flags, "--backbone", "pvt_v2_b0", "--optim.clip", "0", "--balance.lam", "0.3", "--attention.form", form, "--swap.probability", "0"]
-    flags += ["--balance.policy", "balanced"] * (form == "energy")
+    flags = [*flags, "--backbone", "pvt_v2_b0", "--optim.clip", "0", "--attention.form", form, "--swap.probability", "0"]
+    flags += ["--balance.policy", "balanced"] if form == "energy" else ["--balance.lam", "0.3"]
     done = launch("--mixed_precision", "no", str(ROOT / "tests/two.py"), "gradients", str(tmp_path), *flags, "--batch", "3", "--accumulate", "2")
     assert done.returncode == 0, done.stderr
     parts = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1)]
@@ -414,6 +419,7 @@ def test_two_processes_have_the_gradient_of_one(flags, tmp_path, form):
             assert torch.allclose(gradients[name], value, rtol=1e-7, atol=1e-12 * float(largest)), name
 
 
+@TOGETHER
 def test_processes_that_do_not_see_each_other_are_told_so(flags, tmp_path):
     # With `use_cpu: true` accelerate starts two processes that, since 1.11 or so, each believe they are alone.
     text = (ROOT / "accelerate_config.yaml").read_text()
@@ -428,6 +434,7 @@ def test_processes_that_do_not_see_each_other_are_told_so(flags, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@TOGETHER
 def test_errors_of_two_processes_are_short(flags):
     done = launch("-m", "trainer.train", *flags, "--batch", "400")
     assert done.returncode != 0

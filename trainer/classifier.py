@@ -65,9 +65,11 @@ class FocusClassifier(nn.Module):
         self.layers = [name.strip() for name in (layer or default_layer(self.net)).split(",") if name.strip()]
         known = [name for name, _ in self.net.named_modules()]
         for name in self.layers:
-            if name not in known and self.layers != [INPUT]:
+            if name == INPUT and len(self.layers) > 1:
+                raise InputError(f"--attention.layer {layer}: {INPUT} is the gradient at the image and stands alone; leave the others out, or it")
+            if name not in known and name != INPUT:
                 close = difflib.get_close_matches(name, known, n=3)
-                hint = f"; did you mean {' or '.join(close)}?" if close else ""
+                hint = f"; did you mean {' or '.join(close)}?" if close else "."
                 raise InputError(f"--attention.layer {name}: {backbone} has no such module{hint} It has {', '.join(_layers(self.net))} and what is in them")
         self.keeps = False
         self.kept: list[torch.Tensor] = []  # with ``keeps``: the last forward's feature maps, where the gradients of both losses meet
