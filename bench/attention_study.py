@@ -81,6 +81,7 @@ FURTHER = {
     "energy + swap, lambda 0.8": ["--balance.lam", "0.8", *ON],
     "energy + swap, lambda 0.2": ["--balance.lam", "0.2", *ON],
     "energy + swap of all": ["--swap.probability", "1"],
+    "energy + swap of a quarter": ["--swap.probability", "0.25"],
     "energy + swap, lambda published": ["--balance.policy", "published", *ON],
     "energy + swap, lambda ratio": ["--balance.policy", "ratio", *ON],
     "energy + swap, lambda balanced": ["--balance.policy", "balanced", *ON],
@@ -117,17 +118,25 @@ class Spec:
 
 def specs(seeds: int) -> list[Spec]:
     """All runs, what matters most first."""
+    balanced = {arm: FURTHER[arm] for arm in ("energy + swap, lambda balanced",)}
+    few, more = range(min(3, seeds)), range(min(3, seeds), seeds)
     every = [
         ("marker 0.95", "resnet18", CORE, range(seeds)),
         ("marker 0.95", "test_resnet", CORE, range(seeds)),
         ("marker 0.95", "pvt_v2_b0", CORE, range(seeds)),
         ("tube 1.0", "test_resnet", {**CORE, **ANNOTATED}, range(seeds)),
-        ("marker 0.95", "test_resnet", FURTHER, range(min(3, seeds))),
+        ("marker 0.95", "test_resnet", FURTHER, few),
+        ("tube 1.0", "test_resnet", FURTHER, few),
+        ("marker 0.95", "pvt_v2_b0", balanced, few),
+        ("marker 0.95", "resnet18", balanced, few),
         ("marker 1.0", "test_resnet", CORE, range(seeds)),
-        ("marker 0.95", "test_resnet", FURTHER, range(min(3, seeds), seeds)),
-        ("marker 1.0", "pvt_v2_b0", CORE, range(seeds)),
+        ("marker 0.95", "test_resnet", FURTHER, more),
+        ("marker 1.0", "pvt_v2_b0", CORE, few),
         ("tube 0.95", "test_resnet", {**CORE, **ANNOTATED}, range(seeds)),
-        ("tube 1.0", "test_resnet", FURTHER, range(seeds)),
+        ("marker 1.0", "pvt_v2_b0", CORE, more),
+        ("tube 1.0", "test_resnet", FURTHER, more),
+        ("marker 0.95", "pvt_v2_b0", balanced, more),
+        ("marker 0.95", "resnet18", balanced, more),
     ]
     return [Spec(condition, backbone, arm, seed) for condition, backbone, arms, some in every for seed in some for arm in arms]
 
