@@ -41,11 +41,10 @@ class _Unique(yaml.SafeLoader):
     """YAML in which a name that is given twice is an error: otherwise the last one would win, unsaid."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
+        names = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)] if isinstance(node, yaml.MappingNode) else []
+        for i, key in enumerate(names):
+            if key.value in [other.value for other in names[:i]]:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
-            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 

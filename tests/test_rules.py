@@ -71,6 +71,8 @@ def test_every_shape(tmp_path, region, expected):
         ("No Finding:\n  region: {half: lower}", "No Finding is the absence of findings"),
         ("Mine:\n  images: some", "images: some: expected only .* or any"),
         ("Mine: !!python/object/apply:os.getcwd []", "is not YAML"),
+        ("? [1, 2]\n: {images: any}", "is not YAML"),
+        ("!!map text", "is not YAML"),
         ("Mine:\n  images: any\nMine:\n  images: only", "'Mine' is given twice"),
         ("Mine:", "Mine: expected a name with settings under it"),
         ("Mine, too:\n  images: any", "Mine, too: must not hold a comma"),
