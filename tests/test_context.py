@@ -10,6 +10,14 @@ S = 40
 ALWAYS = Swap(probability=1.0, dilate=0.0, feather=0.0)
 
 
+def swap(*args, **options) -> torch.Tensor:
+    """The images; who lent to whom agrees with them."""
+    images, lenders = swap_context(*args, **options)
+    changed = (images != args[0]).flatten(1).any(1).tolist()
+    assert all(lender != b for b, lender in enumerate(lenders) if changed[b])
+    return images
+
+
 def test_the_kept_box_by_hand():
     kept = kept_box(torch.tensor([[10, 20, 30, 40]]), S, 0.0, 0.0)[0]
     assert (kept[20:40, 10:30] == 1).all()
@@ -60,7 +68,7 @@ def plain(*values: float) -> torch.Tensor:
 def test_the_swap_keeps_the_box_and_takes_the_rest():
     images = plain(0.2, 0.8)
     boxes = torch.tensor([[10, 10, 30, 30], [11, 9, 31, 29]])
-    swapped = swap_context(images, boxes, [True, True], torch.zeros(2, 2), Swap(1.0, 0.0, 1 / S))
+    swapped = swap(images, boxes, [True, True], torch.zeros(2, 2), Swap(1.0, 0.0, 1 / S))
     for b, (own, other) in enumerate([(0.2, 0.8), (0.8, 0.2)]):
         x0, y0, x1, y1 = boxes[b].tolist()
         assert swapped[b, 0, y0:y1, x0:x1].unique().tolist() == pytest.approx([own])
@@ -72,8 +80,9 @@ def test_the_swap_keeps_the_box_and_takes_the_rest():
 def test_findings_outside_the_box_neither_take_nor_lend():
     images = plain(0.1, 0.5, 0.9)
     boxes = torch.tensor([[10, 10, 30, 30]] * 3)
-    swapped = swap_context(images, boxes, [True, False, True], torch.zeros(3, 2), ALWAYS)
+    swapped = swap(images, boxes, [True, False, True], torch.zeros(3, 2), ALWAYS)
     assert torch.equal(swapped[1], images[1])
+    assert swap_context(images, boxes, [True, False, True], torch.zeros(3, 2), ALWAYS).lenders == [2, 1, 0]
     assert swapped[0, 0, 0, 0] == images[2, 0, 0, 0]
     assert swapped[2, 0, 0, 0] == images[0, 0, 0, 0]
 
@@ -82,8 +91,8 @@ def test_probability_zero_changes_nothing_and_one_half_about_half():
     images = torch.rand(400, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     boxes = torch.tensor([[2, 2, 6, 6]] * 400)
     draws = torch.from_numpy(np.random.default_rng(1).random((400, 2), np.float32))
-    assert torch.equal(swap_context(images, boxes, [True] * 400, draws, Swap(0.0, 0.0, 0.0)), images)
-    changed = (swap_context(images, boxes, [True] * 400, draws, Swap(0.5, 0.0, 0.0)) != images).flatten(1).any(1)
+    assert torch.equal(swap(images, boxes, [True] * 400, draws, Swap(0.0, 0.0, 0.0)), images)
+    changed = (swap(images, boxes, [True] * 400, draws, Swap(0.5, 0.0, 0.0)) != images).flatten(1).any(1)
     assert 160 < changed.sum() < 240
 
 
@@ -93,13 +102,13 @@ def test_nothing_of_the_lenders_lungs_shows():
     images[0] += torch.linspace(0, 0.1, 64)
     images[1, 0, 6:58, 8:56] = 1.0  # lungs full of disease
     boxes = torch.tensor([[16, 12, 48, 44], [8, 6, 56, 58]])
-    swapped = swap_context(images, boxes, [True, True], torch.zeros(2, 2), Swap(1.0, 0.05, 0.04))
+    swapped = swap(images, boxes, [True, True], torch.zeros(2, 2), Swap(1.0, 0.05, 0.04))
     assert torch.equal(swapped[0], images[0])
     assert torch.equal(swapped[1, 0, 6:58, 8:56], images[1, 0, 6:58, 8:56])
     assert torch.equal(swapped[1, 0, 0], images[0, 0, 0])
     # Without lungs the box is the whole image: it fits nowhere else.
     boxes[1] = torch.tensor([0, 0, 64, 64])
-    assert torch.equal(swap_context(images, boxes, [True, True], torch.zeros(2, 2), Swap(1.0, 0.05, 0.04)), images)
+    assert torch.equal(swap(images, boxes, [True, True], torch.zeros(2, 2), Swap(1.0, 0.05, 0.04)), images)
 
 
 def test_lesions_are_laid_into_a_healthy_image():
@@ -107,15 +116,15 @@ def test_lesions_are_laid_into_a_healthy_image():
     lesions = torch.zeros(3, S, S, dtype=torch.bool)
     lesions[0, 12:18, 12:18] = True
     boxes = torch.tensor([[10, 10, 30, 30]] * 3)
-    swapped = swap_context(images, boxes, [True] * 3, torch.zeros(3, 2), ALWAYS, lesions=lesions, healthy=[False, True, False])
+    swapped = swap(images, boxes, [True] * 3, torch.zeros(3, 2), ALWAYS, lesions=lesions, healthy=[False, True, False])
     assert (swapped[0, 0][lesions[0]] == 0.9).all()
     assert swapped[0, 0, 25, 25] == pytest.approx(0.3)  # inside the lungs, but of the healthy image
     # A second healthy image: the host has a seam of the same shape, its own inside, the other healthy one outside.
-    swapped = swap_context(images, boxes, [True] * 3, torch.zeros(3, 2), ALWAYS, lesions=lesions, healthy=[False, True, True])
+    swapped = swap(images, boxes, [True] * 3, torch.zeros(3, 2), ALWAYS, lesions=lesions, healthy=[False, True, True])
     assert (swapped[1, 0][lesions[0]] == 0.3).all()
     assert swapped[1, 0, 25, 25] == pytest.approx(0.6)
     # Nobody healthy: the lung box is what stays.
-    swapped = swap_context(images, boxes, [True] * 3, torch.zeros(3, 2), ALWAYS, lesions=lesions, healthy=[False] * 3)
+    swapped = swap(images, boxes, [True] * 3, torch.zeros(3, 2), ALWAYS, lesions=lesions, healthy=[False] * 3)
     assert swapped[0, 0, 25, 25] == pytest.approx(0.9)
     assert swapped[0, 0, 0, 0] == pytest.approx(0.3)
 
@@ -125,7 +134,7 @@ def test_a_lesion_beyond_the_lung_box_stays():
     lesions = torch.zeros(2, S, S, dtype=torch.bool)
     lesions[0, 28:36, 12:18] = True
     boxes = torch.tensor([[10, 10, 30, 30]] * 2)
-    swapped = swap_context(images, boxes, [True] * 2, torch.zeros(2, 2), ALWAYS, lesions=lesions, healthy=[False] * 2)
+    swapped = swap(images, boxes, [True] * 2, torch.zeros(2, 2), ALWAYS, lesions=lesions, healthy=[False] * 2)
     assert (swapped[0, 0][lesions[0]] == 0.9).all()
     assert swapped[0, 0, 35, 35] == pytest.approx(0.3)
 

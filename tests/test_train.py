@@ -100,6 +100,7 @@ def test_the_whole_job(flags, shards, tmp_path, capsys):
     steps = [line for line in lines(out) if "ce" in line]
     assert len(steps) == 2 * -(-len(loop.Split(shards, "train", ("No Finding", "Effusion", "Pneumothorax"))) // 8)
     assert {line["lambda"] for line in steps} == {0.25}
+    assert {line["swapped"] for line in steps} == {0}  # the untrained segmenter finds no lungs
     assert sum("val_loss" in line for line in lines(out)) == 2
 
     # The same figures again, and on other shards beside them.
@@ -263,6 +264,17 @@ def test_a_finished_run_is_left_as_it_is(flags, tmp_path, capsys):
     loop.main(["--resume", "--out", out, "--epochs", "2", "--batch", "4"])
     assert "note: images a step was 8 before, now it is 4" in capsys.readouterr().out
     assert json.loads((tmp_path / "run/report.json").read_text())["training"]["epochs"] == 2
+
+
+def test_training_swaps_surroundings_and_says_how_many(flags, tmp_path):
+    at = flags.index("--lungs.weights")
+    own = flags[:at] + flags[at + 2 :]  # the segmenter of the package, which finds the lungs of phantoms
+    loop.build(loop.resolve([*own, "--batch", "16", "--epochs", "2"])).train()
+    shares = [line["swapped"] for line in lines(tmp_path / "run") if "ce" in line]
+    assert 0.1 < np.mean(shares) < 0.6  # half of the images want to; of so few not all find a partner
+    own[own.index("--out") + 1] = str(tmp_path / "without")
+    loop.build(loop.resolve([*own, "--batch", "16", "--epochs", "1", "--swap.probability", "0"])).train()
+    assert {line["swapped"] for line in lines(tmp_path / "without") if "ce" in line} == {None}
 
 
 def test_a_task_without_regions_is_plain_cross_entropy(tmp_path, flags, capsys):

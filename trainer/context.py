@@ -8,6 +8,7 @@ foreground is the lung box that the trainer knows anyway, or for an annotated im
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -25,6 +26,13 @@ class Swap:
     """How far the kept box reaches beyond the lung box, in shares of its sides."""
     feather: float = 0.04
     """Width of the seam, in shares of the image's side."""
+
+
+class Swapped(NamedTuple):
+    """images [B,1,S,S]; lenders: whose surroundings each image has, its own number where they are its own."""
+
+    images: torch.Tensor
+    lenders: list[int]
 
 
 def kept_box(boxes: torch.Tensor, size: int, dilate: float, feather: float) -> torch.Tensor:
@@ -85,7 +93,7 @@ def swap_context(
     *,
     lesions: torch.Tensor | None = None,
     healthy: Sequence[bool] = (),
-) -> torch.Tensor:
+) -> Swapped:
     """Images [B,1,S,S] whose surroundings come, with ``settings.probability``, from another image of the batch.
 
     An image is changed, and lends its surroundings, only where ``inside`` says that its finding (or the lack of one) shows inside its lung
@@ -115,4 +123,5 @@ def swap_context(
                 lender[b], kept[b] = host, around[piece]
     free = [inside[b] and lender[b] == b for b in every]
     swapped = partners([[k for k in every if free[b] and inside[k] and k != b and fits[b][k]] for b in every], draws, settings.probability)
-    return blend(images, kept, images[[other if free[b] else lender[b] for b, other in enumerate(swapped)]])
+    lenders = [other if free[b] else lender[b] for b, other in enumerate(swapped)]
+    return Swapped(blend(images, kept, images[lenders]), lenders)

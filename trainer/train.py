@@ -96,6 +96,7 @@ class Trainer:
         self.inside = {name for name, rule in self.rules.items() if rule.inside(c.swap.dilate)}
         if self.inside:
             self.inside.add(NO_FINDING)
+        self.swapped = np.zeros(2, int)  # images that got other surroundings, and all, of this process since the last line of the log
         self.swaps = bool(self.inside or self.annotations) and c.swap_probability > 0
 
     def train(self) -> None:
@@ -201,7 +202,8 @@ class Trainer:
         if self.swaps:
             found = self.lungs["train"].found(batch.index)
             inside, healthy = ([f and name in kind for f, name in zip(found, names, strict=True)] for kind in (self.inside, {NO_FINDING}))
-            images = swap_context(images, boxes, inside, draws[:, SWAPS], self.swap, lesions=lesions, healthy=healthy)
+            images, lenders = swap_context(images, boxes, inside, draws[:, SWAPS], self.swap, lesions=lesions, healthy=healthy)
+            self.swapped += np.array([sum(lender != b for b, lender in enumerate(lenders)), len(lenders)])
         return Prepared(images, labels, region, weight, weight * placed(region))
 
     def log(self, logged: "_Logged", bar: Any, lam: float, position: float) -> None:
@@ -221,10 +223,12 @@ class Trainer:
             "ce": ce / images,
             "attention": term / counted if counted and lam < 1 else None,
             "lambda": lam,
+            "swapped": float(self.swapped[0] / self.swapped[1]) if self.swapped[1] else None,
             "lr": self.optimizer.param_groups[0]["lr"],
             "images_per_s": state.images / max(state.seconds, 1e-9),
         }
-        told = {"ce": line["ce"], "att": line["attention"], "lambda": lam if self.attends else None}
+        self.swapped[:] = 0
+        told = {"ce": line["ce"], "att": line["attention"], "lambda": lam if self.attends else None, "swapped": line["swapped"]}
         bar.set_postfix({name: f"{value:.3f}" for name, value in told.items() if value is not None} | {"epoch": state.epoch + 1}, refresh=False)
         self.write(line)
 
