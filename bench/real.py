@@ -1,7 +1,7 @@
 """python bench/real.py --work DIR: real radiographs, cross-entropy beside the default and its parts, paired by seed and image.
 
 Three questions, `--seeds` seeds each, EfficientNet-Lite0 from ImageNet weights, 224 px, 250 steps of AdamW with some augmentation, the last model:
-effusion: Effusion against No Finding; each seed tests on another third of the images (patients are unknown there);
+effusion: Effusion against No Finding; three seeds test on another third of the images each (patients are unknown there), three more on the same thirds;
 marker: the same with a text painted into 95% of the positive and 5% of the negative training images, and into half of all others;
 pneumonia: Pneumonia, whatever else an image shows, against No Finding, declared in bench/pneumonia.yaml; patients are in one part
 only, and everybody who has an image with lesion boxes is in the test part, the same for all seeds.
@@ -16,7 +16,7 @@ import json
 import os
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
@@ -142,6 +142,7 @@ class Seen:
     def __init__(self, run: Path, finding: str) -> None:
         lines = [json.loads(line) for line in (run / "predictions_test.jsonl").read_text().splitlines()]
         self.keys = [line["key"] for line in lines]
+        self.patients = [key.split("_")[0] for key in self.keys]  # of names of the NIH archive; elsewhere each image is its own
         self.labels = np.array([line["label"] == finding for line in lines])
         self.scores = np.array([line["probability"][finding] for line in lines])
         self.place = {kind: [line.get(kind, {}) for line in lines] for kind in ("expected", "lesion")}
@@ -170,31 +171,31 @@ def told(values: list[float]) -> str:
 
 
 def compared(arms: dict[str, list[Seen]], figure: Callable[[Seen, np.ndarray], float]) -> list[str]:
-    """Cells: mean over seeds of each arm with all seeds, and after every arm but the first the difference to that with its 95% interval.
+    """Cells: mean over seeds of each arm with all seeds, and after every arm but the first the difference to the same seeds of that.
 
-    The interval is of a bootstrap over images within the classes; an image that several seeds test on is drawn for all of them at once.
+    With it two 95% intervals: of a bootstrap over patients (images, where they are unknown) with the models as they are, an image that several
+    seeds test on being drawn for all of them at once; and of one that draws the seeds, too, as pairs of models.
     """
-    of_class: dict[bool, list[str]] = {True: [], False: []}
+    sick: dict[str, bool] = {}
     for seen in arms[BASE]:
-        for key, label in zip(seen.keys, seen.labels.tolist(), strict=True):
-            if key not in of_class[label]:
-                of_class[label].append(key)
-    rng, means = np.random.default_rng(0), []
+        for who, label in zip(seen.patients, seen.labels.tolist(), strict=True):
+            sick[who] = sick.get(who, False) or label
+    groups = [[who for who, positive in sick.items() if positive == kind] for kind in (True, False)]
+    rng, means = np.random.default_rng(0), defaultdict(list)
     for r in range(RESAMPLES + 1):
         drawn: Counter = Counter()
-        for keys in of_class.values():
-            drawn.update(keys if r == 0 else rng.choice(keys, len(keys)).tolist())
-        values = {
-            name: [figure(seen, weight) for seen in runs if (weight := np.array([drawn[key] for key in seen.keys], float)).any()] for name, runs in arms.items()
-        }
+        for group in groups:
+            drawn.update(group if r == 0 else rng.choice(group, len(group)).tolist())
+        values = {name: np.array([figure(seen, np.array([drawn[who] for who in seen.patients], float)) for seen in runs]) for name, runs in arms.items()}
         if r == 0:
             seeds = values
-        means.append([np.mean(values[arm]) - np.mean(values[BASE][: len(values[arm])]) for arm in list(arms)[1:]])
-    differences = np.array(means)
-    cells = [told(seeds[BASE])]
-    for arm, found in zip(list(arms)[1:], differences.T, strict=True):  # to the same seeds of the first
-        low, high = np.nanpercentile(found[1:], [2.5, 97.5])
-        cells += [told(seeds[arm]), f"{found[0]:+.3f} ({low:+.3f} to {high:+.3f})"]
+        for name in list(arms)[1:]:
+            change = values[name] - values[BASE][: len(values[name])]
+            means[name].append((change.mean(), change[rng.integers(0, len(change), len(change))].mean()))
+    cells = [told(seeds[BASE].tolist())]
+    for name in list(arms)[1:]:
+        (low, wide_low), (high, wide_high) = np.nanpercentile(means[name][1:], [2.5, 97.5], axis=0)
+        cells += [told(seeds[name].tolist()), f"{means[name][0][0]:+.3f} ({low:+.3f} to {high:+.3f}; {wide_low:+.3f} to {wide_high:+.3f})"]
     return cells
 
 
@@ -211,7 +212,8 @@ def arms_of(question: str) -> list[str]:
 def tables(runs: dict[tuple[str, str], list[Path]]) -> str:
     """Markdown."""
     text = [f"# Real radiographs\n\nWritten by `bench/real.py`, {date.today()}; {processor()}. EfficientNet-Lite0 from ImageNet weights."]
-    text.append("Mean over seeds (each seed), and the difference to cross-entropy with its 95% interval, bootstrapped over test images.")
+    text.append("Mean over seeds (each seed), and the difference to the same seeds of cross-entropy with two 95% intervals: bootstrapped over test patients ")
+    text[-1] += "(images, where patients are unknown), and over these and the seeds."
     for question in QUESTIONS:
         finding = "Pneumonia" if question == "pneumonia" else "Effusion"
         arms = {arm: [Seen(run, finding) for run in runs[question, arm]] for arm in arms_of(question)}

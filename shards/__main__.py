@@ -201,7 +201,7 @@ def _pack(a: argparse.Namespace, source: Any, dataset: str) -> None:
         print(f"left out {count}: {why}")
     if getattr(a, "boxes", None):
         boxed = [len(item.boxes) for item in source.items if item.boxes]
-        print(f"lesion boxes: {sum(boxed)} of {len(boxed)} images")
+        print(f"{sum(boxed)} lesion boxes are on {len(boxed)} of the images")
     index = pack(
         source,
         a.out,

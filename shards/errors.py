@@ -37,25 +37,35 @@ def listed(items: Iterable[object], most: int = 5) -> str:
     return ", ".join(names[:most]) + more
 
 
-class _Unique(yaml.SafeLoader):
-    """YAML in which a name that is given twice is an error: otherwise the last one would win, unsaid."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        names = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)] if isinstance(node, yaml.MappingNode) else []
-        for i, key in enumerate(names):
-            if key.value in [other.value for other in names[:i]]:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
-        return super().construct_mapping(node, deep)
+def _twice(node: Any, seen: set[int]) -> Any:
+    """The first name that is given twice in a mapping, as its node: the last one would win, unsaid."""
+    if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+        return None
+    seen.add(id(node))
+    names: set[str] = set()
+    for item in node.value:
+        if isinstance(node, yaml.MappingNode):
+            key, item = item
+            if isinstance(key, yaml.ScalarNode) and key.value in names:
+                return key
+            names.add(str(key.value))
+        if (found := _twice(item, seen)) is not None:
+            return found
+    return None
 
 
 def read_yaml(path: Path, flag: str) -> Any:
-    """Plain values of a YAML file; no tag builds an object. InputError: it cannot be read, is not YAML, names something twice."""
+    """Plain values of a YAML file; no tag builds an object. InputError: it cannot be read, is not YAML, gives a name twice."""
     try:
-        return yaml.load(path.read_text(), _Unique)  # a SafeLoader
+        text = path.read_text()
+        twice = _twice(yaml.compose(text, yaml.SafeLoader), set())
+        if twice is None:
+            return yaml.safe_load(text)
     except OSError as error:
         raise InputError(f"{flag} {path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"{flag} {path}: is not YAML ({' '.join(str(error).split())})") from error
+    raise InputError(f"{flag} {path}, line {twice.start_mark.line + 1}: {twice.value!r} is given twice; remove one")
 
 
 class CommandParser(argparse.ArgumentParser):

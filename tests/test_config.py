@@ -30,8 +30,6 @@ def test_what_is_written_is_read_back(tmp_path):
         (["--treshold", "1"], r"unknown flag --treshold; did you mean --attention\.threshold"),
         (["--attention.thresh", "0.5"], r"unknown flag --attention\.thresh; did you mean --attention\.threshold"),
         (["--attention.threshold", "1.5"], r"--attention\.threshold 1\.5: must lie in \[0, 1\]"),
-        (["--balance.lam", "0.3", "--balance.policy", "ratio"], r"--balance\.lam 0\.3: is of the policy fixed, ratio finds its own"),
-        (["--attention.annotated", "0.1"], r"--attention\.annotated 0\.1: no lesion boxes are used with --attention\.region anatomy"),
         (["--balance.lam", "-0.1"], r"--balance\.lam -0\.1: must lie in"),
         (["--batch", "0", "--epochs", "0"], r"--batch 0.*--epochs 0"),
         (["--batch", "many"], "batch"),

@@ -108,6 +108,14 @@ def test_a_finding_is_not_replaced_unasked(radiograph, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"mine.yaml", "mine.png", "mine_second.png"}, "each finding keeps its picture"
 
 
+def test_a_picture_is_not_replaced(radiograph, tmp_path):
+    path = tmp_path / "plaque.png"
+    path.write_bytes(radiograph[0].read_bytes())
+    with pytest.raises(InputError, match=r"its picture would replace .*plaque\.png; name another file"):
+        main(["learn", str(path), "--box", box(radiograph[1]), "--finding", "Plaque", "--out", str(tmp_path / "plaque.yaml")])
+    assert path.read_bytes() == radiograph[0].read_bytes()
+
+
 def test_what_a_user_should_look_at_is_said(radiograph, tmp_path, capsys):
     flags = ["learn", str(radiograph[0]), "--box", "1,1,8,8", "--finding", "Mass", "--out", str(tmp_path / "mine.yaml")]
     main(flags)

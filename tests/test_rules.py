@@ -73,7 +73,8 @@ def test_every_shape(tmp_path, region, expected):
         ("Mine: !!python/object/apply:os.getcwd []", "is not YAML"),
         ("? [1, 2]\n: {images: any}", "is not YAML"),
         ("!!map text", "is not YAML"),
-        ("Mine:\n  images: any\nMine:\n  images: only", "'Mine' is given twice"),
+        ("Mine:\n  images: any\nMine:\n  images: only", "mine.yaml, line 3: 'Mine' is given twice; remove one"),
+        ("Mine:\n  source: 2020-99-99", "is not YAML"),
         ("Mine:", "Mine: expected a name with settings under it"),
         ("Mine, too:\n  images: any", "Mine, too: must not hold a comma"),
         ("Mine:\n  region: {rectangles: [[0, 0, 1, inf]]}", r"the image's edge is \.inf, with a point"),
@@ -95,6 +96,14 @@ def test_a_file_extends_and_replaces_the_ready_made_ones(tmp_path):
     assert mine["Effusion"].rule == Rule(((0, 0, 1, 1),))
     assert mine["Plaque"] == Finding(None, "any")
     assert {name: f for name, f in mine.items() if name not in ("Effusion", "Plaque")} == {n: f for n, f in ready.items() if n != "Effusion"}
+
+
+def test_an_entry_without_a_region_keeps_the_ready_made_one(tmp_path):
+    ready = read_findings()["Effusion"]
+    assert read_findings(written(tmp_path, "Effusion: {images: any}"))["Effusion"] == Finding(ready.rule, "any", ready.source)
+    assert read_findings(written(tmp_path, "Effusion: {images: any, region: null}"))["Effusion"] == Finding(None, "any")
+    merged = "Base: &b {images: any}\nMine: {<<: *b, region: {half: lower}}\nOther: {<<: *b, images: only}\n"
+    assert read_findings(written(tmp_path, merged))["Other"].images == "only"  # a name that a merge brings may be given again
 
 
 def test_what_is_written_reads_back(tmp_path):

@@ -461,7 +461,7 @@ def test_lesion_boxes_of_a_table(tmp_path, header, numbers, capsys):
     main([*flags, "--boxes", str(tmp_path / "boxes.csv"), "--ratios", "0.5,0.5,0"])
     printed = capsys.readouterr().out
     assert "left out 1: boxes of images that are not in" in printed
-    assert "lesion boxes: 2 of 1 images" in printed
+    assert "2 lesion boxes are on 1 of the images" in printed
     splits = [Split(tmp_path / "out", name) for name in ("train", "val")]
     found = {split.key(i): split.meta(i)["boxes"] for split in splits for i in range(len(split))}
     assert [(box.finding, box.xyxy) for box in found.pop("3")] == [(name, pytest.approx((4, 3.2, 12, 12.8))) for name in ("Mass", "Nodule")]

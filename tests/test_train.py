@@ -13,6 +13,8 @@ import two
 from PIL import Image
 
 from shards.errors import InputError
+from shards.pack import pack
+from shards.phantom import Phantoms
 from shards.stream import Split
 from trainer import evaluate, launching, predict, report
 from trainer import train as loop
@@ -201,7 +203,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(flags, tmp_path, monkeypatc
     monkeypatch.setattr(loop.Trainer, "step", ordinary)
     # A line that was written after the last checkpoint is written again, not twice.
     with (tmp_path / "run/metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"step": stop + 1, "ce": 0.0}) + "\n")
+        file.write(json.dumps({"step": stop + 1, "ce": 0.0}) + "\n" + '{"step": 9')  # and one that was cut short
     job = loop.build(loop.resolve(["--out", str(tmp_path / "run"), "--resume"]))
     assert job.state.step == stop
     job.train()
@@ -278,7 +280,7 @@ def test_training_swaps_surroundings_and_says_how_many(flags, tmp_path):
 
 
 def test_a_task_without_regions_is_plain_cross_entropy(tmp_path, flags, capsys):
-    (tmp_path / "mine.yaml").write_text("Effusion: {images: only}\n")
+    (tmp_path / "mine.yaml").write_text("Effusion: {region: null}\n")
     job = loop.build(loop.resolve([*flags, "--findings", str(tmp_path / "mine.yaml"), "--epochs", "1"]))
     assert "no region is known for Effusion: classification only" in capsys.readouterr().out
     assert not job.attends
@@ -522,20 +524,53 @@ def test_images_that_the_run_was_trained_on_are_counted(flags, tmp_path, shards,
         (other / old).replace(other / new)
         index["splits"]["test"]["tables"][new] = index["splits"]["test"]["tables"].pop(old)
     (other / "index.json").write_text(json.dumps(index))
-    train = Split(shards, "train", ("No Finding", "Effusion"))
+    train, test = (Split(shards, name, ("No Finding", "Effusion")) for name in ("train", "test"))
     assert evaluate.overlap(train, Split(other, "test", ("No Finding", "Effusion"))) == (len(train), 0)
-    assert evaluate.overlap(train, Split(shards, "test", ("No Finding", "Effusion"))) == (0, 0)
+    assert evaluate.overlap(train, test) == (0, 0)
     run = str(tmp_path / "run")
     evaluate.main(["--run", run, "--shards", str(other), "--workers", "0"])
-    assert f"WARNING: of the {len(train)} test images {len(train)} are training images of this run" in capsys.readouterr().out
-    second = tmp_path / "second"
-    other.rename(second)  # of the same name as a data set, but other shards
-    with pytest.raises(InputError, match=r"holds the report of .*other; name another folder"):
-        evaluate.main(["--run", run, "--shards", str(second), "--workers", "0"])
+    assert f"WARNING: of the {len(train)} test images {len(train)} have the name of a training image of this run" in capsys.readouterr().out
+    evaluate.main(["--run", run, "--shards", str(other), "--workers", "0"])  # the same once more
+    third = tmp_path / "third"
+    pack(Phantoms(100, 9, size=64), third, dataset="phantom")
+    with pytest.raises(InputError, match="holds the report of other images"):
+        evaluate.main(["--run", run, "--shards", str(third), "--workers", "0"])
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs/config.yaml").write_text("")
     with pytest.raises(InputError, match="is another run's folder"):
-        evaluate.main(["--run", run, "--shards", str(second), "--out", str(tmp_path / "theirs"), "--workers", "0"])
+        evaluate.main(["--run", run, "--shards", str(third), "--out", str(tmp_path / "theirs"), "--workers", "0"])
+    text = (tmp_path / "run/config.yaml").read_text().replace(str(shards), str(tmp_path / "gone"))
+    (tmp_path / "run/config.yaml").write_text(text)
+    evaluate.main(["--run", run, "--shards", str(third), "--out", str(tmp_path / "there"), "--workers", "0"])
+    assert "it was not checked whether some are among these" in capsys.readouterr().out
+
+
+def test_patients_that_the_run_was_trained_on_are_counted(tmp_path):
+    class Seen(Phantoms):
+        def load(self, item):
+            sample = super().load(item)
+            sample.extra["patient"] = f"P{int(item.key[-2:]) % 40}"
+            return sample
+
+    pack(Seen(100, 0, size=64), tmp_path / "shards", dataset="phantom")
+    train, test = (Split(tmp_path / "shards", name, ("No Finding", "Effusion")) for name in ("train", "test"))
+    known = {train.meta(p)["patient"] for p in range(len(train))}
+    images = sum(test.meta(p)["patient"] in known for p in range(len(test)))
+    assert images > 0
+    assert evaluate.overlap(train, test) == (0, images)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--balance.lam", "0.3", "--balance.policy", "ratio"], r"--balance\.lam 0\.3: is of the policy fixed, ratio finds its own"),
+        (["--attention.annotated", "0.1"], r"--attention\.annotated 0\.1: no lesion boxes are used with --attention\.region anatomy"),
+        (["--best", "last", "--patience", "3"], "--patience 3: with --best last no epoch is better"),
+    ],
+)
+def test_settings_without_effect_are_told(flags, given, words):
+    with pytest.raises(InputError, match=words):
+        loop.resolve([*flags, *given])
 
 
 def test_an_interrupted_run_says_how_to_go_on(flags, tmp_path, capsys, monkeypatch):
@@ -581,10 +616,10 @@ def test_prediction_goes_on_after_a_bad_file_and_says_so(flags, tmp_path, capsys
     Image.fromarray(np.full((70, 90), 99, np.uint8)).save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_text("x")
     with pytest.raises(InputError, match=r"1 of 2 images could not be used: .*bad\.png: cannot be decoded as an image \(1 bytes; no known image format\)"):
-        predict.main(["--run", str(tmp_path / "run"), str(tmp_path / "bad.png"), str(tmp_path / "good.png")])
+        predict.main(["--run", str(tmp_path / "run"), "--look_at", "Effusion", str(tmp_path / "bad.png"), str(tmp_path / "good.png")])
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert line["lung_box"] is None  # a gray image has no lungs, so nothing is known of a region
-    assert line.get("energy_in_region") is None
+    assert line["energy_in_region"] is None
     with pytest.raises(InputError, match="no such image file: nowhere"):
         predict.main(["--run", str(tmp_path / "run"), "nowhere.png"])
     with pytest.raises(InputError, match="--out /proc/x: cannot be written"):

@@ -47,7 +47,9 @@ def save(path: Path, state: dict[str, Any]) -> None:
     """Write tensors, numbers, strings, lists and dicts; the file is whole or not there."""
     path.parent.mkdir(exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    torch.save(state, partial)
+    with partial.open("wb") as file:
+        torch.save(state, file)
+        os.fsync(file.fileno())  # or after a power cut the name may be there and its content not
     partial.replace(path)
 
 
@@ -68,8 +70,16 @@ def refuse_other(out: Path, was: dict[str, Any], own: dict[str, Any], words: dic
         raise InputError(f"--resume {out}: the run was made with {listed(told)}; leave that as it was, or start a new run")
 
 
+def _number(line: str, by: str) -> int | None:
+    """The number of a line; None of one that a crash cut short."""
+    try:
+        return int(json.loads(line)[by])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
 def rewind(path: Path, last: int, by: str = "step") -> None:
     """Drop the lines of a metrics.jsonl that come after step (or ``by``) ``last``: a resumed run writes them again."""
     if path.is_file():
-        lines = [line for line in path.read_text().splitlines() if json.loads(line)[by] <= last]
+        lines = [line for line in path.read_text().splitlines() if (number := _number(line, by)) is not None and number <= last]
         write_atomic(path, "".join(line + "\n" for line in lines))

@@ -166,10 +166,6 @@ class Config:
         if self.balance.policy == "balanced" and (self.attention.mode == "eval" or self.attention.form == "published"):
             what = "--attention.mode eval" if self.attention.mode == "eval" else "--attention.form published"
             found.append(f"--balance.policy balanced: needs an attention term with a gradient in the training forward, which {what} has not")
-        if self.balance.policy != "fixed" and self.balance.lam != BalanceConfig.lam:
-            found.append(f"--balance.lam {self.balance.lam}: is of the policy fixed, {self.balance.policy} finds its own; leave one of the two out")
-        if self.attention.region == "anatomy" and self.attention.annotated != 1:
-            found.append(f"--attention.annotated {self.attention.annotated}: no lesion boxes are used with --attention.region anatomy; take annotation or both")
         if self.balance.policy == "constrained" and self.balance.high == 1:
             found.append("--balance.high 1: constrained starts there, and from cross-entropy alone it would never move; lower it")
         for name in ("weight_decay", "clip", "warmup"):
@@ -181,6 +177,17 @@ class Config:
             task_findings(self.task)
         except InputError as error:
             found.append(str(error))
+        return found
+
+    def idle(self) -> list[str]:
+        """Settings of a new run that others leave without effect."""
+        found = []
+        if self.balance.policy != "fixed" and self.balance.lam != BalanceConfig.lam:
+            found.append(f"--balance.lam {self.balance.lam}: is of the policy fixed, {self.balance.policy} finds its own; leave one of the two out")
+        if self.attention.region == "anatomy" and self.attention.annotated != 1:
+            found.append(f"--attention.annotated {self.attention.annotated}: no lesion boxes are used with --attention.region anatomy; take annotation or both")
+        if self.best == "last" and self.patience != Config.patience:
+            found.append(f"--patience {self.patience}: with --best last no epoch is better than another, so none is waited for; leave one of the two out")
         return found
 
     @property

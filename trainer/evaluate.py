@@ -250,8 +250,8 @@ def finish(
 
     classes, rules = task_findings(config.task), rules_of(findings)
     outcomes: dict[str, Outcome] = {n: evaluate(accelerator, model, splits[n], lungs.get(n), config, rules) for n in ("val", "test") if n in splits}
-    first = next(iter(splits.values()))
-    content: dict[str, Any] = {"findings": classes, "dataset": first.dataset, "shards": where(first.store.name), "training": training}
+    content: dict[str, Any] = {"findings": classes, "dataset": next(iter(splits.values())).dataset, "training": training}
+    content["images"] = {name: split.fingerprint for name, split in splits.items()}
     content["regions"] = to_yaml(findings)
     content["written"] = f"cxr-focus {__version__}, {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}"
     for name in outcomes:
@@ -302,44 +302,38 @@ def probe(
 
 
 def overlap(train: Split, split: Split) -> tuple[int, int]:
-    """How many images of ``split`` are training images (same key, same number of bytes), and how many others have the ID of a patient of theirs."""
-
-    def file(of: Split, position: int) -> tuple[str, int]:
-        return of.key(position), int(of.table[of.rows[position]]["image_len"])
-
-    files = {file(train, p) for p in range(len(train))}
+    """How many images of ``split`` have the key of a training image, and how many others the ID of a patient of theirs."""
+    keys = {train.key(p) for p in range(len(train))}
     patients = {train.meta(p).get("patient") for p in range(len(train))} - {None}
-    same = [file(split, p) in files for p in range(len(split))]
+    same = [split.key(p) in keys for p in range(len(split))]
     return sum(same), sum(not known and split.meta(p).get("patient") in patients for p, known in enumerate(same))
 
 
-def warn_of_overlap(config: Config, findings: Mapping[str, Finding], splits: Mapping[str, Split]) -> None:
-    """Say how many images of other shards the run was trained on: figures on those prove nothing."""
-    if not os.path.isdir(config.shards):
-        print(f"note: {config.shards}, which the run was trained on, is no folder here: whether images are in both was not checked")
+def tell_overlap(config: Config, trained_on: str | None, findings: Mapping[str, Finding], splits: Mapping[str, Split]) -> None:
+    """Say how many images of other shards the run has most likely been trained on: figures on those prove nothing."""
+    try:
+        train = Split(open_store(config.shards), "train", task_findings(config.task), among=among(findings)) if os.path.isdir(config.shards) else None
+    except InputError:
+        train = None
+    if train is None or trained_on not in (None, train.fingerprint):
+        print(f"note: the images that the run was trained on are not in {config.shards} any more, so it was not checked whether some are among these")
         return
-    train = Split(open_store(config.shards), "train", task_findings(config.task), among=among(findings))
     for name, split in splits.items():
         images, patients = overlap(train, split)
-        told = [f"{images} are training images of this run"] if images else []
-        told += [f"{patients} {'more ' if images else ''}have the ID of a patient that it was trained on"] if patients else []
-        if told:
-            print(f"WARNING: of the {len(split)} {name} images {' and '.join(told)}: figures of those say nothing about new patients")
+        told = (
+            f"of the {len(split)} {name} images {images or 'none'} have the name of a training image of this run, {patients or 'none'} more the ID of a patient"
+        )
+        print(f"WARNING: {told}: if they are the same, the figures say nothing about new ones" if images or patients else told)
 
 
-def where(shards: str) -> str:
-    """A folder's full path; a URL as it is."""
-    return shards if "://" in shards else os.path.realpath(shards)
-
-
-def refuse_to_overwrite(out: Path, path: Path, shards: str) -> None:
-    """InputError where ``out`` is another run, or holds the evaluation of other shards."""
+def refuse_to_overwrite(out: Path, path: Path, splits: Mapping[str, Split]) -> None:
+    """InputError where ``out`` is another run, or holds the evaluation of other images."""
     if (out / "config.yaml").is_file() and out.resolve() != path.resolve():
         raise InputError(f"--out {out}: is another run's folder, whose report would be overwritten; name another folder")
     if (out / "report.json").is_file():
-        other = json.loads((out / "report.json").read_text()).get("shards", where(shards))
-        if other != where(shards):
-            raise InputError(f"--out {out}: holds the report of {other}; name another folder for that of {shards}")
+        other = json.loads((out / "report.json").read_text()).get("images", {})
+        if any(other.get(name, split.fingerprint) != split.fingerprint for name, split in splits.items()):
+            raise InputError(f"--out {out}: holds the report of other images; name another folder for this one")
 
 
 @dataclass
@@ -374,16 +368,17 @@ def main(argv: list[str] | None = None) -> None:
     if not splits:
         raise InputError(f"--shards {store.name}: has neither val nor test; pack one")
 
-    own = where(options.shards) == where(config.shards)
+    own = os.path.realpath(options.shards) == os.path.realpath(config.shards) or options.shards.rstrip("/") == config.shards.rstrip("/")
     out = Path(options.out) if options.out else path if own else path / f"evaluate_{index['dataset']}"
-    refuse_to_overwrite(out, path, options.shards)
+    if not own:
+        refuse_to_overwrite(out, path, splits)
     out.mkdir(parents=True, exist_ok=True)
-    if not own and accelerator.is_main_process:
-        warn_of_overlap(config, opened.findings, splits)
     old = json.loads((path / "report.json").read_text()) if (path / "report.json").is_file() else {}
     training = old.get("training", {"unfinished": True, "best_epoch": int(opened.metadata["epoch"]) + 1})
     if training.get("unfinished") and accelerator.is_main_process:
         print(f"{path} has not finished: these are figures of its best model so far, of epoch {training['best_epoch']}")
+    if not own and accelerator.is_main_process:
+        tell_overlap(config, old.get("images", {}).get("train"), opened.findings, splits)
     config.batch, config.workers = options.batch, options.workers
     model.to(accelerator.device)
     lungs = {}

@@ -82,6 +82,9 @@ def learn(a: argparse.Namespace) -> None:
         raise InputError(f"--margin {a.margin}: a share of the lung box lies in [0, 1]")
     if "," in a.finding:
         raise InputError(f"--finding {a.finding!r}: must not hold a comma, which separates the findings of a --task")
+    picture = out.with_name(f"{out.stem}_{slug}.png") if out.is_file() else out.with_suffix(".png")
+    if picture.exists():
+        raise InputError(f"--out {out}: its picture would replace {picture}; name another file")
     image = load_image(a.image)
     height, width = image.shape
     lesions = [_box(text, width, height) for text in a.box]
@@ -113,7 +116,6 @@ def learn(a: argparse.Namespace) -> None:
     finding = Finding(rule, a.images, f"learned from one annotated radiograph ({a.image.name}), margin {a.margin:g}")
     before = out.read_text().rstrip("\n") + "\n" if known else ""
     write_atomic(out, before + to_yaml({a.finding: finding}))
-    picture = out.with_name(f"{out.stem}_{slug}.png") if known else out.with_suffix(".png")
     _drawn(pixels, box, {a.finding: finding}, [tuple(v * SIZE for v in b) for b in lesions]).savefig(picture, dpi=110)
     print(f"{a.finding}: {_words(rule)}")
     if not rule.inside(0.05):

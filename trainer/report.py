@@ -313,7 +313,7 @@ MEANING = {
 }
 CAUTION = (
     "A region is where a finding is expected, not where it is: a model can look there and be wrong, so read these figures beside AUC, "
-    "and where there are lesion boxes, beside those of the lesions. Higher is better, but for the loss outside and the likeness to random weights. "
+    "and where there are lesion boxes, beside those of the lesions. Higher is better, but for the loss outside and the two rows of random weights. "
     "The CAM of a No Finding image is that of its own class and has no region: nothing is asked of it."
 )
 
@@ -427,7 +427,7 @@ def _training(content: dict[str, Any]) -> str:
     lost = ", ".join(f"{len(keys)} in {split}" for split, keys in content["lungs_not_found"].items() if keys)
     told = [f"{c['backbone']}, {c['size']} px"]
     if "epochs" in t:
-        told.append(f"best of {t['epochs']} epochs by {t['best']} on val: epoch {t['best_epoch']}")
+        told.append(f"last of {t['epochs']} epochs" if t["best"] == "last" else f"best of {t['epochs']} epochs by {t['best']} on val: epoch {t['best_epoch']}")
         told.append(f"{t['minutes']:.1f} minutes on {t['processes']} x {t['device']}, {t['precision']}")
     told.append(f"no lungs found, whole image used: {lost or 'nowhere'}" if content["lungs_not_found"] else "without a lung segmenter")
     return "; ".join(told) + f". {content.get('written', '')}"

@@ -72,11 +72,11 @@ def read_findings(name: str = "") -> dict[str, Finding]:
     path = Path(name)
     if not path.is_file():
         raise InputError(f"--findings {name}: no such file, and no ready-made set ({', '.join(ready)})")
-    return read_findings() | read_file(path)
+    return read_findings() | read_file(path, read_findings())
 
 
-def read_file(path: Path) -> dict[str, Finding]:
-    """The findings of one file, and no others; errors as `read_findings`."""
+def read_file(path: Path, ready: Findings | None = None) -> dict[str, Finding]:
+    """The findings of one file, and no others; errors as `read_findings`. An entry without a region has that of ``ready``."""
     content = read_yaml(path, "--findings")
     if not isinstance(content, dict):
         raise InputError(f"--findings {path}: expected `Name:` lines with settings under each: region, images, source")
@@ -87,10 +87,10 @@ def read_file(path: Path) -> dict[str, Finding]:
             raise InputError(f"--findings {path}: {name}: must not hold a comma, which separates the findings of a --task")
     if NO_FINDING in content:
         raise InputError(f"--findings {path}: {NO_FINDING} is the absence of findings; it has no region and cannot be declared")
-    return {name: _finding(entry, f"--findings {path}: {name}") for name, entry in content.items()}
+    return {name: _finding(entry, f"--findings {path}: {name}", (ready or {}).get(name)) for name, entry in content.items()}
 
 
-def _finding(entry: dict[str, Any], where: str) -> Finding:
+def _finding(entry: dict[str, Any], where: str, ready: Finding | None) -> Finding:
     known = ("region", "images", "source")
     for key in entry:
         if key not in known:
@@ -98,6 +98,8 @@ def _finding(entry: dict[str, Any], where: str) -> Finding:
     images = entry.get("images", "only")
     if images not in ("only", "any"):
         raise InputError(f"{where}: images: {images}: expected only (images with no other label) or any")
+    if "region" not in entry and ready is not None:
+        return Finding(ready.rule, images, str(entry.get("source", ready.source)))
     region = entry.get("region")
     return Finding(None if region is None else _rule(region, where), images, str(entry.get("source", "")))
 
@@ -152,7 +154,7 @@ def to_yaml(findings: Findings) -> str:
     """A file of findings that reads back as these."""
     content: dict[str, Any] = {}
     for name, finding in findings.items():
-        entry: dict[str, Any] = {}
+        entry: dict[str, Any] = {"region": None}
         if finding.rule is not None:
             entry["region"] = {"rectangles": [[float(f"{v:.6g}") for v in r] for r in finding.rule.rectangles]}
             if finding.rule.outside:

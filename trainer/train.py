@@ -402,6 +402,8 @@ def make_optimizer(model: torch.nn.Module, o: OptimConfig, steps: int) -> tuple[
 def resolve(argv: list[str] | None) -> Config:
     """The configuration; with --resume, that of the run folder with the flags given now on top."""
     config = parse(Config, resumed(argv, "trainer.train"), prog="trainer.train")
+    if not config.resume and (idle := config.idle()):
+        raise InputError("; ".join(idle))
     # A run may be resumed from another working folder.
     config.shards = config.shards if "://" in config.shards else os.path.abspath(config.shards)
     config.lungs.weights = config.lungs.weights and os.path.abspath(config.lungs.weights)
@@ -445,7 +447,10 @@ def build(config: Config) -> Trainer:
         accelerator.print(f"{annotations.known} of {total} training images have lesion boxes of their finding, {len(annotations.boxes)} are used as regions")
     unplaced = without_rule(classes, rules_of(findings))
     if unplaced and config.attention.region != "annotation":
-        accelerator.print(f"no region is known for {listed(unplaced)}: classification only, no attention loss for them; declare one with --findings FILE")
+        accelerator.print(
+            f"no region is known for {listed(unplaced)}: classification only, no attention loss for them; "
+            "declare one, of exactly that name, with --findings FILE"
+        )
 
     segmenter.to(accelerator.device).to(memory_format=torch.channels_last)
     key = segmenter.fingerprint()
@@ -476,12 +481,8 @@ def findings_of(config: Config) -> dict[str, Finding]:
     gone = config.findings.endswith((".yaml", ".yml")) and not os.path.isfile(config.findings)
     if config.resume and gone:
         return run_findings(Path(config.out), config)
-    classes, known = task_findings(config.task), read_findings(config.findings)
-    for name in classes:
-        other = [declared for declared in known if declared != name and declared.casefold() == name.casefold()]
-        if name not in known and other:
-            raise InputError(f"--task: {name} has no entry among the findings, but {other[0]} has; write it as in the shards, in both places")
-    return {name: finding for name, finding in known.items() if name in classes}
+    classes = task_findings(config.task)
+    return {name: finding for name, finding in read_findings(config.findings).items() if name in classes}
 
 
 def annotated(config: Config, split: Split) -> Annotations | None:
