@@ -1,4 +1,4 @@
-"""python bench/real.py --work DIR: real radiographs, cross-entropy beside the default and its parts, paired by seed and image.
+"""python bench/real.py --work DIR: real radiographs, cross-entropy beside the default, paired by seed and image.
 
 Three questions, `--seeds` seeds each, EfficientNet-Lite0 from ImageNet weights, 224 px, 250 steps of AdamW with some augmentation, the last model:
 effusion: Effusion against No Finding; three seeds test on another third of the images each (patients are unknown there), three more on the same thirds;
@@ -32,9 +32,7 @@ BASE = "cross-entropy"
 ARMS = {
     BASE: ["--balance.lam", "1"],
     "default": [],
-    "energy alone": ["--swap.probability", "0"],
 }
-PARTS = {"energy alone": ("effusion",)}  # where an arm is asked for; the others everywhere
 TWICE = ("effusion",)  # twice as many seeds: whether something is not worse takes narrower intervals than whether it is better
 QUESTIONS = {
     "effusion": ["--task", "ne", "--epochs", "8"],
@@ -199,14 +197,9 @@ def compared(arms: dict[str, list[Seen]], figure: Callable[[Seen, np.ndarray], f
     return cells
 
 
-def seeds_of(question: str, arm: str, seeds: int) -> range:
-    """The seeds of an arm in a question."""
-    return range(seeds * (1 + (question in TWICE and arm not in PARTS)))
-
-
-def arms_of(question: str) -> list[str]:
-    """What is compared in a question, cross-entropy first."""
-    return [arm for arm in ARMS if question in PARTS.get(arm, QUESTIONS)]
+def seeds_of(question: str, seeds: int) -> range:
+    """The seeds of a question."""
+    return range(seeds * (1 + (question in TWICE)))
 
 
 def tables(runs: dict[tuple[str, str], list[Path]]) -> str:
@@ -216,7 +209,7 @@ def tables(runs: dict[tuple[str, str], list[Path]]) -> str:
     text[-1] += "(images, where patients are unknown), and over these and the seeds."
     for question in QUESTIONS:
         finding = "Pneumonia" if question == "pneumonia" else "Effusion"
-        arms = {arm: [Seen(run, finding) for run in runs[question, arm]] for arm in arms_of(question)}
+        arms = {arm: [Seen(run, finding) for run in runs[question, arm]] for arm in ARMS}
         figures: dict[str, Callable[[Seen, np.ndarray], float]] = {"AUC": auc}
         for kind, what in (("expected", "expected region"), ("lesion", "lesion boxes")):
             if any(arms["default"][0].place[kind]):
@@ -250,12 +243,12 @@ def main() -> None:
     if not (work / "lite0.safetensors").exists():
         subprocess.run([sys.executable, str(HERE / "lite0_weights.py"), str(work / "lite0.safetensors")], check=True)
     shards = {("pneumonia", seed): pneumonia(data, work) for seed in range(a.seeds)}
-    shards |= {(q, seed): effusion(data, work, seed, marked=q == "marker") for q in ("effusion", "marker") for seed in seeds_of(q, BASE, a.seeds)}
+    shards |= {(q, seed): effusion(data, work, seed, marked=q == "marker") for q in ("effusion", "marker") for seed in seeds_of(q, a.seeds)}
     every = range(2 * a.seeds)
-    jobs = [(q, arm, seed) for seed in every for q in QUESTIONS for arm in arms_of(q) if seed in seeds_of(q, arm, a.seeds)]
+    jobs = [(q, arm, seed) for seed in every for q in QUESTIONS for arm in ARMS if seed in seeds_of(q, a.seeds)]
     with ThreadPoolExecutor(a.jobs) as pool:
         done = dict(zip(jobs, pool.map(lambda job: train(work, *job, shards[job[0], job[2]]), jobs), strict=True))
-    text = tables({(q, arm): [done[q, arm, seed] for seed in seeds_of(q, arm, a.seeds)] for q in QUESTIONS for arm in arms_of(q)})
+    text = tables({(q, arm): [done[q, arm, seed] for seed in seeds_of(q, a.seeds)] for q in QUESTIONS for arm in ARMS})
     print(text)
     a.write.write_text(text)
 
