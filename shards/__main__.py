@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import CommandParser, InputError, command_line, listed, run
-from shards.sample import ASPECTS, FINDINGS, FORMATS
+from shards.sample import ASPECTS, FINDINGS, FORMATS, NO_FINDING
 from shards.split import SHARES
 
 
@@ -197,11 +197,6 @@ def _pack(a: argparse.Namespace, source: Any, dataset: str) -> None:
     if "://" in str(a.out).replace(":/", "://"):
         raise InputError(f"--out {str(a.out).replace(':/', '://')}: shards are packed into a folder; upload it afterwards, index.json last")
     source.size, source.aspect = a.size, getattr(a, "aspect", "stretch")
-    for why, count in source.skipped.items():
-        print(f"left out {count}: {why}")
-    if getattr(a, "boxes", None):
-        boxed = [len(item.boxes) for item in source.items if item.boxes]
-        print(f"{sum(boxed)} lesion boxes are on {len(boxed)} of the images")
     index = pack(
         source,
         a.out,
@@ -214,8 +209,15 @@ def _pack(a: argparse.Namespace, source: Any, dataset: str) -> None:
     )
     if index is None:
         print(f"part {a.part} is made in {a.out}.partial; when all are, `python -m shards index --merge {a.out}` makes {a.out}")
-        return
-    _made(index, a.out)
+    else:
+        _made(index, a.out)
+    for why, count in source.skipped.items():  # at the end, where they are seen
+        print(f"left out {count}: {why}")
+    if getattr(a, "boxes", None):
+        boxed = [len(item.boxes) for item in source.items if item.boxes]
+        print(f"{sum(boxed)} lesion boxes are on {len(boxed)} of the images")
+    if index and index["findings"] and NO_FINDING not in index["findings"]:
+        print(f"note: no image is called {NO_FINDING!r}, as healthy ones must be; is that what {listed(index['findings'])} means?")
 
 
 def _seed(text: str) -> int:

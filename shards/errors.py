@@ -26,8 +26,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
         return f"did you mean {' or '.join(close)}?"
     if not known:
         return "none is known"
-    shown = ", ".join(known[:12])
-    return f"known are: {shown}{', ...' if len(known) > 12 else ''}"
+    shown = ", ".join(known[:24])
+    return f"known are: {shown}{', ...' if len(known) > 24 else ''}"
 
 
 def listed(items: Iterable[object], most: int = 5) -> str:

@@ -271,7 +271,8 @@ def column(columns: list[str], flag: str, *names: str) -> str:
     for name in names:
         if name in columns:
             return name
-    raise InputError(f"{flag}: has no column {names[0]!r}; its columns are {', '.join(c for c in columns if c)}")
+    hint = "; is it separated by semicolons or tabs? Commas are expected" if len(columns) == 1 and re.search("[;\t]", columns[0]) else ""
+    raise InputError(f"{flag}: has no column {names[0]!r}; its columns are {', '.join(c for c in columns if c)}{hint}")
 
 
 @dataclass
@@ -330,6 +331,8 @@ def table(
         codes = {findings: k for k, findings in enumerate(dict.fromkeys(findings for _, findings in taken))}
         part = split.by_patient(np.array([codes[findings] for _, findings in taken]), patient, seed, shares)
         parts = [SPLITS[p] for p in part]
+    if not columns.split and "split" in names:
+        skipped["column 'split', for --split-column was not given: patients are dealt anew"] += 1
     every = tuple(declared or dict.fromkeys(name for _, findings in taken for name in findings))
     lesions = _table_boxes(boxes, images, paths, columns.path, every, skipped, skip_missing) if boxes else {}
     items = []
@@ -338,7 +341,10 @@ def table(
         if columns.patient:
             extra.append(("patient", pseudonym(who) if pseudonym else who))
         key = clean_key(str(image.relative_to(images).with_suffix("")))
-        items.append(Item(p, key, findings, str(image), boxes=tuple(lesions.get(image, ())), extra=tuple(extra)))
+        theirs = lesions.get(image, ())
+        if other := sum(name not in findings for name, _ in theirs):
+            skipped["boxes of findings that their image is not labelled with"] += other
+        items.append(Item(p, key, findings, str(image), boxes=tuple(box for box in theirs if box[0] in findings), extra=tuple(extra)))
     refuse_torn(items, flag)
     refuse_missing_class(items, declared, flag)
     return Source(mixed(items), dict(skipped), every)

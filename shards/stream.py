@@ -10,6 +10,7 @@ at any c, also with another W, follow from that line.
 
 import hashlib
 import os
+import signal
 import sys
 import tarfile
 from bisect import bisect_right
@@ -167,6 +168,14 @@ class Split(Dataset["Batch | InputError"]):
         """Radiograph: uint8 [H, W]."""
         return _decode(self._member(position, "image"), lambda: self.name(position))
 
+    def image_length(self, position: int) -> int:
+        """Bytes of the radiograph as stored."""
+        return int(self.table[self.rows[position]]["image_len"])
+
+    def image_bytes(self, position: int) -> bytes:
+        """The radiograph as stored, encoded."""
+        return bytes(self._member(position, "image"))
+
     def mask(self, position: int) -> np.ndarray | None:
         """Lungs: bool [H, W], or None where unknown."""
         data = self._member(position, "mask")
@@ -289,7 +298,8 @@ class Split(Dataset["Batch | InputError"]):
         Shards of a URL are fetched ahead, one window of the plan before they are needed.
         """
         ahead = self._ahead(plan, Shares(plan, epoch, start, batch=batch, rank=rank, world=world))
-        loader = DataLoader(self, batch_size=None, sampler=ahead, num_workers=workers, pin_memory=torch.cuda.is_available(), collate_fn=None)
+        pinned = torch.cuda.is_available()
+        loader = DataLoader(self, batch_size=None, sampler=ahead, num_workers=workers, pin_memory=pinned, collate_fn=None, worker_init_fn=_leave_interrupts)
         try:
             for got in loader:
                 if isinstance(got, InputError):
@@ -305,6 +315,11 @@ class Split(Dataset["Batch | InputError"]):
 
     def _ahead(self, plan: "EpochPlan", shares: "Shares") -> "_Ahead | Shares":
         return _Ahead(self, plan, shares) if self.store.remote else shares
+
+
+def _leave_interrupts(_: int) -> None:
+    """In a loader process: Ctrl-C is the parent's, which ends this one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Joined(Split):

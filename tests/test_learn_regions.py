@@ -60,7 +60,10 @@ def test_one_side_and_several_boxes_and_the_margin(radiograph, tmp_path):
     rules = rules_of(read_findings(str(out)))  # the file was extended
     assert [len(rules[name].rectangles) for name in ("One", "Wide", "Two")] == [1, 1, 2]
     one, wide = rules["One"].rectangles[0], rules["Wide"].rectangles[0]
-    assert np.array(wide) - np.array(one) == pytest.approx([-0.2, -0.2, 0.2, 0.2], abs=0.011)
+    assert np.array(wide[:2]) - np.array(one[:2]) == pytest.approx([-0.2, -0.2], abs=0.011)
+    assert one[2] > 0.95
+    assert wide[2:] == (1.05, 1.05), "the margin alone takes no region beyond what context swap leaves"
+    assert rules["Wide"].inside(0.05)
 
 
 @pytest.mark.parametrize(

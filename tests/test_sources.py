@@ -468,6 +468,30 @@ def test_lesion_boxes_of_a_table(tmp_path, header, numbers, capsys):
     assert not any(found.values())
 
 
+def test_a_column_that_looks_like_splits_is_not_passed_over(tmp_path, capsys):
+    for i in range(20):
+        picture(tmp_path / f"{i}.png", value=9 * i)
+    rows = [f"{i}.png,{'Mass' if i % 2 else 'Normal'},train" for i in range(20)]
+    main([*table_of(tmp_path, rows, "path,finding,split"), "--ratios", "0.5,0.5,0"])
+    printed = capsys.readouterr().out
+    assert "column 'split', for --split-column was not given" in printed
+    assert "no image is called 'No Finding', as healthy ones must be" in printed
+    (tmp_path / "t.csv").write_text("path;finding\n0.png;Mass\n")
+    with pytest.raises(InputError, match="its columns are path;finding; is it separated by semicolons or tabs"):
+        main(["csv", "--csv", str(tmp_path / "t.csv"), "--out", str(tmp_path / "other")])
+
+
+def test_boxes_of_what_an_image_is_not_labelled_with_are_left_out(tmp_path, capsys):
+    for i in range(4):
+        picture(tmp_path / f"{i}.png", value=9 * i)
+    flags = table_of(tmp_path, [f"{i}.png,{'Mass' if i % 2 else 'No Finding'}" for i in range(4)], "path,finding")
+    (tmp_path / "boxes.csv").write_text("path,finding,x,y,w,h\n0.png,Mass,1,1,9,9\n1.png,Mass,1,1,9,9\n")
+    main([*flags, "--boxes", str(tmp_path / "boxes.csv"), "--ratios", "0.5,0.5,0"])
+    printed = capsys.readouterr().out
+    assert "left out 1: boxes of findings that their image is not labelled with" in printed
+    assert "1 lesion boxes are on 1 of the images" in printed
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

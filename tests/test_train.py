@@ -573,6 +573,41 @@ def test_settings_without_effect_are_told(flags, given, words):
         loop.resolve([*flags, *given])
 
 
+def test_images_under_other_names_are_known_by_their_bytes(tmp_path):
+    class Renamed(Phantoms):
+        def load(self, item):
+            sample = super().load(item)
+            sample.key = f"x{sample.key}"
+            return sample
+
+    split = {}
+    for kind in (Phantoms, Renamed):
+        pack(kind(40, 0, size=64), tmp_path / kind.__name__, dataset="phantom")
+        split[kind] = Split(tmp_path / kind.__name__, "train", ("No Finding", "Effusion"))
+    assert evaluate.overlap(split[Phantoms], split[Renamed]) == (len(split[Renamed]), 0)
+
+
+def test_a_run_folder_belongs_to_one_process(flags, tmp_path):
+    job = loop.build(loop.resolve([*flags, "--epochs", "1"]))
+    job.train()
+    command = [sys.executable, "-m", "trainer.train", "--out", str(tmp_path / "run"), "--resume", "--epochs", "2"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONWARNINGS": "ignore"}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert "another process is training there; wait for it, or stop it" in done.stderr
+
+
+def test_maps_that_are_zero_are_nothing_to_compare_with(flags, tmp_path, monkeypatch):
+    def dead(model, config):
+        twin = evaluate.FocusClassifier(config.backbone, 2, size=config.size, pretrained="false").eval()
+        torch.nn.init.zeros_(twin.net.fc.weight)
+        return twin
+
+    monkeypatch.setattr(evaluate, "random_twin", dead)
+    loop.main([*flags, "--epochs", "1"])
+    assert json.loads((tmp_path / "run/report.json").read_text())["test"]["probe"]["random"] is None
+    assert "energy, random weights" not in (tmp_path / "run/resnet18_phantom_ne_la0.5_t0.5.txt").read_text()
+
+
 def test_an_interrupted_run_says_how_to_go_on(flags, tmp_path, capsys, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt

@@ -1,5 +1,6 @@
 """The run folder on disk: claiming it, atomic checkpoints, resuming everything."""
 
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -41,6 +42,17 @@ def claim(accelerator: Accelerator, out: Path, files: dict[str, str], *, resumab
         except OSError as error:
             raise InputError(f"--out {out}: cannot be written ({error.strerror})") from error
     accelerator.wait_for_everyone()
+
+
+def hold(out: Path) -> None:
+    """Keep a run folder for this process until it ends. InputError: another process trains there."""
+    lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)  # stays open: closing would give the lock back
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        raise InputError(f"--out {out}: another process is training there; wait for it, or stop it") from error
+    except OSError:
+        pass  # a file system without locks
 
 
 def save(path: Path, state: dict[str, Any]) -> None:

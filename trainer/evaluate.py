@@ -5,6 +5,7 @@ Legend: N images of a split, K classes, S pixels of a side.
 
 import json
 import os
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -290,22 +291,27 @@ def probe(
     twin = random_twin(model, config).to(accelerator.device)
     with evaluating(model):
         chance = evaluate(accelerator, twin, split, lungs, config, rules, twin=model)
-    known = ~chance.expected[:, 0].isnan()
+    # A map that is zero everywhere, which some networks have before they are trained, is no map to compare with: nothing is in the region.
+    known = chance.expected[:, 0] > 0
     figures = summarize(chance.expected[known][:, : len(LOCALIZATION)])
-    assert figures is not None
     similarity = summarize(chance.similarity[known][:, None], ("similarity",))
-    assert similarity is not None
-    found["random"] = {n: figures[n] for n in ("images", "energy", "energy_95", "lift", "lift_95")} | {
-        n: similarity[n] for n in ("similarity", "similarity_95")
-    }
+    names = ("images", "energy", "energy_95", "lift", "lift_95", "similarity", "similarity_95")
+    found["random"] = {name: value for name, value in {**figures, **similarity}.items() if name in names} if figures and similarity else None
     return found
 
 
 def overlap(train: Split, split: Split) -> tuple[int, int]:
-    """How many images of ``split`` have the key of a training image, and how many others the ID of a patient of theirs."""
+    """How many images of ``split`` have the key or the bytes of a training image, and how many others the ID of a patient of theirs."""
     keys = {train.key(p) for p in range(len(train))}
     patients = {train.meta(p).get("patient") for p in range(len(train))} - {None}
-    same = [split.key(p) in keys for p in range(len(split))]
+    of_length: dict[int, list[int]] = defaultdict(list)
+    for p in range(len(train)):
+        of_length[train.image_length(p)].append(p)
+
+    def known(p: int) -> bool:
+        return split.key(p) in keys or any(train.image_bytes(q) == split.image_bytes(p) for q in of_length[split.image_length(p)])
+
+    same = [known(p) for p in range(len(split))]
     return sum(same), sum(not known and split.meta(p).get("patient") in patients for p, known in enumerate(same))
 
 
@@ -320,9 +326,8 @@ def tell_overlap(config: Config, trained_on: str | None, findings: Mapping[str, 
         return
     for name, split in splits.items():
         images, patients = overlap(train, split)
-        told = (
-            f"of the {len(split)} {name} images {images or 'none'} have the name of a training image of this run, {patients or 'none'} more the ID of a patient"
-        )
+        told = f"of the {len(split)} {name} images {images or 'none'} have the name or the bytes of a training image of this run, "
+        told += f"{patients or 'none'} more the ID of a patient" if train.meta(0).get("patient") is not None else "patients are not known"
         print(f"WARNING: {told}: if they are the same, the figures say nothing about new ones" if images or patients else told)
 
 

@@ -16,12 +16,14 @@ from matplotlib.figure import Figure
 from shards.errors import CommandParser, InputError, command_line, listed
 from shards.sample import EFFUSION, NO_FINDING, fit, load_image
 from trainer.checkpoint import write_atomic
+from trainer.context import Swap
 from trainer.lungs import load_segmenter
 from trainer.regions import finding_regions
 from trainer.report import BOX, LESION, REGION
 from trainer.rules import LIMIT, Finding, Rectangle, Rule, read_file, read_findings, to_yaml
 
 SIZE = 512
+BEYOND = Swap.dilate  # how far beyond the lung box a region may reach, in shares of its sides, to count as inside
 SHOW = """examples:
   python -m trainer.regions show                                        # the ready-made findings on a synthetic radiograph
   python -m trainer.regions show --findings mine.yaml --image CHEST.png --out mine.png"""
@@ -55,6 +57,8 @@ def main(argv: list[str] | None = None) -> None:
 def show(name: str, image: Path | None, out: Path) -> None:
     """Print what is declared and draw each region."""
     findings = read_findings(name)
+    if Path(name).is_file():  # one's own first
+        findings = {finding: findings[finding] for finding in [*read_file(Path(name)), *findings]}
     _writable(out, (".png", ".pdf", ".svg"))
     if image is None:
         from shards.phantom import phantom
@@ -100,9 +104,10 @@ def learn(a: argparse.Namespace) -> None:
     rectangles: list[Rectangle] = []
     for left, top, right, bottom in lesions:
         relative = ((left - x0 / SIZE) / across, (top - y0 / SIZE) / down, (right - x0 / SIZE) / across, (bottom - y0 / SIZE) / down)
-        # Outward to the grid of hundredths, which is finer than a lung box is known.
-        low = [math.floor(100 * (v - a.margin) + 1e-9) / 100 for v in relative[:2]]
-        high = [math.ceil(100 * (v + a.margin) - 1e-9) / 100 for v in relative[2:]]
+        # The margin alone takes no region further beyond the lung box than context swap allows; outward to the grid of hundredths,
+        # which is finer than a lung box is known.
+        low = [math.floor(100 * max(v - a.margin, min(v, -BEYOND)) + 1e-9) / 100 for v in relative[:2]]
+        high = [math.ceil(100 * min(v + a.margin, max(v, 1 + BEYOND)) - 1e-9) / 100 for v in relative[2:]]
         if max(map(abs, (*low, *high))) > LIMIT:
             raise InputError(f"--box: lies {max(map(abs, (*low, *high))):.1f} lung boxes away from the lungs; is it in pixels of {a.image} ({width}x{height})?")
         rectangles.append((low[0], low[1], high[0], high[1]))
@@ -118,8 +123,11 @@ def learn(a: argparse.Namespace) -> None:
     write_atomic(out, before + to_yaml({a.finding: finding}))
     _drawn(pixels, box, {a.finding: finding}, [tuple(v * SIZE for v in b) for b in lesions]).savefig(picture, dpi=110)
     print(f"{a.finding}: {_words(rule)}")
-    if not rule.inside(0.05):
-        print("the region reaches beyond the lung box: context swap will leave these images alone")
+    if not rule.inside(BEYOND):
+        print("the lesion reaches beyond the lung box, and so does the region: context swap will leave images of this finding as they are")
+    other = [name for name in read_findings() if name != a.finding and name.casefold() == a.finding.casefold()]
+    if other:
+        print(f"note: {a.finding} is not the ready-made {other[0]}: names count letter by letter")
     if a.finding in read_findings():
         print(f"note: {a.finding} is a ready-made finding; with --findings {out} this region takes the place of that one")
     print(f"wrote {out} and {picture}; use it with --findings {out}")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from shards.errors import InputError, listed, run
+from shards.errors import InputError, listed, nearest, run
 from shards.sample import clean_key, fit, load_image
 from trainer.augment import resize
 from trainer.classifier import normalize_cam
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{options.run} has not finished: its best model so far is used, of epoch {int(metadata['epoch']) + 1}", file=sys.stderr)
     findings, size = json.loads(metadata["findings"]), config.size
     if options.look_at and options.look_at not in findings:
-        raise InputError(f"--look_at {options.look_at}: the run knows {', '.join(findings)}")
+        raise InputError(f"--look_at {options.look_at}: is no finding of the run; {nearest(options.look_at, findings)}")
     folders = [path for path in images if path.is_dir()]
     if folders:
         raise InputError(f"{folders[0]}: is a folder; name image files, such as {folders[0]}/*.png")
@@ -102,6 +102,8 @@ def main(argv: list[str] | None = None) -> None:
             if shown in rules:
                 share = float((cam[0].cpu() * region).sum()) / max(float(cam.sum()), 1e-12)
                 line["energy_in_region"] = round(share, 6) if placed(region[None]) else None
+            if not seen:
+                print(f"warning: no lungs were found in {path}: is it a frontal chest radiograph? Its figures mean little", file=sys.stderr)
         name = clean_key(path.stem)
         while name in taken:
             name += "_"

@@ -207,7 +207,8 @@ def text_report(content: dict[str, Any]) -> str:
                     lines.append(f"  {words}{at}: {found[name]:.4f} [{low:.4f}, {high:.4f}]")
         if figures.get("probe"):
             lines.append("Probes of the localization:")
-            lines += [f"  {words}: {value:.4f} [{low:.4f}, {high:.4f}]" for words, (value, (low, high)) in probes(figures["probe"]).items()]
+            known = {words: found for words, found in probes(figures["probe"]).items() if found[0] is not None}
+            lines += [f"  {words}: {value:.4f} [{low:.4f}, {high:.4f}]" for words, (value, (low, high)) in known.items()]
     for split, keys in content["lungs_not_found"].items():
         lines.append(f"No lungs found, whole image used ({split}): {len(keys)}")
     return "\n".join(lines) + "\n"
@@ -229,7 +230,7 @@ def probes(probe: dict[str, Any]) -> dict[str, tuple[float, list[float]]]:
     """The figures of `evaluate.probe` in words, each with its 95% interval."""
     chance = probe["random"]
     figures = [(probe[name], probe[f"{name}_95"]) for name in ("drop_outside", "drop_inside")]
-    figures += [(chance[name], chance[f"{name}_95"]) for name in ("energy", "similarity")]
+    figures += [(chance[name], chance[f"{name}_95"]) if chance else (None, [None, None]) for name in ("energy", "similarity")]
     return dict(zip(PROBES, figures, strict=True))
 
 

@@ -435,6 +435,8 @@ def build(config: Config) -> Trainer:
     annotations = annotated(config, splits["train"])
     if not config.resume:
         checkpoint.claim(accelerator, out, {FINDINGS: findings_to_yaml(findings), "config.yaml": to_yaml(config)})
+    if accelerator.is_main_process:
+        checkpoint.hold(out)
 
     accelerator.print(
         f"{config.batch} images x {world} processes x {config.accumulate} accumulated = {per_step} a step; "
@@ -461,10 +463,10 @@ def build(config: Config) -> Trainer:
     tracking = Tracking(accelerator, config.tracker)
     parts = config, accelerator, splits, accelerator.unwrap_model(net), net, optimizer, schedule, balance, lungs, tracking
     trainer = Trainer(*parts, findings, annotations, identity(config, splits, key, findings))
-    fixed = [name for name in classes if name not in trainer.inside]
+    fixed = [name for name in classes if name not in (*trainer.inside, NO_FINDING)]
     if config.swap_probability > 0 and trainer.attends and fixed:
         what = f"leaves out {listed(fixed)}" if trainer.swaps else "is off"
-        accelerator.print(f"context swap {what}: only what shows inside the lung box may get other surroundings")
+        accelerator.print(f"context swap {what}: the region of {listed(fixed)} is unknown, or reaches beyond the lung box, whose surroundings must then stay")
     if trainer.swaps and config.batch == 1:
         accelerator.print("context swap does nothing with --batch 1: partners come from the same batch")
     if config.resume:
