@@ -69,6 +69,7 @@ CORE = {
     "energy": OFF,
     "swap": ["--balance.lam", "1", *ON],
     "energy + swap": ON,
+    "default": [],  # energy + swap of three quarters
 }
 FURTHER = {
     "lift + swap": ["--attention.form", "lift", *ON],
@@ -277,9 +278,9 @@ FIGURES = {
 
 
 def interval(values: list[float]) -> str:
-    """Mean and 95% interval (Student's t) in points, or the one value."""
+    """Mean and 95% interval (Student's t) in points; of fewer than three values, whose interval says nothing, the mean alone."""
     mean = 100 * statistics.mean(values)
-    if len(values) < 2:
+    if len(values) < 3:
         return f"{mean:.1f}"
     half = 100 * float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
     return f"{mean:.1f} ± {half:.1f}"

@@ -273,7 +273,7 @@ def test_training_swaps_surroundings_and_says_how_many(flags, tmp_path):
     own = flags[:at] + flags[at + 2 :]  # the segmenter of the package, which finds the lungs of phantoms
     loop.build(loop.resolve([*own, "--batch", "16", "--epochs", "2"])).train()
     shares = [line["swapped"] for line in lines(tmp_path / "run") if "ce" in line]
-    assert 0.1 < np.mean(shares) < 0.6  # half of the images want to; of so few not all find a partner
+    assert 0.1 < np.mean(shares) < 0.9  # three quarters of the images want to; of so few not all find a partner
     own[own.index("--out") + 1] = str(tmp_path / "without")
     loop.build(loop.resolve([*own, "--batch", "16", "--epochs", "1", "--swap.probability", "0"])).train()
     assert {line["swapped"] for line in lines(tmp_path / "without") if "ce" in line} == {None}

@@ -24,7 +24,7 @@ from trainer.rules import task_findings
 
 Form = Literal["published", "coverage", "energy", "lift"]
 Policy = Literal["fixed", "published", "ratio", "balanced", "constrained"]
-SWAPPED = 0.5  # share of the images whose surroundings are swapped where attention is trained
+SWAPPED = 0.75  # share of the images whose surroundings are swapped where attention is trained
 T = TypeVar("T")
 
 

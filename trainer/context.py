@@ -21,7 +21,7 @@ class Swap:
     """Context swap."""
 
     probability: float | None = None
-    """Share of the images whose surroundings come from another image of the batch; empty: 0.5 with attention, 0 without."""
+    """Share of the images whose surroundings come from another image of the batch; empty: 0.75 with attention, 0 without."""
     dilate: float = 0.05
     """How far the kept box reaches beyond the lung box, in shares of its sides."""
     feather: float = 0.04

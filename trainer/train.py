@@ -315,7 +315,7 @@ class Trainer:
         self.state = State(**content["state"])
         if self.accelerator.is_main_process:
             checkpoint.rewind(out / "metrics.jsonl", self.state.step)
-        self.accelerator.print(f"resumed after step {self.state.step}, epoch {self.state.epoch} and {self.state.position} images")
+        self.accelerator.print(f"resumed after step {self.state.step}: {self.state.epoch} epochs and {self.state.position} images of the next are done")
 
     @property
     def finished(self) -> bool:
