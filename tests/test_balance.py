@@ -143,7 +143,7 @@ def test_settings_that_cannot_work_are_named():
 
 def test_the_swap_is_on_where_attention_has_a_gradient():
     config = Config("s", "o")
-    assert config.swap_probability == 0.5
+    assert config.swap_probability == 0.75
     config.attention.form = "published"
     assert config.swap_probability == 0.0
     config.attention.form, config.balance.lam = "energy", 1.0

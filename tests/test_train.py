@@ -529,7 +529,10 @@ def test_images_that_the_run_was_trained_on_are_counted(flags, tmp_path, shards,
     assert evaluate.overlap(train, test) == (0, 0)
     run = str(tmp_path / "run")
     evaluate.main(["--run", run, "--shards", str(other), "--workers", "0"])
-    assert f"WARNING: of the {len(train)} test images {len(train)} have the name of a training image of this run" in capsys.readouterr().out
+    assert (
+        f"WARNING: of the {len(train)} test images {len(train)} have the name or the bytes of a training image of this run, patients are not known"
+        in capsys.readouterr().out
+    )
     evaluate.main(["--run", run, "--shards", str(other), "--workers", "0"])  # the same once more
     third = tmp_path / "third"
     pack(Phantoms(100, 9, size=64), third, dataset="phantom")
