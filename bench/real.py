@@ -29,10 +29,7 @@ from step import processor
 
 HERE = Path(__file__).parent
 BASE = "cross-entropy"
-ARMS = {
-    BASE: ["--balance.lam", "1"],
-    "default": [],
-}
+ARMS = {BASE: ["--balance.lam", "1"], "default": []}
 QUESTIONS = {
     "effusion": ["--task", "ne", "--epochs", "8"],
     "marker": ["--task", "ne", "--epochs", "8"],
@@ -121,7 +118,7 @@ def pneumonia(data: Path, work: Path) -> Path:
 
 def train(work: Path, question: str, arm: str, seed: int, shards: Path) -> Path:
     """The run folder, finished."""
-    run = work / f"{question}_{arm}_{seed}".replace(" ", "-")
+    run = work / f"{question}_{arm}_{seed}"
     if not (run / "report.json").exists():
         flags = ["--shards", str(shards), "--out", str(run), "--seed", str(seed), "--pretrained", str(work / "lite0.safetensors")]
         flags += [*COMMON, *QUESTIONS[question], *ARMS[arm], *(["--resume"] if (run / "checkpoints/last.pt").exists() else [])]
@@ -187,7 +184,7 @@ def compared(arms: dict[str, list[Seen]], figure: Callable[[Seen, np.ndarray], f
         if r == 0:
             seeds = values
         for name in list(arms)[1:]:
-            change = values[name] - values[BASE][: len(values[name])]
+            change = values[name] - values[BASE]
             means[name].append((change.mean(), change[rng.integers(0, len(change), len(change))].mean()))
     cells = [told(seeds[BASE].tolist())]
     for name in list(arms)[1:]:
@@ -216,7 +213,7 @@ def tables(runs: dict[tuple[str, str], list[Path]]) -> str:
         text += ["| " + " | ".join([name, *compared(arms, figure)]) + " |" for name, figure in figures.items()]
         for name, what in (("drop_outside", "AUC lost, outside of the region blurred"), ("drop_inside", "AUC lost, region blurred")):
             base, *others = ([seen.probe[name] for seen in seeds_] for seeds_ in arms.values())
-            cells = [told(base), *(cell for v in others for cell in (told(v), f"{np.mean(v) - np.mean(base[: len(v)]):+.3f}"))]
+            cells = [told(base), *(cell for v in others for cell in (told(v), f"{np.mean(v) - np.mean(base):+.3f}"))]
             text.append("| " + " | ".join([what, *cells]) + " |")
     return "\n".join(text) + "\n"
 

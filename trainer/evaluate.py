@@ -311,8 +311,8 @@ def overlap(train: Split, split: Split) -> tuple[int, int]:
     def known(p: int) -> bool:
         return split.key(p) in keys or any(train.image_bytes(q) == split.image_bytes(p) for q in of_length[split.image_length(p)])
 
-    same = [known(p) for p in range(len(split))]
-    return sum(same), sum(not known and split.meta(p).get("patient") in patients for p, known in enumerate(same))
+    others = [p for p in range(len(split)) if not known(p)]
+    return len(split) - len(others), sum(split.meta(p).get("patient") in patients for p in others)
 
 
 def tell_overlap(config: Config, trained_on: str | None, findings: Mapping[str, Finding], splits: Mapping[str, Split]) -> None:

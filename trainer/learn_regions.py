@@ -125,10 +125,11 @@ def learn(a: argparse.Namespace) -> None:
     print(f"{a.finding}: {_words(rule)}")
     if not rule.inside(BEYOND):
         print("the lesion reaches beyond the lung box, and so does the region: context swap will leave images of this finding as they are")
-    other = [name for name in read_findings() if name != a.finding and name.casefold() == a.finding.casefold()]
+    ready = read_findings()
+    other = [name for name in ready if name != a.finding and name.casefold() == a.finding.casefold()]
     if other:
         print(f"note: {a.finding} is not the ready-made {other[0]}: names count letter by letter")
-    if a.finding in read_findings():
+    if a.finding in ready:
         print(f"note: {a.finding} is a ready-made finding; with --findings {out} this region takes the place of that one")
     print(f"wrote {out} and {picture}; use it with --findings {out}")
 

@@ -90,33 +90,34 @@ def main(argv: list[str] | None = None) -> None:
             box, found = segmenter.boxes(stored.float() / 255, size) if segmenter is not None else (None, None)
         predicted = findings[int(np.argmax(probability))]
         shown = options.look_at or predicted
-        seen = box is not None and bool(found)
-        region = finding_regions(box, [shown], size, rules)[0].cpu() if box is not None and seen else torch.zeros(size, size, dtype=torch.bool)
+        lungs = box if found else None
+        region = finding_regions(lungs, [shown], size, rules)[0].cpu() if lungs is not None else torch.zeros(size, size, dtype=torch.bool)
         line: dict[str, Any] = {"image": str(path), "predicted": predicted}
         line["probability"] = {name: round(p, 6) for name, p in zip(findings, probability, strict=True)}
         line["cam_of"] = shown
-        if box is not None:
+        lost = segmenter is not None and lungs is None
+        if segmenter is not None:
             # In pixels of the file, so that it can be drawn on the original.
             scale = [image.shape[1] / size, image.shape[0] / size] * 2
-            line["lung_box"] = [round(v * s) for v, s in zip(box[0].tolist(), scale, strict=True)] if seen else None
+            line["lung_box"] = [round(v * s) for v, s in zip(lungs[0].tolist(), scale, strict=True)] if lungs is not None else None
             if shown in rules:
                 share = float((cam[0].cpu() * region).sum()) / max(float(cam.sum()), 1e-12)
                 line["energy_in_region"] = round(share, 6) if placed(region[None]) else None
-            if not seen:
-                print(f"warning: no lungs were found in {path}: is it a frontal chest radiograph? Its figures mean little", file=sys.stderr)
+        if lost:
+            print(f"warning: no lungs were found in {path}: is it a frontal chest radiograph? Its figures mean little", file=sys.stderr)
         name = clean_key(path.stem)
         while name in taken:
             name += "_"
         taken.add(name)
         overlay = out / f"{name}.png"
-        title = f"{path.name}\n{predicted} {max(probability):.2f}, CAM of {shown}{'' if seen or box is None else ', no lungs found'}"
+        title = f"{path.name}\n{predicted} {max(probability):.2f}, CAM of {shown}{', no lungs found' if lost else ''}"
         tile = report.Tile(
             title,
             pixels[0, 0].cpu().numpy(),
             cam[0].float().cpu().numpy(),
             region.numpy(),
             np.zeros((size, size), bool),
-            box[0].tolist() if box is not None and seen else None,
+            lungs[0].tolist() if lungs is not None else None,
         )
         report.panel([tile], cam_of=shown).savefig(overlay, dpi=150)
         line["overlay"] = str(overlay)

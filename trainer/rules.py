@@ -72,7 +72,8 @@ def read_findings(name: str = "") -> dict[str, Finding]:
     path = Path(name)
     if not path.is_file():
         raise InputError(f"--findings {name}: no such file, and no ready-made set ({', '.join(ready)})")
-    return read_findings() | read_file(path, read_findings())
+    known = read_findings()
+    return known | read_file(path, known)
 
 
 def read_file(path: Path, ready: Findings | None = None) -> dict[str, Finding]:
