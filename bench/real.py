@@ -7,7 +7,8 @@ pneumonia: Pneumonia, whatever else an image shows, against No Finding, declared
 only, and everybody who has an image with lesion boxes is in the test part, the same for all seeds.
 
 CXR_FOCUS_REAL_DATA names a folder with `effusion/{train,val,test}/<class>` and `nih/`. Each run is one `accelerate launch` of the
-ordinary commands; a finished run is not repeated, an interrupted one is resumed. Writes bench/real.md.
+ordinary commands; a finished run is not repeated, an interrupted one is resumed. Writes bench/real.md; with `--questions` only their
+sections of it, and the others stay.
 """
 
 import argparse
@@ -116,6 +117,11 @@ def pneumonia(data: Path, work: Path) -> Path:
     return out / "shards"
 
 
+def shards_of(question: str, data: Path, work: Path, seed: int) -> Path:
+    """Shards of a question and seed."""
+    return pneumonia(data, work) if question == "pneumonia" else effusion(data, work, seed, marked=question == "marker")
+
+
 def train(work: Path, question: str, arm: str, seed: int, shards: Path) -> Path:
     """The run folder, finished."""
     run = work / f"{question}_{arm}_{seed}"
@@ -193,29 +199,34 @@ def compared(arms: dict[str, list[Seen]], figure: Callable[[Seen, np.ndarray], f
     return cells
 
 
-def tables(runs: dict[tuple[str, str], list[Path]]) -> str:
-    """Markdown."""
-    text = [f"# Real radiographs\n\nWritten by `bench/real.py`, {date.today()}; {processor()}. EfficientNet-Lite0 from ImageNet weights."]
-    text.append("Mean over seeds (each seed), and the difference to the same seeds of cross-entropy with two 95% intervals: bootstrapped over test patients ")
-    text[-1] += "(images, where patients are unknown), and over these and the seeds."
-    for question in QUESTIONS:
-        finding = "Pneumonia" if question == "pneumonia" else "Effusion"
-        arms = {arm: [Seen(run, finding) for run in runs[question, arm]] for arm in ARMS}
-        figures: dict[str, Callable[[Seen, np.ndarray], float]] = {"AUC": auc}
-        for kind, what in (("expected", "expected region"), ("lesion", "lesion boxes")):
-            if any(arms["default"][0].place[kind]):
-                figures |= {f"{name}, {what}": place(kind, name) for name in ("energy", "lift", "pointing", "pointing_near", "iou_otsu")}
-        first = arms["default"][0]
-        boxed = sum(map(bool, first.place["lesion"]))
-        text.append(f"\n## {question}\n\n{len(first.keys)} test images a seed" + (f", {boxed} of them with lesion boxes" if boxed else "") + "\n")
-        text.append(f"| figure | {BASE} | {' | '.join(f'{arm} | difference' for arm in list(arms)[1:])} |")
-        text.append("|---" * (2 * len(arms)) + "|")
-        text += ["| " + " | ".join([name, *compared(arms, figure)]) + " |" for name, figure in figures.items()]
-        for name, what in (("drop_outside", "AUC lost, outside of the region blurred"), ("drop_inside", "AUC lost, region blurred")):
-            base, *others = ([seen.probe[name] for seen in seeds_] for seeds_ in arms.values())
-            cells = [told(base), *(cell for v in others for cell in (told(v), f"{np.mean(v) - np.mean(base):+.3f}"))]
-            text.append("| " + " | ".join([what, *cells]) + " |")
+def section(question: str, runs: dict[str, list[Path]]) -> str:
+    """Markdown of one question, from the runs of each arm."""
+    finding = "Pneumonia" if question == "pneumonia" else "Effusion"
+    arms = {arm: [Seen(run, finding) for run in runs[arm]] for arm in ARMS}
+    figures: dict[str, Callable[[Seen, np.ndarray], float]] = {"AUC": auc}
+    for kind, what in (("expected", "expected region"), ("lesion", "lesion boxes")):
+        if any(arms["default"][0].place[kind]):
+            figures |= {f"{name}, {what}": place(kind, name) for name in ("energy", "lift", "pointing", "pointing_near", "iou_otsu")}
+    first = arms["default"][0]
+    boxed = sum(map(bool, first.place["lesion"]))
+    text = [f"{len(first.keys)} test images a seed" + (f", {boxed} of them with lesion boxes" if boxed else "") + f"; {date.today()}, {processor()}\n"]
+    text.append(f"| figure | {BASE} | {' | '.join(f'{arm} | difference' for arm in list(arms)[1:])} |")
+    text.append("|---" * (2 * len(arms)) + "|")
+    text += ["| " + " | ".join([name, *compared(arms, figure)]) + " |" for name, figure in figures.items()]
+    for name, what in (("drop_outside", "AUC lost, outside of the region blurred"), ("drop_inside", "AUC lost, region blurred")):
+        base, *others = ([seen.probe[name] for seen in seeds] for seeds in arms.values())
+        cells = [told(base), *(cell for v in others for cell in (told(v), f"{np.mean(v) - np.mean(base):+.3f}"))]
+        text.append("| " + " | ".join([what, *cells]) + " |")
     return "\n".join(text) + "\n"
+
+
+def rewritten(old: str, new: dict[str, str]) -> str:
+    """The file with some sections replaced."""
+    text = "# Real radiographs\n\nWritten by `bench/real.py`. EfficientNet-Lite0 from ImageNet weights. Mean over seeds (each seed), and the difference "
+    text += "to the same seeds of cross-entropy with two 95% intervals: bootstrapped over test patients (images, where patients are unknown), and over "
+    text += "these and the seeds.\n"
+    kept = {name: rest for name, _, rest in (part.partition("\n\n") for part in old.split("\n## ")[1:])}
+    return "\n".join([text, *(f"## {q}\n\n{(kept | new)[q].rstrip()}\n" for q in QUESTIONS if q in kept | new)])
 
 
 def main() -> None:
@@ -223,6 +234,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--questions", nargs="+", choices=QUESTIONS, default=list(QUESTIONS))
     parser.add_argument("--jobs", type=int, default=2, help="runs at the same time, one thread each")
     parser.add_argument("--write", type=Path, default=HERE / "real.md")
     a = parser.parse_args()
@@ -233,12 +245,12 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     if not (work / "lite0.safetensors").exists():
         subprocess.run([sys.executable, str(HERE / "lite0_weights.py"), str(work / "lite0.safetensors")], check=True)
-    shards = {("pneumonia", seed): pneumonia(data, work) for seed in range(a.seeds)}
-    shards |= {(q, seed): effusion(data, work, seed, marked=q == "marker") for q in ("effusion", "marker") for seed in range(a.seeds)}
-    jobs = [(q, arm, seed) for seed in range(a.seeds) for q in QUESTIONS for arm in ARMS]
+    shards = {(q, seed): shards_of(q, data, work, seed) for q in a.questions for seed in range(a.seeds)}
+    jobs = [(q, arm, seed) for seed in range(a.seeds) for q in a.questions for arm in ARMS]
     with ThreadPoolExecutor(a.jobs) as pool:
         done = dict(zip(jobs, pool.map(lambda job: train(work, *job, shards[job[0], job[2]]), jobs), strict=True))
-    text = tables({(q, arm): [done[q, arm, seed] for seed in range(a.seeds)] for q in QUESTIONS for arm in ARMS})
+    sections = {q: section(q, {arm: [done[q, arm, seed] for seed in range(a.seeds)] for arm in ARMS}) for q in a.questions}
+    text = rewritten(a.write.read_text() if a.write.exists() else "", sections)
     print(text)
     a.write.write_text(text)
 
