@@ -78,48 +78,32 @@ def show(name: str, image: Path | None, out: Path) -> None:
 
 def learn(a: argparse.Namespace) -> None:
     """Derive a rule from the boxes, add it to the file, draw it."""
-    slug = re.sub(r"\W+", "_", a.finding).strip("_").lower()
-    out = a.out or Path(f"{slug}.yaml")
-    if not a.finding.strip() or a.finding == NO_FINDING:
-        raise InputError(f"--finding {a.finding!r}: expected the name of a finding")
+    out, picture = _targets(a.finding, a.out)
     if not 0 <= a.margin <= 1:
         raise InputError(f"--margin {a.margin}: a share of the lung box lies in [0, 1]")
-    if "," in a.finding:
-        raise InputError(f"--finding {a.finding!r}: must not hold a comma, which separates the findings of a --task")
-    picture = out.with_name(f"{out.stem}_{slug}.png") if out.is_file() else out.with_suffix(".png")
-    if picture.exists():
-        raise InputError(f"--out {out}: its picture would replace {picture}; name another file")
     image = load_image(a.image)
     height, width = image.shape
     lesions = [_box(text, width, height) for text in a.box]
-    known = read_file(out) if _writable(out, (".yaml", ".yml")).is_file() else {}
-    if a.finding in known:
-        raise InputError(f"--out {out}: has a finding {a.finding!r} already; remove it there, or name another file")
     pixels = fit(image, SIZE)
     box, found = _lungs(pixels)
     if not found:
         raise InputError(f"{a.image}: no believable pair of lungs is seen in it, so a place cannot be told relative to them; take another radiograph")
-    x0, y0, x1, y1 = box.tolist()
-    across, down = (x1 - x0) / SIZE, (y1 - y0) / SIZE
     rectangles: list[Rectangle] = []
-    for left, top, right, bottom in lesions:
-        relative = ((left - x0 / SIZE) / across, (top - y0 / SIZE) / down, (right - x0 / SIZE) / across, (bottom - y0 / SIZE) / down)
-        # The margin alone takes no region further beyond the lung box than context swap allows; outward to the grid of hundredths,
-        # which is finer than a lung box is known.
-        low = [math.floor(100 * max(v - a.margin, min(v, -BEYOND)) + 1e-9) / 100 for v in relative[:2]]
-        high = [math.ceil(100 * min(v + a.margin, max(v, 1 + BEYOND)) - 1e-9) / 100 for v in relative[2:]]
-        if max(map(abs, (*low, *high))) > LIMIT:
-            raise InputError(f"--box: lies {max(map(abs, (*low, *high))):.1f} lung boxes away from the lungs; is it in pixels of {a.image} ({width}x{height})?")
-        rectangles.append((low[0], low[1], high[0], high[1]))
+    for lesion in lesions:
+        relative = _relative(lesion, box)
+        grown = left, top, right, bottom = _grown(relative, a.margin)
+        if (far := max(map(abs, grown))) > LIMIT:
+            raise InputError(f"--box: lies {far:.1f} lung boxes away from the lungs; is it in pixels of {a.image} ({width}x{height})?")
+        rectangles.append(grown)
         if relative[2] <= 0 or relative[0] >= 1 or relative[3] <= 0 or relative[1] >= 1:
             print(f"note: the box lies wholly outside the lung box; look at the picture. Boxes are X,Y,W,H in pixels of {a.image} ({width}x{height})")
         beside = relative[2] <= 0.5 or relative[0] >= 0.5
         if beside and not a.one_sided:
-            rectangles.append((round(1 - high[0], 2), low[1], round(1 - low[0], 2), high[1]))
+            rectangles.append((round(1 - right, 2), top, round(1 - left, 2), bottom))
             print("the box lies beside the midline: its mirror image belongs to the region, too (--one-sided leaves it out)")
     rule = Rule(tuple(dict.fromkeys(rectangles)))
     finding = Finding(rule, a.images, f"learned from one annotated radiograph ({a.image.name}), margin {a.margin:g}")
-    before = out.read_text().rstrip("\n") + "\n" if known else ""
+    before = out.read_text().rstrip("\n") + "\n" if out.is_file() else ""
     write_atomic(out, before + to_yaml({a.finding: finding}))
     _drawn(pixels, box, {a.finding: finding}, [tuple(v * SIZE for v in b) for b in lesions]).savefig(picture, dpi=110)
     print(f"{a.finding}: {_words(rule)}")
@@ -134,6 +118,22 @@ def learn(a: argparse.Namespace) -> None:
     print(f"wrote {out} and {picture}; use it with --findings {out}")
 
 
+def _targets(finding: str, out: Path | None) -> tuple[Path, Path]:
+    """The YAML to write or extend and the picture beside it. InputError: no name for a finding, or one that the file has already."""
+    if not finding.strip() or finding == NO_FINDING:
+        raise InputError(f"--finding {finding!r}: expected the name of a finding")
+    if "," in finding:
+        raise InputError(f"--finding {finding!r}: must not hold a comma, which separates the findings of a --task")
+    slug = re.sub(r"\W+", "_", finding).strip("_").lower()
+    out = _writable(out or Path(f"{slug}.yaml"), (".yaml", ".yml"))
+    if out.is_file() and finding in read_file(out):
+        raise InputError(f"--out {out}: has a finding {finding!r} already; remove it there, or name another file")
+    picture = out.with_name(f"{out.stem}_{slug}.png") if out.is_file() else out.with_suffix(".png")
+    if picture.exists():
+        raise InputError(f"--out {out}: its picture would replace {picture}; name another file")
+    return out, picture
+
+
 def _box(text: str, width: int, height: int) -> tuple[float, ...]:
     """``X,Y,W,H`` in pixels as left, top, right, bottom in shares of the image's sides."""
     try:
@@ -145,6 +145,22 @@ def _box(text: str, width: int, height: int) -> tuple[float, ...]:
     if min(w, h) < 1:
         raise InputError(f"--box {text}: is less than a pixel; expected X,Y,W,H in pixels of the file ({width}x{height}), not in shares of it")
     return x / width, y / height, (x + w) / width, (y + h) / height
+
+
+def _relative(lesion: tuple[float, ...], box: torch.Tensor) -> list[float]:
+    """Edges left, top, right, bottom in shares of the image's sides -> in shares of the lung box, int64 [4] in pixels of SIZE."""
+    x0, y0, x1, y1 = (box / SIZE).tolist()
+    return [(v - start) / extent for v, start, extent in zip(lesion, (x0, y0) * 2, (x1 - x0, y1 - y0) * 2, strict=True)]
+
+
+def _grown(relative: list[float], margin: float) -> Rectangle:
+    """Larger by the margin, which takes no edge further beyond the lung box than context swap allows.
+
+    Outward to the grid of hundredths, which is finer than a lung box is known.
+    """
+    left, top = (math.floor(100 * max(v - margin, min(v, -BEYOND)) + 1e-9) / 100 for v in relative[:2])
+    right, bottom = (math.ceil(100 * min(v + margin, max(v, 1 + BEYOND)) - 1e-9) / 100 for v in relative[2:])
+    return left, top, right, bottom
 
 
 def _lungs(pixels: np.ndarray) -> tuple[torch.Tensor, bool]:
