@@ -77,6 +77,7 @@ def test_one_side_and_several_boxes_and_the_margin(radiograph, tmp_path):
         (["CHEST", "--box", "10,10,0,20", "--finding", "X"], "does not lie in the image"),
         (["CHEST", "--box", "0.2,0.2,0.4,0.4", "--finding", "X"], r"is less than a pixel; expected X,Y,W,H in pixels of the file \(400x300\)"),
         (["CHEST", "--box", "10,10,20,20", "--finding", "A,B"], "must not hold a comma"),
+        (["CHEST", "--box", "390,10,20,20", "--finding", "X", "--out", "x.png"], "does not lie in the image"),
         (["CHEST", "--box", "10,10,20,20", "--finding", "No Finding"], "expected the name of a finding"),
         (["CHEST", "--box", "10,10,20,20", "--finding", " "], "expected the name of a finding"),
         (["CHEST", "--box", "10,10,20,20", "--finding", "X", "--margin", "3"], "--margin 3.0: a share of the lung box"),

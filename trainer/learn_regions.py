@@ -78,12 +78,12 @@ def show(name: str, image: Path | None, out: Path) -> None:
 
 def learn(a: argparse.Namespace) -> None:
     """Derive a rule from the boxes, add it to the file, draw it."""
-    out, picture = _targets(a.finding, a.out)
     if not 0 <= a.margin <= 1:
         raise InputError(f"--margin {a.margin}: a share of the lung box lies in [0, 1]")
     image = load_image(a.image)
     height, width = image.shape
     lesions = [_box(text, width, height) for text in a.box]
+    out, picture = _targets(a.finding, a.out)  # after the box, so that a wrong one leaves no new folder
     pixels = fit(image, SIZE)
     box, found = _lungs(pixels)
     if not found:
