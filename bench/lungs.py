@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from shards.sample import fit, load_image
+from shards.pixels import fit, load_image
 from shards.sources import image_masks
 from trainer import cleanup, lung_report
 from trainer.lungs import LungSegmenter, load_segmenter, lung_boxes

@@ -25,7 +25,7 @@ from PIL import Image
 
 from shards.pack import pack
 from shards.phantom import Phantoms
-from shards.sample import encode_image
+from shards.pixels import encode_image
 from shards.sources import Item, Source
 from shards.stream import EpochPlan, Split
 

@@ -1,11 +1,15 @@
 """python -m shards {phantom,nih,folder,csv,dicom,masks,index,verify}: make shards, and check them."""
 
 import argparse
+import re
+import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from shards.errors import CommandParser, InputError, command_line, listed, run
-from shards.sample import ASPECTS, FINDINGS, FORMATS, NO_FINDING
+from shards.pixels import ASPECTS, FORMATS
+from shards.sample import FINDINGS, NO_FINDING
 from shards.split import SHARES
 
 
@@ -35,14 +39,14 @@ def parser() -> tuple[CommandParser, dict[str, CommandParser]]:
     nih.add_argument("--boxes", type=Path, help="BBox_List_2017.csv: lesion boxes, scaled to the stored images")
     nih.add_argument("--balanced", action=argparse.BooleanOptionalAction, default=True, help="as many images of every class in each split")
 
-    folder = commands.add_parser("folder", help="class folders: train|val|test/<class>/*.png")
-    folder.add_argument("--path", type=Path, required=True, help="folder with train, val and test")
+    folder = commands.add_parser("folder", help="class folders: train|val|test/<class>/*.png, or <class>/*.png")
+    folder.add_argument("--path", type=Path, required=True, help="folder with train, val and test, or with the classes, whose images are then dealt")
 
     table = commands.add_parser("csv", help="a table that names images, findings and, if known, splits and patients")
     table.add_argument("--csv", type=Path, required=True, help="the table, with a header (.gz too)")
     table.add_argument("--images", type=Path, help="folder that the paths in the table start from (without it: the table's own)")
     table.add_argument("--patient-column", default="", help="column of the patient: nobody is put into two splits")
-    boxes = "a table of lesion boxes: the same path column, finding, and x0, y0, x1, y1 or x, y, w, h in pixels of the file"
+    boxes = "a table of lesion boxes: the same path column, finding, and x0, y0, x1, y1 or x, y, w, h in pixels of the file (without it: such columns of --csv)"
     table.add_argument("--boxes", type=Path, help=boxes)
 
     dicom = commands.add_parser("dicom", help="DICOM radiographs at any depth (extra: dicom)")
@@ -59,14 +63,16 @@ def parser() -> tuple[CommandParser, dict[str, CommandParser]]:
 
     masks = commands.add_parser("masks", help="images and lung masks, to train a lung segmenter")
     masks.add_argument("--images", type=Path, required=True, help="folder of radiographs")
-    masks.add_argument("--masks", type=Path, required=True, help="folder of masks with the same names (or NAME_mask)")
+    masks.add_argument(
+        "--masks", type=Path, required=True, action="append", help="folder of masks with the same names (or NAME_mask); twice: one for each lung"
+    )
     masks.add_argument("--val-share", type=float, default=0.2, help="share of the pairs kept for validation")
     masks.add_argument("--test-share", type=float, default=0.0, help="share of the pairs kept for the figures of the report")
     masks.add_argument("--source", help="name of the hospital or data set in reports (without it: the folder that holds --images)")
 
-    for command in (phantom, nih, table, dicom):
+    for command in (phantom, nih, folder, table, dicom):
         command.add_argument("--seed", type=_seed, default=0, help="the same seed gives the same shards")
-    for command in (nih, table, dicom):
+    for command in (nih, folder, table, dicom):
         command.add_argument("--ratios", default=",".join(map(str, SHARES)), help="shares of train, val and test where patients are dealt")
     for command in (phantom, nih, folder, table, dicom, masks):
         command.add_argument("--out", type=Path, required=True, help="folder to make; must not hold anything")
@@ -77,6 +83,7 @@ def parser() -> tuple[CommandParser, dict[str, CommandParser]]:
         command.add_argument("--part", default="", metavar="I/N", help="make every N-th shard from the I-th on; then `index --merge OUT`")
         if command is not phantom:
             command.add_argument("--aspect", choices=ASPECTS, default="stretch", help="stretch: to a square, as published; pad: aspect kept, black beside it")
+            command.add_argument("--bits", type=int, help="depth of images of more than 8 bits, 9 to 16 (without it: told from the values of the whole set)")
             command.add_argument("--on-bad", choices=("stop", "skip"), default="stop", help="at an image that is missing or cannot be decoded")
 
     index = commands.add_parser("index", help="index WebDataset tars: DIR/{train,val,test}/*.tar or DIR/train-*.tar")
@@ -125,7 +132,7 @@ def _nih(a: argparse.Namespace) -> None:
 def _folder(a: argparse.Namespace) -> None:
     from shards.sources import class_folders
 
-    _pack(a, class_folders(a.path), a.path.resolve().name)
+    _pack(a, class_folders(a.path, a.seed, _shares(a)), a.path.resolve().name)
 
 
 def _columns(a: argparse.Namespace) -> Any:
@@ -181,8 +188,8 @@ def _shares(a: argparse.Namespace) -> list[float]:
         shares = [float(share) for share in a.ratios.split(",")]
     except ValueError:
         shares = []
-    if len(shares) != 3 or not all(0 <= share <= 1 for share in shares) or not shares[0] > 0 or not shares[1] > 0 or abs(sum(shares) - 1) > 1e-6:
-        raise InputError(f"--ratios {a.ratios}: expected three shares of train, val and test that add up to 1, such as 0.6,0.2,0.2 (only test may be 0)")
+    if len(shares) != 3 or not all(0 <= share <= 1 for share in shares) or abs(sum(shares) - 1) > 1e-6:
+        raise InputError(f"--ratios {a.ratios}: expected three shares of train, val and test that add up to 1, such as 0.6,0.2,0.2 or 0,0,1")
     return shares
 
 
@@ -196,7 +203,10 @@ def _pack(a: argparse.Namespace, source: Any, dataset: str) -> None:
         raise InputError(f"--size {a.size}: expected 16 to 4096 pixels")
     if "://" in str(a.out).replace(":/", "://"):
         raise InputError(f"--out {str(a.out).replace(':/', '://')}: shards are packed into a folder; upload it afterwards, index.json last")
-    source.size, source.aspect = a.size, getattr(a, "aspect", "stretch")
+    bits = getattr(a, "bits", None)
+    if bits is not None and not 9 <= bits <= 16:
+        raise InputError(f"--bits {bits}: expected 9 to 16")
+    source.size, source.aspect, source.bits = a.size, getattr(a, "aspect", "stretch"), bits
     index = pack(
         source,
         a.out,
@@ -213,11 +223,11 @@ def _pack(a: argparse.Namespace, source: Any, dataset: str) -> None:
         _made(index, a.out)
     for why, count in source.skipped.items():  # at the end, where they are seen
         print(f"left out {count}: {why}")
+    for note in source.notes:
+        print(note if note.startswith("warning") else f"note: {note}", file=sys.stderr if note.startswith("warning") else sys.stdout)
     if getattr(a, "boxes", None):
         boxed = [len(item.boxes) for item in source.items if item.boxes]
         print(f"{sum(boxed)} lesion boxes are on {len(boxed)} of the images")
-    if index and index["findings"] and NO_FINDING not in index["findings"]:
-        print(f"note: no image is called {NO_FINDING!r}, as healthy ones must be; is that what {listed(index['findings'])} means?")
 
 
 def _seed(text: str) -> int:
@@ -237,12 +247,15 @@ def _part(text: str) -> tuple[int, int] | None:
 
 def _made(index: dict[str, Any], out: Path) -> None:
     _table(index)
+    _odd_names(index)
     skipped = index.get("skipped", [])
     if "train" in index["splits"] and "val" not in index["splits"]:
         print("there is no val split: training needs train and val")
     if skipped:
         first = listed((f"{s['key']}: {s['why']}" for s in skipped), 3)
         print(f"skipped {len(skipped)} that could not be used, listed in {out / 'index.json'}; the first: {first}")
+    for remark, count in index.get("remarks", {}).items():
+        print(f"warning: {count} of {sum(entry['samples'] for entry in index['splits'].values())} samples: {remark}")
     for name in index["findings"]:
         empty = [split for split, entry in index["splits"].items() if not entry["findings"][name]]
         if empty:
@@ -250,6 +263,20 @@ def _made(index: dict[str, Any], out: Path) -> None:
     if index.get("in_two_splits"):
         print(f"warning: {index['in_two_splits']} images are in more than one split: `python -m shards verify {out}` names them")
     print(f"wrote {out}")
+
+
+def _odd_names(index: dict[str, Any]) -> None:
+    """Findings whose names differ by case or by what stands for a blank, and sets without healthy images."""
+    counts = {name: sum(entry["findings"][name] for entry in index["splits"].values()) for name in index["findings"]}
+    alike: dict[str, list[str]] = defaultdict(list)
+    for name in counts:
+        alike[re.sub(r"[\s_-]", "", name).casefold()].append(name)
+    for names in alike.values():
+        if len(names) > 1:
+            told = " and ".join(f"{name!r} ({counts[name]})" for name in names)
+            print(f"note: {told} are findings of their own, as they are spelt; if they are one, give them one name and pack again")
+    if index["findings"] and NO_FINDING not in index["findings"]:
+        print(f"note: no image is called {NO_FINDING!r}, as healthy ones must be; is that what {listed(index['findings'])} means?")
 
 
 def _index(a: argparse.Namespace) -> None:
@@ -260,7 +287,9 @@ def _index(a: argparse.Namespace) -> None:
         return
     if not a.dir.is_dir():
         raise InputError(f"{a.dir}: no such folder; index works on a folder of this machine")
-    _table(build_index(a.dir, dataset=a.dir.resolve().name, classes=_names(a.findings) if a.findings else None))
+    index = build_index(a.dir, dataset=a.dir.resolve().name, classes=_names(a.findings) if a.findings else None)
+    _table(index)
+    _odd_names(index)
 
 
 def _table(index: dict[str, Any]) -> None:

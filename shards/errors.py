@@ -2,6 +2,8 @@
 
 import argparse
 import difflib
+import errno
+import json
 import os
 import sys
 import time
@@ -63,9 +65,21 @@ def read_yaml(path: Path, flag: str) -> Any:
             return yaml.safe_load(text)
     except OSError as error:
         raise InputError(f"{flag} {path}: cannot be read ({error.strerror})") from error
+    except RecursionError as error:
+        raise InputError(f"{flag} {path}: is nested too deeply") from error
     except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"{flag} {path}: is not YAML ({' '.join(str(error).split())})") from error
     raise InputError(f"{flag} {path}, line {twice.start_mark.line + 1}: {twice.value!r} is given twice; remove one")
+
+
+def read_json(source: Path | bytes, where: str = "") -> Any:
+    """Plain values of a JSON file, or of its bytes. InputError: it is not JSON, or nested too deeply. OSError: it cannot be read."""
+    text = source.read_bytes() if isinstance(source, Path) else source
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        why = str(error) if isinstance(error, ValueError) else "nested too deeply"
+        raise InputError(f"{where or str(source)}: is not JSON ({why}); it is damaged, restore it") from error
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -90,25 +104,43 @@ def command_line(whole: CommandParser, commands: Mapping[str, CommandParser], ar
     return whole.parse_args(argv)
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
 def run(main: Callable[[], None]) -> None:
     """Run an entry point; turn what a user can mend into one line and exit code 2, an interrupt into exit code 130."""
     rank = int(os.environ.get("RANK", "0"))
     where = f"[process {rank}] " if rank else ""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a file's name may not be text
+
+    def tell(message: str) -> None:
+        print(f"{where}error: {message}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
     try:
         main()
     except InputError as error:
         if rank:
             time.sleep(ALONE)  # the first process most likely says the same; the launcher then ends this one
-        print(f"{where}error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    except (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        if error.filename is None:
-            raise
-        print(f"{where}error: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        tell(str(error))
     except KeyboardInterrupt:
         print(f"{where}interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
     except BrokenPipeError:  # `... | head` closed the pipe: nothing is wrong
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:
+        if error.errno in FULL:
+            tell(f"{error.filename or 'a file'}: cannot be written ({error.strerror}); free space and run it again, finished work is kept")
+        if error.filename is None or error.errno is None:
+            raise
+        tell(f"{error.filename}: {error.strerror}")
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        tell(WORKER_LOST)  # torch tells it from a signal handler, wherever the process is
+
+
+WORKER_LOST = "a loader process was killed, most likely for want of memory or of space in /dev/shm; use fewer --workers or a smaller --batch"

@@ -13,8 +13,10 @@ folder gets the name DIR, which is whole or not there.
 import fcntl
 import hashlib
 import json
+import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -24,7 +26,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
@@ -34,9 +36,10 @@ import numpy as np
 import webdataset
 from tqdm import tqdm
 
-from shards.errors import InputError, listed
-from shards.sample import IMAGE_SUFFIXES, SPLITS, check_key, encode, parse_meta
-from shards.sources import Source
+from shards.errors import InputError, listed, read_json
+from shards.pixels import IMAGE_SUFFIXES, Extent, choose_scales, extent, extent_of, scale_of
+from shards.sample import SPLITS, check_key, encode, parse_meta
+from shards.sources import Source, hidden, split_of_folder
 
 VERSION = 2
 SHARDS, NOTES = "shards", "notes"  # in the working folder
@@ -94,6 +97,7 @@ def pack(
     refuse_existing(out)
     jobs = _jobs(source, per_shard)
     work = _work_folder(out)
+    _set_scales(source, workers)
     packer = _Packer(source, work, form, on_bad)
     plan = {"version": VERSION, "dataset": dataset, "classes": list(source.classes), "stored": source.settings() | {"format": form}}
     plan["left_out"] = source.skipped
@@ -145,12 +149,18 @@ def refuse_existing(out: Path) -> None:
 def _jobs(source: Source, per_shard: int) -> list[Job]:
     """Which items make which shard: fixed before anything is written, so the number of workers does not matter."""
     seen: dict[tuple[str, str], str] = {}
+    same = []
     for item in source.items:
         check_key(item.key, item.image or "phantom")
         place = item.split, item.key
         if place in seen:
-            raise InputError(f"{item.image}: would have the same key as {seen[place]} in {item.split}, {item.key!r}; rename one of them")
+            same.append(f"{item.image} and {seen[place]} ({item.split}, {item.key!r})")
         seen[place] = item.image
+        for name in item.findings:
+            if "," in name:
+                raise InputError(f"{item.image}: the finding {name!r} must not hold a comma, which separates the findings of a --task; rename it")
+    if same:
+        raise InputError(f"{len(same)} images would have the same key as another: {listed(same)}; rename one of each")
     jobs, start = [], 0
     for split in SPLITS:
         stop = start + sum(item.split == split for item in source.items)
@@ -158,6 +168,29 @@ def _jobs(source: Source, per_shard: int) -> list[Job]:
         start = stop
     assert start == len(source.items)  # a source lists train, then val, then test
     return jobs
+
+
+def _set_scales(source: Source, workers: int | None) -> None:
+    """How values of more than 8 bits become gray, for the whole set: as ``--bits`` says, or from the values of all images."""
+    if source.bits is not None:
+        source.scales = ((0.0, 2.0**source.bits - 1),)
+        return
+    paths = [item.image for item in source.items if item.image]
+    context = multiprocessing.get_context("forkserver")
+    if len(paths) <= SMALL or workers == 1:
+        found = [extent(path) for path in paths]
+    else:
+        context.set_forkserver_preload(["shards.pack"])
+        try:
+            with ProcessPoolExecutor(workers or cores(), context) as pool:
+                found = list(tqdm(pool.map(extent, paths, chunksize=64), desc="bit depths", total=len(paths), unit="img", delay=5, dynamic_ncols=True))
+        except BrokenProcessPool as error:
+            raise InputError("a process was killed, most likely for want of memory; use fewer --workers, or say the depth with --bits") from error
+    deep = [e for e in found if e is not None]
+    source.scales = choose_scales(deep)
+    for scale in source.scales:
+        of = sum(scale_of(e, source.scales) == scale for e in deep)
+        source.notes.append(f"{of} images of more than 8 bits: {scale[0]:g} is black, {scale[1]:g} is white; another depth: --bits")
 
 
 @contextmanager
@@ -259,35 +292,37 @@ class _Packer:
         made_from = self._made_from(items)
         if note.is_file():
             try:
-                old: dict[str, Any] = json.loads(note.read_text())
+                old: dict[str, Any] = read_json(note)
                 still = old["made_from"] == made_from and (not old["skipped"] or self.on_bad == "skip")
                 if still and (not old["rows"] or file_sha256(path) == old["sha256"]):
                     for _ in items:
                         tick()
                     return old
-            except (OSError, ValueError, KeyError):
+            except (OSError, InputError, KeyError):
                 pass  # not a note of ours, or its shard is gone: make it again
             note.unlink()
         partial = path.with_name(f".{path.name}.{os.getpid()}")
-        skipped, contents = [], []
+        skipped, contents, remarks = [], [], Counter[str]()
         try:
             # Fixed owner and time: the same samples give the same bytes.
             # An open file: of a name webdataset would make a command or a URL.
             with partial.open("wb") as raw, webdataset.TarWriter(raw, encoder=False, mtime=0.0, user="", group="") as writer:
                 for item in items:
                     try:
-                        record = encode(self.source.load(item), self.form)
+                        sample = self.source.load(item)
+                        record = encode(sample, self.form)
                         writer.write(record)
+                        remarks.update(sample.remarks)
                         contents.append(hashlib.blake2b(record[self.form], digest_size=12).hexdigest())
                     except InputError as error:
                         if self.on_bad == "stop":
                             raise
                         why = str(error)
-                        for file in filter(None, (item.image, item.mask)):  # names of files may name patients
+                        for file in filter(None, (item.image, *item.masks)):  # names of files may name patients
                             why = why.replace(f"{file}: ", "").replace(file, "the file")
                         skipped.append({"split": job.split, "key": item.key, "why": why})
                     tick()
-            done: dict[str, Any] = {"made_from": made_from, "skipped": skipped, "rows": [], "findings": []}
+            done: dict[str, Any] = {"made_from": made_from, "skipped": skipped, "remarks": remarks, "rows": [], "findings": []}
             if len(skipped) < len(items):
                 rows, findings, _ = index_tar(partial)
                 done |= {
@@ -346,8 +381,26 @@ def _work(job: Job) -> dict[str, Any]:
 
 
 def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use: those it is bound to, and no more than its control group's share (containers, SLURM)."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([count, *(math.ceil(share) for share in _cgroup_shares())]))
+
+
+def _cgroup_shares(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[float]:
+    """The quotas of this process's control group and of those above it, in cores, where there are any (cgroup v2, then v1)."""
+    with suppress(OSError, ValueError):
+        for line in own.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            folder = root / ("" if not controllers else "cpu") / path.lstrip("/")
+            for at in (folder, *folder.parents):
+                with suppress(OSError, ValueError):
+                    if not controllers:
+                        quota, period = (at / "cpu.max").read_text().split()
+                        yield float(quota) / float(period)  # "max" is no number: no quota
+                    elif "cpu" in controllers.split(",") and (microseconds := float((at / "cpu.cfs_quota_us").read_text())) > 0:
+                        yield microseconds / float((at / "cpu.cfs_period_us").read_text())
+                if at == root:
+                    break
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -374,9 +427,9 @@ def merge(out: Path) -> dict[str, Any]:
     work = _work_folder(out)
     refuse_existing(out)
     try:
-        plan = json.loads((work / "plan.json").read_text())
+        plan = read_json(work / "plan.json")
         names: list[str] = plan["shards"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, InputError, KeyError) as error:
         raise InputError(f"{work}: holds no packed parts; make them with `python -m shards ... --out {out} --part 1/N`") from error
     missing = [name for name in names if not _note(work, name).is_file()]
     if missing:
@@ -386,9 +439,11 @@ def merge(out: Path) -> dict[str, Any]:
     findings: dict[str, list[tuple[str, ...]]] = defaultdict(list)
     skipped: list[dict[str, str]] = []
     homes: dict[str, set[str]] = defaultdict(set)  # of each image
+    remarks: Counter[str] = Counter()
     for name in names:
-        split, note = name.partition("/")[0], json.loads(_note(work, name).read_text())
+        split, note = name.partition("/")[0], read_json(_note(work, name))
         skipped += note["skipped"]
+        remarks.update(note.get("remarks", {}))
         if not note["rows"]:
             continue
         tar = work / SHARDS / name
@@ -402,7 +457,7 @@ def merge(out: Path) -> dict[str, Any]:
     if not shards:
         raise InputError(f"{work}: every sample was skipped: {listed(s['key'] + ': ' + s['why'] for s in skipped)}")
     shared = sum(len(splits) > 1 for splits in homes.values())
-    more = {"stored": plan["stored"], "left_out": plan["left_out"], "skipped": skipped, "in_two_splits": shared}
+    more = {"stored": plan["stored"], "left_out": plan["left_out"], "skipped": skipped, "remarks": remarks, "in_two_splits": shared}
     whole = work / SHARDS
     wanted = {shard["name"] for of_split in shards.values() for shard in of_split}
     for path in whole.glob("*/*"):  # of an earlier plan, or of a process that was killed
@@ -422,23 +477,50 @@ def build_index(root: Path, *, dataset: str, classes: Sequence[str] | None = Non
 
     Tars of other writers need a ``json`` member with ``findings``, or a ``cls`` member with a number into ``classes``.
     """
-    tars = {split: sorted(root.glob(f"{split}/*.tar")) or sorted(root.glob(f"{split}-*.tar")) for split in SPLITS}
+    tars = _tars(root)
     if not any(tars.values()):
         raise InputError(f"{root}: has no shards; expected {{train,val,test}}/*.tar or {{train,val,test}}-*.tar")
     shards: dict[str, list[dict[str, Any]]] = defaultdict(list)
     tables: dict[str, list[np.ndarray]] = defaultdict(list)
     findings: dict[str, list[tuple[str, ...]]] = defaultdict(list)
+    deep: list[Extent] = []
     with tqdm(total=sum(map(len, tars.values())), desc=f"indexing {root.name}", unit="tar", mininterval=0.5) as bar:
         for split, paths in tars.items():
             keys: dict[bytes, Path] = {}
             for path in paths:
                 rows, found, _ = index_tar(path, classes, keys)
+                deep += _extents(path, rows)
                 name = path.relative_to(root).as_posix()
                 shards[split].append({"name": name, "bytes": path.stat().st_size, "sha256": file_sha256(path), "samples": len(rows)})
                 tables[split].append(rows)
                 findings[split] += found
                 bar.update()
-    return _write_index(root, dataset, [], shards, tables, findings, {"classes": list(classes)} if classes else {})
+    more: dict[str, Any] = {"classes": list(classes)} if classes else {}
+    if deep:
+        more["stored"] = {"scales": [list(scale) for scale in choose_scales(deep)]}
+    return _write_index(root, dataset, [], shards, tables, findings, more)
+
+
+def _extents(path: Path, rows: np.ndarray) -> list[Extent]:
+    """Of the images of a tar that have more than 8 bits."""
+    with path.open("rb") as raw:
+
+        def member(row: Any) -> bytes:
+            raw.seek(int(row["image_at"]))
+            return raw.read(int(row["image_len"]))
+
+        return [e for row in rows if (e := extent_of(member(row), str(path))) is not None]
+
+
+def _tars(root: Path) -> dict[str, list[Path]]:
+    """The tars of each split: in a folder of its name, or with it before the first ``-`` or ``_`` of their own."""
+    tars: dict[str, list[Path]] = {split: [] for split in SPLITS}
+    for path in sorted(root.iterdir()):
+        if path.is_dir() and (split := split_of_folder(path.name)):
+            tars[split] += sorted(p for p in path.glob("*.tar") if not hidden(p.name))
+        elif path.suffix == ".tar" and (split := split_of_folder(re.split("[-_.]", path.name)[0])):
+            tars[split].append(path)
+    return tars
 
 
 def _write_index(
@@ -482,28 +564,39 @@ def index_tar(path: Path, classes: Sequence[str] | None = None, keys: dict[bytes
     """
     rows: dict[str, dict[str, int]] = {}
     found: dict[str, tuple[str, ...]] = {}
+    named: dict[tuple[str, str], str] = {}  # the suffix of the member that a row has
     end = 0
     try:
+        if not path.is_file():  # a pipe would wait for ever
+            raise tarfile.ReadError("not a file")
         with tarfile.open(path, "r:") as tar, path.open("rb") as raw:
             for member in tar:
+                if member.isdir():
+                    continue
                 if not member.isfile():
                     raise InputError(f"{path}: {member.name!r} is not a plain file; repack the shard")
                 end = member.offset_data + member.size
-                folder, _, name = member.name.rpartition("/")
+                folder, _, name = member.name.removeprefix("./").rpartition("/")
                 stem, _, suffix = name.partition(".")
+                suffix = suffix.lower()
+                if not stem or stem.startswith("__"):  # `._x.png` of macOS, and webdataset's own entries: no reader takes them for samples
+                    continue
                 key = check_key(f"{folder}/{stem}" if folder else stem, str(path))
                 row = rows.setdefault(key, {})
-                if f".{suffix}" in IMAGE_SUFFIXES:
-                    field = "image"
-                elif suffix in ("json", "cls", "mask.png"):
-                    field = suffix.removesuffix(".png")
-                else:
+                field = _field(suffix)
+                if not field:
                     continue
                 if field == "cls":
                     found[key] = found.get(key) or (_class_name(raw, member, classes, path),)
                     continue
                 if f"{field}_len" in row:
-                    raise InputError(f"{path}: the key {key!r} has two {field} members; keys must be unique")
+                    if "." not in suffix and "." in named[key, field]:
+                        pass  # `key.jpg` is the image, `key.overlay.jpg` beside it is not
+                    elif "." in suffix and "." not in named[key, field]:
+                        continue
+                    else:
+                        raise InputError(f"{path}: the key {key!r} has two {field} members; keys must be unique")
+                named[key, field] = suffix
                 row[f"{field}_at"], row[f"{field}_len"] = member.offset_data, member.size
                 if field == "json":
                     raw.seek(member.offset_data)
@@ -523,6 +616,8 @@ def index_tar(path: Path, classes: Sequence[str] | None = None, keys: dict[bytes
     for i, (key, row) in enumerate(rows.items()):
         if "image_len" not in row:
             raise InputError(f"{path}: the key {key!r} has no image member ({', '.join(IMAGE_SUFFIXES)})")
+        if row["image_len"] >= 2**32 or row.get("json_len", 0) >= 2**32:
+            raise InputError(f"{path}: the key {key!r} has a member of 4 GB or more; is it an image?")
         if keys is not None:
             digest = hashlib.blake2b(key.encode(), digest_size=12).digest()
             if digest in keys:
@@ -531,6 +626,15 @@ def index_tar(path: Path, classes: Sequence[str] | None = None, keys: dict[bytes
         for field, value in row.items():
             table[field][i] = value
     return table, [found.get(key, ()) for key in rows], list(rows)
+
+
+def _field(suffix: str) -> str:
+    """What a member is by its suffix, as webdataset reads it, by its last part: image, mask, json, cls, or nothing of ours."""
+    if suffix in ("json", "cls"):
+        return suffix
+    if suffix == "mask.png":
+        return "mask"
+    return "image" if f".{suffix.rpartition('.')[2]}" in IMAGE_SUFFIXES and not suffix.startswith(("mask.", "seg.")) else ""
 
 
 def _class_name(raw: Any, member: tarfile.TarInfo, classes: Sequence[str] | None, path: Path) -> str:

@@ -183,14 +183,14 @@ def _balance(part: np.ndarray, label: np.ndarray, classes: Sequence[str], seed: 
     return balanced
 
 
-def check(parts: Sequence[np.ndarray], label: np.ndarray, patient: np.ndarray, classes: Sequence[str], what: str, *, test: bool = True) -> None:
-    """InputError for a patient in two parts, or a class missing from a part; ``test`` False: none is wanted."""
+def check(parts: Sequence[np.ndarray], label: np.ndarray, patient: np.ndarray, classes: Sequence[str], what: str, *, shares: Sequence[float] = SHARES) -> None:
+    """InputError for a patient in two parts, or a class missing from a part that is to have a share."""
     homes: dict[str, int] = {}
     torn = {str(name) for p, rows in enumerate(parts) for name in patient[rows] if homes.setdefault(name, p) != p}
     if torn:
         raise InputError(f"{what}: {len(torn)} patients are in two splits: {listed(sorted(torn))}; split by patient, or correct the table")
-    for split, rows in zip(SPLITS, parts, strict=True):
+    for split, rows, share in zip(SPLITS, parts, shares, strict=True):
         missing = [name for k, name in enumerate(classes) if not (label[rows] == k).any()]
-        if missing and (split != "test" or test):
+        if missing and share > 0:
             remedy = "give more images, another task, or `--split random` with other --ratios"
             raise InputError(f"{what}: the {split} split gets no image whose one finding is {listed(missing)}; {remedy}")

@@ -25,6 +25,7 @@ ATTEMPTS = 6  # with pauses of about 0.5, 1, 2, 4 and 8 seconds
 FIRST_PAUSE = 0.5
 DEFAULT_GB = 100.0
 CACHED = re.compile("[0-9a-f]{64}")  # a name in the cache
+INDEX_BYTES = 2**26  # of an index.json: that of ten million samples has a sixth of it
 LEFTOVER = 3600.0  # seconds after which a download counts as abandoned
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
 
@@ -52,10 +53,10 @@ def parse_index(text: str | bytes, where: str, remedy: str) -> dict[str, Any]:
             for name in (*(shard["name"] for shard in entry["shards"]), *entry["tables"]):
                 if name.startswith("/") or "\\" in name or ".." in name.split("/"):
                     raise InputError(f"{where}: the shard {name!r} lies outside the folder; {remedy}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{where}: is not an index ({error}); {remedy}") from error
+        raise InputError(f"{where}: is not an index ({str(error).splitlines()[0]}); {remedy}") from error
     return index  # type: ignore[no-any-return]
 
 
@@ -229,8 +230,7 @@ class Cache:
         descriptor, partial = tempfile.mkstemp(suffix=".part", dir=self.root)
         os.close(descriptor)
         try:
-            system, path = _file_system(url)
-            system.get_file(path, partial)
+            _get(url, partial, size)
             got = os.stat(partial).st_size
             if got != size:
                 raise _BrokenError(f"has {got} bytes, its index says {size}")
@@ -284,8 +284,36 @@ def _retry(url: str, fetch: Any) -> Any:
 
 
 def _read(url: str) -> bytes:
+    with tempfile.TemporaryDirectory(prefix="cxr-focus-index-") as folder:
+        _get(url, os.path.join(folder, "index.json"), INDEX_BYTES)
+        return Path(folder, "index.json").read_bytes()
+
+
+def _get(url: str, local: str, limit: int) -> None:
+    """Fetch a file of at most ``limit`` bytes; `_BrokenError` (of an index InputError) as soon as there is more."""
     system, path = _file_system(url)
-    return bytes(system.cat_file(path))
+    from fsspec.callbacks import Callback
+
+    more = f"has more than the {limit} bytes that"
+
+    class Bounded(Callback):
+        def set_size(self, size: int | None) -> None:
+            self.refuse(size or 0)
+
+        def relative_update(self, inc: int = 1) -> None:
+            self.value += inc
+            self.refuse(self.value)
+
+        def absolute_update(self, value: int) -> None:
+            self.refuse(value)
+
+        def refuse(self, size: int) -> None:
+            if size > limit:
+                raise (InputError(f"{url}: {more} an index may have") if limit == INDEX_BYTES else _BrokenError(f"{more} its index says"))
+
+    if url.startswith("file://"):  # copied in one go, without a word to the callback
+        Bounded().refuse(system.size(path))
+    system.get_file(path, local, callback=Bounded())
 
 
 _forked_safely = False

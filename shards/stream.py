@@ -30,7 +30,8 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from shards.errors import InputError, listed, nearest
 from shards.pack import ROW
-from shards.sample import MAX_PIXELS, decode_image, parse_meta
+from shards.pixels import MAX_PIXELS, Scale, decode_image
+from shards.sample import parse_meta
 from shards.store import Folder, Remote, open_store
 
 MAX_OPEN_FILES = 64
@@ -80,6 +81,8 @@ class Split(Dataset["Batch | InputError"]):
         entry = index["splits"][split]
         self.split, self.masks = split, masks
         self.dataset: str = index["dataset"]
+        self.stored: dict[str, Any] = index.get("stored", {})
+        self.scales = tuple((float(low), float(high)) for low, high in self.stored.get("scales", ()))
         self.shards: list[dict[str, Any]] = entry["shards"]
         self.store.check(self.shards)
         self.starts = list(accumulate((shard["samples"] for shard in self.shards), initial=0))  # first sample of each shard
@@ -166,7 +169,7 @@ class Split(Dataset["Batch | InputError"]):
 
     def image(self, position: int) -> np.ndarray:
         """Radiograph: uint8 [H, W]."""
-        return _decode(self._member(position, "image"), lambda: self.name(position))
+        return _decode(self._member(position, "image"), lambda: self.name(position), self.scales)
 
     def image_length(self, position: int) -> int:
         """Bytes of the radiograph as stored."""
@@ -196,7 +199,7 @@ class Split(Dataset["Batch | InputError"]):
             raise self._mismatch(row) from error
         if len(name) >= tarfile.LENGTH_NAME:  # longer names have a record of their own before the header
             name = self._long_name(row) or name
-        folder, _, base = name.rpartition("/")
+        folder, _, base = name.removeprefix("./").rpartition("/")
         return "/".join(filter(None, [folder, base.partition(".")[0]]))
 
     def _long_name(self, row: int) -> str:
@@ -411,20 +414,22 @@ class _Buffers:
         return array
 
 
-def _decode(data: bytearray, name: Callable[[], str]) -> np.ndarray:
+def _decode(data: bytearray, name: Callable[[], str], scales: Sequence[Scale] = ()) -> np.ndarray:
     """uint8 [H, W]. A gray JPEG by torchvision, which is faster and gives the same grays; the rest, and what fails, by Pillow."""
     if data[:2] == b"\xff\xd8" and 0 < _gray_jpeg_pixels(data) <= MAX_PIXELS:
         with suppress(RuntimeError):
             image: np.ndarray = decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), ImageReadMode.GRAY)[0].numpy()
             return image
-    return decode_image(data, name())
+    return decode_image(data, name(), scales)
 
 
 def _gray_jpeg_pixels(data: bytearray) -> int:
-    """Width times height as the frame header says (ITU-T T.81, B.2.2); 0 where there is none, or more than one component."""
+    """Width times height as the frame header says (ITU-T T.81, B.2.2); 0 where there is none, more than one component, or EXIF data that may turn it."""
     at = 2
     while at + 10 <= len(data) and data[at] == 0xFF:
         marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4])
+        if marker == 0xE1 and data[at + 4 : at + 8] == b"Exif":
+            return 0
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             return int.from_bytes(data[at + 5 : at + 7]) * int.from_bytes(data[at + 7 : at + 9]) * (data[at + 9] == 1)
         at += 2 + length

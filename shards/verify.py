@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from shards.errors import InputError, listed
 from shards.pack import SMALL, cores, file_sha256, index_tar
-from shards.sample import decode_image, parse_meta
+from shards.pixels import decode_image
+from shards.sample import parse_meta
 from shards.store import Cache, Folder, Remote, open_store
 
 # Store, shard, rows of its index, findings of its samples, names of the classes of .cls members.

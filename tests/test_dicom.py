@@ -7,7 +7,7 @@ import pytest
 
 from shards.__main__ import main
 from shards.errors import InputError
-from shards.sample import decode_image, load_image
+from shards.pixels import decode_image, load_image
 from shards.stream import Split
 
 pydicom = pytest.importorskip("pydicom", reason="the extra dicom is not installed")
@@ -38,10 +38,10 @@ RAMP = np.arange(1024).reshape(32, 32)
 
 
 @pytest.mark.parametrize("bits", [10, 12, 14, 15, 16])
-def test_without_a_window_the_values_that_occur_are_the_range(tmp_path, bits):
+def test_without_a_window_values_that_fill_the_stored_bits_have_their_range(tmp_path, bits):
     image = load_image(write(tmp_path / "x.dcm", RAMP * 2 ** (bits - 10), bits))
     assert image.dtype == np.uint8
-    np.testing.assert_allclose(image, RAMP * 255 / 1023, atol=0.51)
+    np.testing.assert_allclose(image, RAMP * 2 ** (bits - 10) * 255 / (2**bits - 1), atol=0.51)
 
 
 def test_monochrome1_is_inverted(tmp_path):
@@ -244,3 +244,191 @@ def test_a_file_cut_in_its_header_stops_the_packing(tmp_path):
     with pytest.raises(InputError, match=r"cut\.dcm"):
         main(flags)
     main([*flags, "--on-bad", "skip"])
+
+
+# -- headers that mislead ---------------------------------------------------------------------------------------
+
+DEEP = np.clip(100 + 3900 * np.add.outer(np.arange(60), np.arange(50)) / 108, 0, 4095).astype(np.int64)  # 12 bits
+SHOWN = DEEP / 4095 * 255
+WINDOW = {"WindowCenter": 2048, "WindowWidth": 4096}
+
+
+def table_of(first, entries, bits):
+    table = pydicom.dataset.Dataset()
+    table.add_new("LUTDescriptor", "US", [len(entries) % 2**16, first % 2**16, bits])
+    table.add_new("LUTData", "OW", np.asarray(entries).astype("<u2").tobytes())
+    return [table]
+
+
+def made(path: Path, pixels: np.ndarray, *, bits: int = 12, high: int | None = None, signed: bool = False, deflated: bool = False, **more) -> Path:
+    write(path, np.zeros(pixels.shape, int))
+    data = pydicom.dcmread(path)
+    data.BitsStored, data.HighBit, data.PixelRepresentation = bits, bits - 1 if high is None else high, int(signed)
+    data.PixelData = pixels.astype("<i2" if signed else "<u2").tobytes()
+    for name, value in more.items():
+        data.add_new(name, *value) if isinstance(value, tuple) else setattr(data, name, value)
+    if deflated:
+        data.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+    data.save_as(path, enforce_file_format=True)
+    return path
+
+
+OVERLAY = DEEP.copy()
+OVERLAY[:12, 30:] |= 0x8000
+SPECK = DEEP.copy()
+SPECK[-1, -1] = 65535
+MISLEADING = {
+    "a table of 12 bits that says 16": (DEEP, {"VOILUTSequence": table_of(0, np.arange(4096), 16)}),
+    "a negative slope": (4095 - DEEP, {"RescaleSlope": -1, "RescaleIntercept": 4095, **WINDOW}),
+    "a negative slope without a window": (4095 - DEEP, {"RescaleSlope": -1, "RescaleIntercept": 4095}),
+    "an overlay in bit 15": (OVERLAY, WINDOW),
+    "an overlay in bit 15 without a window": (OVERLAY, {}),
+    "high bit 15": (DEEP << 4, {"high": 15, **WINDOW}),
+    "high bit 15 without a window": (DEEP << 4, {"high": 15}),
+    "high bit 15, signed": ((DEEP - 2048) << 4, {"high": 15, "signed": True, "RescaleIntercept": 2048, **WINDOW}),
+    "a speck without a window": (SPECK, {"bits": 16}),
+    "inverse presentation": (4095 - DEEP, {"PresentationLUTShape": "INVERSE", **WINDOW}),
+    "inverse twice": (4095 - DEEP, {"PhotometricInterpretation": "MONOCHROME1", "PresentationLUTShape": "INVERSE", **WINDOW}),
+    "two windows": (DEEP, {"WindowCenter": [2048, 500], "WindowWidth": [4096, 200]}),
+    "an exact window": (DEEP, {"VOILUTFunction": "LINEAR_EXACT", **WINDOW}),
+    "16 bits stored, a window of 12": (DEEP, {"bits": 16, **WINDOW}),
+    "a table and a window": (DEEP, {"VOILUTSequence": table_of(0, np.arange(4096), 12), "WindowCenter": 100, "WindowWidth": 10}),
+    "a modality table": (DEEP, {"ModalityLUTSequence": table_of(0, np.arange(4096)[::-1], 16), "WindowCenter": 2048, "WindowWidth": 4096, "inverted": 1}),
+    "deflated": (DEEP, {"deflated": True, **WINDOW}),
+}
+
+
+@pytest.mark.parametrize("kind", MISLEADING)
+def test_files_whose_headers_mislead_look_as_in_a_viewer(tmp_path, kind):
+    pixels, more = MISLEADING[kind]
+    more = dict(more)
+    expected = 255 - SHOWN if more.pop("inverted", 0) else SHOWN
+    image = load_image(made(tmp_path / "x.dcm", pixels, **more)).astype(float)
+    assert abs(image - expected).mean() <= 2
+    assert np.corrcoef(image.ravel(), expected.ravel())[0, 1] >= 0.999
+
+
+@pytest.mark.parametrize("function", ["LINEAR", "LINEAR_EXACT", "SIGMOID"])
+@pytest.mark.parametrize("window", [(1500, 2000), (100, 50), (3000, 9000)])
+@pytest.mark.parametrize("slope", [1, 2.5])
+def test_windows_are_those_of_pydicom_where_it_is_right(tmp_path, function, window, slope):
+    path = made(tmp_path / "x.dcm", DEEP, WindowCenter=window[0], WindowWidth=window[1], VOILUTFunction=function, RescaleSlope=slope, RescaleIntercept=-10)
+    data = pydicom.dcmread(path)
+    values = pydicom.pixels.apply_windowing(pydicom.pixels.apply_rescale(data.pixel_array, data), data)
+    low, high = -10, 4095 * slope - 10
+    np.testing.assert_allclose(load_image(path), (values - low) / (high - low) * 255, atol=1)
+
+
+@pytest.mark.parametrize(("padding", "signed"), [(("US", 63536), True), (("SS", -2000), True), (("US", 4095), False)])
+def test_padding_is_black_however_it_is_written(tmp_path, padding, signed):
+    pixels = np.where(np.arange(50) < 10, -2000 if signed else 4095, np.minimum(DEEP, 4000))
+    image = load_image(made(tmp_path / "x.dcm", pixels, bits=16 if signed else 12, signed=signed, PixelPaddingValue=padding, **WINDOW))
+    assert (image[:, :10] == 0).all()
+    assert abs(image[:, 10:].astype(float) - np.minimum(DEEP, 4000)[:, 10:] / 4095 * 255).max() <= 1
+
+
+def test_a_deflated_file_is_refused_before_it_is_inflated(tmp_path):
+    import tracemalloc
+
+    path = made(tmp_path / "x.dcm", np.zeros((6000, 6000), np.int64), deflated=True)
+    data = path.read_bytes()
+    assert len(data) < 200_000
+    head, tail = data[:300], data[300:]
+    assert head[128:132] == b"DICM"
+    from shards import pixels
+
+    tracemalloc.start()
+    limit, pixels.MAX_PIXELS = pixels.MAX_PIXELS, 10**6
+    try:
+        with pytest.raises(InputError, match="6000 x 6000 pixels is beyond the limit"):
+            load_image(path)
+    finally:
+        pixels.MAX_PIXELS = limit
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 50e6  # of 72 million bytes of pixels
+    assert tail
+
+
+def test_an_image_named_dcm_is_called_what_it_is(tmp_path):
+    from PIL import Image
+
+    (tmp_path / "salt").write_text("0123456789abcdef")
+    for name in ("A", "B"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / "in" / name / "x.dcm", "JPEG")
+    with pytest.raises(InputError, match=r"x\.dcm: is named \.dcm, but its content is that of a JPEG; rename it"):
+        main(["dicom", "--path", str(tmp_path / "in"), "--salt-file", str(tmp_path / "salt"), "--out", str(tmp_path / "out")])
+    assert load_image(tmp_path / "in/A/x.dcm").shape == (8, 8)
+
+
+# -- folders, patients ------------------------------------------------------------------------------------------
+
+
+def dicom_set(root: Path, splits, *, patient=lambda n: f"P{n}", study=None, count: int = 4) -> list[str]:
+    rng = np.random.default_rng(0)
+    (root / "salt").write_text("0123456789abcdef")
+    n = 0
+    for split in splits:
+        for name in ("NoFinding", "Effusion"):
+            for i in range(count):
+                more = {"StudyInstanceUID": study(n)} if study else {}
+                write(root / "in" / split / name / f"{i}.dcm", rng.integers(0, 4095, (16, 16)), patient=patient(n), **more)
+                n += 1
+    return ["dicom", "--path", str(root / "in"), "--salt-file", str(root / "salt"), "--size", "16", "--out", str(root / "out")]
+
+
+@pytest.mark.parametrize("names", ["training,validation,testing", "Train,Valid,Test", "TRAIN,validate,testing", "train,dev,test"])
+def test_splits_have_the_names_that_people_give_them(tmp_path, names):
+    main(dicom_set(tmp_path, names.split(",")))
+    for name in ("train", "val", "test"):
+        assert Split(tmp_path / "out", name, ("No Finding", "Effusion")).counts() == {"No Finding": 4, "Effusion": 4}
+
+
+def test_a_folder_beside_the_splits_is_refused(tmp_path):
+    flags = dicom_set(tmp_path, ["train", "val", "test"])
+    write(tmp_path / "in/extra/x.dcm", np.zeros((16, 16)), patient="other")
+    with pytest.raises(InputError, match=r"the folder \w+ is a split, extra is none"):
+        main(flags)
+
+
+def test_hidden_folders_are_left_out(tmp_path):
+    flags = dicom_set(tmp_path, ["train", "val"])
+    write(tmp_path / "in/.cache/x.dcm", np.zeros((16, 16)), patient="other")
+    main(flags)
+    assert len(Split(tmp_path / "out", "train")) == 8
+
+
+def test_a_test_set_alone(tmp_path):
+    main([*dicom_set(tmp_path, [""]), "--ratios", "0,0,1"])
+    assert len(Split(tmp_path / "out", "test", ("No Finding", "Effusion"))) == 8
+
+
+@pytest.mark.parametrize("word", ["ANONYMOUS", "Anonymized", "0000", "4711"])
+def test_one_id_for_everybody_is_no_patient(tmp_path, word, capsys):
+    main(dicom_set(tmp_path, [""], patient=lambda _: word, study=lambda n: f"1.2.{n // 2}", count=10))
+    assert [len(Split(tmp_path / "out", name)) for name in ("train", "val", "test")] == [10, 4, 6]  # whole studies of two
+    assert f"20 images have the patient ID {word!r}, which names nobody: the images of one study count as one patient" in capsys.readouterr().err
+    homes = {Split(tmp_path / "out", name).meta(i)["patient"] for name in ("train", "val", "test") for i in range(4)}
+    assert len(homes) > 3
+
+
+def test_one_patient_and_study_is_told(tmp_path, capsys):
+    main(dicom_set(tmp_path, [""], patient=lambda _: "ANON", study=lambda _: "1.2.3"))
+    assert "all 8 images have one patient ID and one study, so all are in one split" in capsys.readouterr().err
+
+
+def test_boxes_of_a_table_of_dicom_files(tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "salt").write_text("0123456789abcdef")
+    rows = []
+    for i in range(20):
+        write(tmp_path / "in" / f"{i:04}-aa.dcm", rng.integers(0, 255, (40, 40)), bits=8, patient=f"P{i}")
+        rows += [f"{i:04}-aa,10,12,20,8,1", f"{i:04}-aa,1,2,3,4,1"] if i % 2 else [f"{i:04}-aa,,,,,0"]
+    (tmp_path / "t.csv").write_text("patientId,x,y,width,height,Target\n" + "\n".join(rows))
+    flags = ["dicom", "--path", str(tmp_path / "in"), "--salt-file", str(tmp_path / "salt"), "--csv", str(tmp_path / "t.csv"), "--size", "20"]
+    main([*flags, "--path-column", "patientId", "--finding-column", "Target", "--out", str(tmp_path / "out")])
+    split = Split(tmp_path / "out", "train", ("No Finding", "Target"))
+    boxes = [[box.xyxy for box in split.meta(i)["boxes"]] for i in range(len(split))]
+    assert sorted(map(len, boxes)) == [0] * 6 + [2] * 6
+    assert [(5.0, 6.0, 15.0, 10.0), (0.5, 1.0, 2.0, 3.0)] in boxes

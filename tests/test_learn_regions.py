@@ -4,7 +4,7 @@ from PIL import Image
 
 from shards.errors import InputError
 from shards.phantom import Phantoms
-from shards.sample import fit, load_image
+from shards.pixels import fit, load_image
 from trainer import learn_regions
 from trainer.learn_regions import main
 from trainer.regions import finding_regions

@@ -15,7 +15,7 @@ from PIL import Image
 from shards.__main__ import main
 from shards.errors import InputError
 from shards.pack import merge, pack
-from shards.sample import FORMATS
+from shards.pixels import FORMATS
 from shards.sources import Item, Source
 from shards.store import open_store
 from shards.stream import Split
@@ -357,3 +357,40 @@ def test_other_settings_after_a_stop_are_told(pictures, tmp_path, capsys):
     bad.write_bytes(good)
     main(command(pictures, tmp_path / "out", "--size", "40"))
     assert "begun with other settings or files" in capsys.readouterr().err
+
+
+def test_collisions_are_told_all_at_once(tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    items = [Item("train", key, (), str(tmp_path / "a.png")) for key in ("k", "k", "l", "l", "m")]
+    with pytest.raises(InputError, match=r"2 images would have the same key as another: .*'k'.*'l'"):
+        pack(Source(items), tmp_path / "out", dataset="x")
+
+
+def test_cores_are_those_of_the_control_group(tmp_path, monkeypatch):
+    from shards.pack import _cgroup_shares, cores
+
+    (tmp_path / "v2/a/b").mkdir(parents=True)
+    (tmp_path / "v2/a/b/cpu.max").write_text("max 100000\n")
+    (tmp_path / "v2/a/cpu.max").write_text("150000 100000\n")
+    (tmp_path / "own").write_text("0::/a/b\n")
+    assert list(_cgroup_shares(tmp_path / "v2", tmp_path / "own")) == [1.5]
+    (tmp_path / "v1/cpu/x").mkdir(parents=True)
+    (tmp_path / "v1/cpu/x/cpu.cfs_quota_us").write_text("400000")
+    (tmp_path / "v1/cpu/x/cpu.cfs_period_us").write_text("100000")
+    (tmp_path / "own").write_text("4:memory:/x\n3:cpu,cpuacct:/x\n")
+    assert list(_cgroup_shares(tmp_path / "v1", tmp_path / "own")) == [4.0]
+    assert list(_cgroup_shares(tmp_path / "nowhere", tmp_path / "nothing")) == []
+    monkeypatch.setattr("shards.pack._cgroup_shares", lambda: iter([0.3]))
+    assert cores() == 1
+
+
+def test_damaged_notes_are_made_again(tmp_path):
+    source = Source([Item("train", str(i), ("Mass",), str(tmp_path / f"{i}.png")) for i in range(4)], size=8)
+    for i in range(4):
+        Image.new("L", (8, 8), 20 * i).save(tmp_path / f"{i}.png")
+    (tmp_path / "3.png").write_bytes(b"")
+    with pytest.raises(InputError, match="finished shards are kept"):
+        pack(source, tmp_path / "out", dataset="x", per_shard=1)
+    (tmp_path / "out.partial/notes/train-000000.tar.json").write_text("[" * 100_000)
+    Image.new("L", (8, 8), 60).save(tmp_path / "3.png")
+    assert pack(source, tmp_path / "out", dataset="x", per_shard=1)["splits"]["train"]["samples"] == 4

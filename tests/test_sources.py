@@ -476,8 +476,8 @@ def test_a_column_that_looks_like_splits_is_not_passed_over(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "column 'split', for --split-column was not given" in printed
     assert "no image is called 'No Finding', as healthy ones must be" in printed
-    (tmp_path / "t.csv").write_text("path;finding\n0.png;Mass\n")
-    with pytest.raises(InputError, match="its columns are path;finding; is it separated by semicolons or tabs"):
+    (tmp_path / "t.csv").write_text("path:finding\n0.png:Mass\n")
+    with pytest.raises(InputError, match="has no column 'path'; its columns are path:finding"):
         main(["csv", "--csv", str(tmp_path / "t.csv"), "--out", str(tmp_path / "other")])
 
 
@@ -533,3 +533,269 @@ def test_a_rare_finding_beside_others_need_not_be_in_every_split(tmp_path):
     rows[1] = "1.png,Hernia,train"  # alone it is a class
     with pytest.raises(InputError, match="the val split gets no image of Hernia"):
         main([*table_of(tmp_path, rows, "path,finding,split"), "--split-column", "split"])
+
+
+# -- kinds of trouble that people have --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", [("train", "val", "test"), ("train",)])
+def test_hidden_folders_are_no_classes(class_folders, tmp_path, where, capsys):
+    for split in where:
+        for name in (".ipynb_checkpoints", "__MACOSX"):
+            picture(class_folders / split / name / "x.png")
+    picture(class_folders / "train/1Effusion/.ipynb_checkpoints/y.png")
+    main(["folder", "--path", str(class_folders), "--out", str(tmp_path / "out"), "--size", "32"])
+    assert open_store(tmp_path / "out").index()["findings"] == ["No Finding", "Effusion", "Nodule"]
+    assert f"left out {2 * len(where)}: a hidden folder" in capsys.readouterr().out
+
+
+def test_class_folders_without_splits_are_dealt(tmp_path, capsys):
+    for name in ("0NoFinding", "1Effusion"):
+        for i in range(10):
+            picture(tmp_path / "images" / name / f"{i}.png", value=10 * i)
+    main(["folder", "--path", str(tmp_path / "images"), "--out", str(tmp_path / "out"), "--size", "16"])
+    assert [Split(tmp_path / "out", name, ("No Finding", "Effusion")).counts()["Effusion"] for name in ("train", "val", "test")] == [6, 2, 2]
+    assert "no split folders: images are dealt to train, val and test, and one patient may be in two" in capsys.readouterr().out
+    main(["folder", "--path", str(tmp_path / "images"), "--out", str(tmp_path / "test"), "--size", "16", "--ratios", "0,0,1"])
+    assert list(open_store(tmp_path / "test").index()["splits"]) == ["test"]
+
+
+def test_keys_of_like_names_stay_apart(tmp_path):
+    names = ["a.png", "a.jpg", "COVID (1).png", "COVID(1).png", "胸部.png", "胸像.png", "plain.png"]
+    for split in ("train", "val", "test"):
+        for i, name in enumerate(names):
+            picture(tmp_path / "images" / split / "Mass" / name, value=20 + 30 * i + len(split))
+    main(["folder", "--path", str(tmp_path / "images"), "--out", str(tmp_path / "out"), "--size", "16"])
+    split = Split(tmp_path / "out", "train")
+    keys = {split.meta(i)["source"]: split.key(i) for i in range(len(split))}
+    assert len(set(keys.values())) == len(names)
+    assert keys["plain.png"] == "Mass-plain"
+    assert keys["a.png"].startswith("Mass-a-")
+    main(["verify", str(tmp_path / "out")])
+
+
+def text_table(root: Path, rows: list[str], header: str = "path,finding,patient") -> str:
+    return "\r\n".join([header, *rows]) + "\r\n"
+
+
+EXCEL = {
+    "plain": lambda text: text.encode(),
+    "bom": lambda text: text.encode("utf-8-sig"),
+    "semicolons": lambda text: text.replace(",", ";").encode("utf-8-sig"),
+    "cp1252": lambda text: text.encode("cp1252"),
+    "utf16": lambda text: text.replace(",", "\t").encode("utf-16"),
+    "sep": lambda text: ("sep=;\r\n" + text.replace(",", ";")).encode(),
+    "mac": lambda text: text.replace("\r\n", "\r").encode(),
+    "blank": lambda text: (text.replace("\r\n", "\r\n\r\n") + ",,\r\n , ,\r\n").encode(),
+    "spaces": lambda text: text.replace(",", " , ").encode(),
+    "quoted": lambda text: text.replace(",", '","').replace("\r\n", '"\r\n"').encode()[:-1].join([b'"', b""]),
+}
+
+
+@pytest.mark.parametrize("kind", EXCEL)
+def test_tables_as_spreadsheets_save_them(tmp_path, kind, capsys):
+    names = [f"Müller {i}.png" for i in range(20)]
+    for i, name in enumerate(names):
+        picture(tmp_path / "images" / name, value=10 * i)
+    rows = [f"{name},{('No Finding', 'Effusion')[i % 2]},P{i}" for i, name in enumerate(names)]
+    (tmp_path / "t.csv").write_bytes(EXCEL[kind](text_table(tmp_path, rows)))
+    command = ["csv", "--csv", str(tmp_path / "t.csv"), "--images", str(tmp_path / "images"), "--patient-column", "patient", "--size", "16"]
+    main([*command, "--out", str(tmp_path / "out")])
+    split = Split(tmp_path / "out", "train", ("No Finding", "Effusion"))
+    assert len(split) == 12
+    assert all(split.meta(i)["source"] in names and split.meta(i)["patient"].startswith("P") for i in range(12))
+    assert ("is read as Windows-1252" in capsys.readouterr().err) == (kind == "cp1252")
+
+
+def test_paths_as_other_systems_write_them(tmp_path):
+    import unicodedata
+
+    for i in range(20):
+        picture(tmp_path / "images/Über" / f"Müller {i}.PNG", value=10 * i)
+    written = [
+        lambda i: f"Über\\Müller {i}.PNG",
+        lambda i: unicodedata.normalize("NFD", f"Über/Müller {i}.PNG"),
+        lambda i: f"Über/Müller {i}",
+        lambda i: f"über/müller {i}.png",
+    ]
+    rows = [f"{written[i % 4](i)},{('No Finding', 'Effusion')[i % 2]},{i}" for i in range(20)]
+    (tmp_path / "t.csv").write_text(text_table(tmp_path, rows))
+    main(["csv", "--csv", str(tmp_path / "t.csv"), "--images", str(tmp_path / "images"), "--out", str(tmp_path / "out"), "--size", "16"])
+    assert len(Split(tmp_path / "out", "train")) == 12
+
+
+def packed_table(root: Path, header: str, rows: list[str], *flags: str, images: int = 40) -> Path:
+    rng = np.random.default_rng(0)
+    (root / "images").mkdir(exist_ok=True)
+    for i in range(images):
+        Image.fromarray(rng.integers(0, 255, (30, 40), np.uint8)).save(root / f"images/{i}.png")
+    (root / "t.csv").write_text("\n".join([header, *rows]) + "\n")
+    main(["csv", "--csv", str(root / "t.csv"), "--images", str(root / "images"), "--out", str(root / "out"), "--size", "16", *flags])
+    return root / "out"
+
+
+def all_findings(root: Path) -> list[tuple[str, ...]]:
+    return [found for name in open_store(root).index()["splits"] for found in Split(root, name).findings()]
+
+
+def test_healthy_is_only_whom_the_table_calls_so(tmp_path, capsys):
+    # No Finding, Effusion, Pneumonia, Support Devices: well; effusion; another disease; well with a device; not said
+    kinds = ["1.0,,,", ",1.0,,", ",0.0,1.0,", "1.0,,,1.0", ",,,"]
+    rows = [f"{i}.png,{kinds[i % 5]}" for i in range(40)]
+    out = packed_table(tmp_path, "path,No Finding,Effusion,Pneumonia,Support Devices", rows, "--finding-column", "Effusion")
+    assert sorted(all_findings(out)) == [("Effusion",)] * 8 + [("No Finding",)] * 16
+    assert "left out 16: none of the findings named, and not called No Finding" in capsys.readouterr().out
+
+
+def test_a_device_is_no_disease(tmp_path):
+    rows = [f"{i}.png,{('1,,', '1,,1', ',1,1')[i % 3]}" for i in range(36)]
+    out = packed_table(tmp_path, "path,No Finding,Effusion,Support Devices", rows, "--finding-column", "No Finding,Effusion,Support Devices")
+    assert set(all_findings(out)) == {("No Finding",), ("No Finding", "Support Devices"), ("Effusion", "Support Devices")}
+    (tmp_path / "out").rename(tmp_path / "before")
+    with pytest.raises(InputError, match=r"row 2: says No Finding and something else \(Effusion\)"):
+        packed_table(tmp_path, "path,No Finding,Effusion", ["0.png,1,1"], "--finding-column", "No Finding,Effusion")
+
+
+def test_a_table_without_no_finding_says_who_is_taken_as_healthy(tmp_path, capsys):
+    rows = [f"{i}.png,{('1,0,', '0,1,', '0,0,x')[i % 3]}" for i in range(36)]
+    packed_table(tmp_path, "path,Effusion,Pneumonia,note", rows, "--finding-column", "Effusion")
+    said = capsys.readouterr().out
+    assert "its 24 rows with none of the findings named are taken as healthy (12 of them have a 1 in another column: Pneumonia)" in said
+
+
+@pytest.mark.parametrize("word", ["nan", "NaN", "None", "null", "N/A", ""])
+def test_nothing_is_no_finding(tmp_path, word, capsys):
+    rows = [f"{i}.png,{('No Finding', 'Effusion', word)[i % 3]}" for i in range(36)]
+    with pytest.raises(InputError, match=r"row 4: .*; write 'No Finding' where there is none, or leave such rows out with --on-bad skip"):
+        packed_table(tmp_path, "path,finding", rows)
+    packed_table(tmp_path, "path,finding", rows, "--on-bad", "skip")
+    assert "left out 12: no finding in column 'finding'" in capsys.readouterr().out
+
+
+def test_two_spellings_of_a_finding_are_told(tmp_path, capsys):
+    names = ("No finding", "Effusion", "effusion", "Pleural_Thickening", "Pleural Thickening")
+    packed_table(tmp_path, "path,finding", [f"{i}.png,{names[i % 5]}" for i in range(40)])
+    said = capsys.readouterr().out
+    assert "'Effusion' (8) and 'effusion' (8) are findings of their own" in said
+    assert "'Pleural Thickening' (8) and 'Pleural_Thickening' (8)" in said or "'Pleural_Thickening' (8) and 'Pleural Thickening' (8)" in said
+    assert "'No finding' is read as 'No Finding'" in said
+
+
+def test_a_comma_in_a_finding_is_refused_when_packing(tmp_path):
+    with pytest.raises(InputError, match="'Effusion, left' must not hold a comma"):
+        packed_table(tmp_path, "path,finding", [f'{i}.png,"{("No Finding", "Effusion, left")[i % 2]}"' for i in range(20)])
+    for split in ("train", "val"):
+        picture(tmp_path / "folders" / split / "Mass, left" / "x.png")
+    with pytest.raises(InputError, match="'Mass, left' must not hold a comma"):
+        main(["folder", "--path", str(tmp_path / "folders"), "--out", str(tmp_path / "x")])
+
+
+def test_patients_that_may_be_one_are_told(tmp_path, capsys):
+    who = ["007", "7", "12", "12.0", "ab", "AB", "x", "y"]
+    packed_table(tmp_path, "path,finding,p", [f"{i}.png,Mass,{who[i % 8]}" for i in range(40)], "--patient-column", "p", "--ratios", "0.6,0.4,0")
+    assert (
+        "warning: 3 patients may stand under two IDs that differ only by zeros or case: '007' and '7', '12' and '12.0', 'AB' and 'ab'"
+        in capsys.readouterr().err
+    )
+
+
+def test_one_patient_for_everybody_is_refused(tmp_path):
+    with pytest.raises(InputError, match="column 'p' holds 'ANON' for all 40 images, so nobody can be split"):
+        packed_table(tmp_path, "path,finding,p", [f"{i}.png,Mass,ANON" for i in range(40)], "--patient-column", "p")
+
+
+@pytest.mark.parametrize(
+    ("header", "box"), [("x,y,width,height", "10,12,5,6"), ("x_min,y_min,x_max,y_max", "10,12,15,18"), ("X0,Y0,X1,Y1", "10,12,15,18"), ("x,y,w,h", "10,12,5,6")]
+)
+def test_a_row_for_each_box(tmp_path, header, box, capsys):
+    rows = []
+    for i in range(20):
+        rows += [f"{i},{box},1", f"{i},1,2,3,4,1"] if i % 2 else [f"{i},,,,,0"]
+    out = packed_table(tmp_path, f"patientId,{header},Target", rows, "--path-column", "patientId", "--finding-column", "Target", images=20)
+    split = Split(out, "train", ("No Finding", "Target"))
+    assert split.counts() == {"No Finding": 6, "Target": 6}
+    boxes = {tuple(round(v, 3) for v in box.xyxy) for i in range(len(split)) for box in split.meta(i)["boxes"]}
+    assert tuple(v * s for v, s in zip((10, 12, 15, 18), (16 / 40, 16 / 30) * 2, strict=True)) == pytest.approx(max(boxes), abs=1e-3)
+    assert "lesion boxes are taken from the table's own columns" in capsys.readouterr().out
+
+
+def test_rows_of_an_image_that_disagree(tmp_path):
+    for rows, words in (
+        (["0.png,1,2,9,9,Mass", "0.png,,,,,No Finding"], "rows 2 and 3: say Mass, No Finding of one image"),
+        (["0.png,1,2,9,9,Mass", "0.png,1,2,9,9,Mass"], "1 images are listed more than once"),
+    ):
+        with pytest.raises(InputError, match=words):
+            packed_table(tmp_path, "path,x,y,w,h,finding", rows)
+
+
+LUNGS = np.zeros((40, 40), np.uint8)
+LUNGS[8:32, 4:16], LUNGS[8:32, 24:36] = 255, 255
+
+
+@pytest.mark.parametrize("kind", ["gif", "palette", "alpha", "rgb", "bmp"])
+def test_masks_of_any_kind(tmp_path, kind):
+    for i in range(4):
+        picture(tmp_path / "i" / f"{i}.png", size=(40, 40))
+        (tmp_path / "m").mkdir(exist_ok=True)
+        mask = Image.fromarray(LUNGS)
+        made = {
+            "gif": mask, "palette": mask.convert("P"), "bmp": mask,
+            "alpha": Image.merge("RGBA", [*[Image.new("L", mask.size)] * 3, mask]), "rgb": Image.merge("RGB", [mask, *[Image.new("L", mask.size)] * 2]),
+        }[kind]  # fmt: skip
+        made.save(tmp_path / "m" / f"{i}.{kind if kind in ('gif', 'bmp') else 'png'}")
+    main(["masks", "--images", str(tmp_path / "i"), "--masks", str(tmp_path / "m"), "--out", str(tmp_path / "out"), "--size", "40"])
+    assert (Split(tmp_path / "out", "train", masks=True).mask(0) == (LUNGS > 0)).all()
+
+
+def test_masks_of_one_lung_are_told_and_two_folders_are_one_mask(tmp_path, capsys):
+    for i in range(4):
+        picture(tmp_path / "i" / f"{i}.png", value=40 * i, size=(40, 40))
+        for name, columns in (("left", slice(20, 40)), ("right", slice(0, 20))):
+            (tmp_path / name).mkdir(exist_ok=True)
+            half = np.zeros_like(LUNGS)
+            half[:, columns] = LUNGS[:, columns]
+            Image.fromarray(half).save(tmp_path / name / f"{i}.png")
+    command = ["masks", "--images", str(tmp_path / "i"), "--masks", str(tmp_path / "left"), "--size", "40"]
+    main([*command, "--out", str(tmp_path / "one")])
+    assert "warning: 4 of 4 samples: the mask shows a single lung; " in capsys.readouterr().out
+    main([*command, "--masks", str(tmp_path / "right"), "--out", str(tmp_path / "both")])
+    assert (Split(tmp_path / "both", "train", masks=True).mask(0) == (LUNGS > 0)).all()
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_an_inverted_mask_is_refused(tmp_path):
+    for i in range(4):
+        picture(tmp_path / "i" / f"{i}.png", size=(40, 40))
+        (tmp_path / "m").mkdir(exist_ok=True)
+        Image.fromarray(255 - LUNGS).save(tmp_path / "m" / f"{i}.png")
+    with pytest.raises(InputError, match=r"is white along 100% of its border, so it shows all but the lungs; invert it"):
+        main(["masks", "--images", str(tmp_path / "i"), "--masks", str(tmp_path / "m"), "--out", str(tmp_path / "out")])
+
+
+def test_nih_copies_with_other_suffixes(archive):
+    for n, path in enumerate(sorted((archive / "nih").rglob("*.png"))):
+        if n % 2:
+            path.rename(path.with_suffix(".PNG"))
+        else:
+            Image.open(path).save(path.with_suffix(".jpeg"))
+            path.unlink()
+    main(nih(archive, "--task", "ne"))
+    assert len(Split(archive / "out", "train", ("No Finding", "Effusion"))) == 36
+
+
+def test_a_subset_of_nih_is_counted_by_finding(archive):
+    for path in list((archive / "nih").rglob("*.png"))[::2]:
+        path.unlink()
+    with pytest.raises(InputError, match=r"images that it lists are missing: .*\(there are No Finding \d+ of 60, Effusion \d+ of 30\)"):
+        main(nih(archive, "--task", "ne"))
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "train-0.tar")
+    with pytest.raises(InputError, match=r"train-0\.tar: not a whole tar file \(not a file\)"):
+        main(["index", str(tmp_path)])
+    for split in ("train", "val"):
+        picture(tmp_path / "images" / split / "Mass" / "x.png")
+        os.mkfifo(tmp_path / "images" / split / "Mass" / "y.png")
+    main(["folder", "--path", str(tmp_path / "images"), "--out", str(tmp_path / "out"), "--size", "16"])
+    assert len(Split(tmp_path / "out", "train")) == 1

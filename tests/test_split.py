@@ -107,7 +107,7 @@ def test_random_ratios_are_met():
     assert np.abs(table / table.sum(0) - np.array([0.7, 0.1, 0.2])[:, None]).max() < 0.03
     everything = at_random(cases, TASKS["ne"], 0, (0.8, 0.2, 0.0), balanced=False)
     assert len(everything[2]) == 0
-    check(everything, cases.labels(TASKS["ne"]), cases.patient, TASKS["ne"], "x", test=False)
+    check(everything, cases.labels(TASKS["ne"]), cases.patient, TASKS["ne"], "x", shares=(0.8, 0.2, 0))
 
 
 def test_images_that_are_not_at_hand_are_left_out_and_the_others_keep_their_parts():
@@ -124,6 +124,6 @@ def test_images_that_are_not_at_hand_are_left_out_and_the_others_keep_their_part
 def test_what_check_refuses():
     label, patient = np.array([0, 1, 0, 1]), np.array(["a", "a", "b", "c"])
     with pytest.raises(InputError, match="1 patients are in two splits: a"):
-        check([np.array([0, 3]), np.array([1, 2]), np.array([], int)], label, patient, ("No Finding", "Effusion"), "x", test=False)
+        check([np.array([0, 3]), np.array([1, 2]), np.array([], int)], label, patient, ("No Finding", "Effusion"), "x", shares=(0.8, 0.2, 0))
     with pytest.raises(InputError, match="the val split gets no image whose one finding is Effusion"):
-        check([np.array([0, 1]), np.array([2]), np.array([], int)], label, patient, ("No Finding", "Effusion"), "x", test=False)
+        check([np.array([0, 1]), np.array([2]), np.array([], int)], label, patient, ("No Finding", "Effusion"), "x", shares=(0.8, 0.2, 0))

@@ -248,3 +248,55 @@ def test_verify_looks_at_the_server_and_not_at_the_cache(shards, served, tmp_pat
     path = sorted(copy.glob("train/*.tar"))[1]
     path.write_bytes(path.read_bytes()[:5000])
     assert any(path.name in problem for problem in verify(url)[1])
+
+
+class Swollen(Flaky):
+    """Answers with more than it should: without end, or many zeros, compressed on the way."""
+
+    swell: ClassVar[str] = ""
+    sent: ClassVar[list[int]] = []
+
+    def do_GET(self):
+        if not self.path.endswith(self.swell):
+            super().do_GET()
+            return
+        self.send_response(200)
+        self.end_headers()
+        total = 0
+        try:
+            while total < 2**31:
+                self.wfile.write(bytes(2**20))
+                total += 2**20
+        except OSError:
+            pass
+        self.sent.append(total)
+        self.close_connection = True
+
+
+@pytest.mark.parametrize(
+    ("swell", "words"), [("index.json", "has more than the 1000000 bytes that an index may have"), ("train.npy", "bytes that its index says")]
+)
+def test_a_server_that_sends_too_much_is_not_believed(shards, cache, monkeypatch, swell, words):
+    monkeypatch.setattr(store, "INDEX_BYTES", 10**6)
+    monkeypatch.setattr(store, "ATTEMPTS", 2)
+    handler = type("Handler", (Swollen,), {"faults": {}, "seen": [], "swell": swell, "sent": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(shards)))
+    server.handle_error = lambda *_: None
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with pytest.raises(InputError, match=words):
+        Split(f"http://127.0.0.1:{server.server_port}", "train")
+    server.shutdown()
+    server.server_close()
+    assert max(handler.sent) < 2**28
+    assert sum(path.stat().st_size for path in cache.rglob("*")) < 10**6
+
+
+@pytest.mark.parametrize("name", ["index.json", "train.npy"])
+def test_a_file_url_whose_file_is_too_large(shards, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(store, "INDEX_BYTES", 10**6)
+    monkeypatch.setattr(store, "ATTEMPTS", 2)
+    shutil.copytree(shards, tmp_path / "copy")
+    with (tmp_path / "copy" / name).open("ab") as file:
+        file.truncate(10**9)
+    with pytest.raises(InputError, match="has more than the"):
+        Split(f"file://{tmp_path}/copy", "train")

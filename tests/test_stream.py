@@ -16,7 +16,7 @@ from PIL import Image
 from shards.__main__ import main
 from shards.errors import InputError
 from shards.pack import build_index, pack
-from shards.sample import decode_image
+from shards.pixels import decode_image
 from shards.sources import Item, Source
 from shards.stream import EpochPlan, Shares, Split, _decode
 
@@ -328,3 +328,61 @@ def test_an_error_in_a_loader_process_is_one_line(copied):
     plan = EpochPlan(split.shard_sizes(), shuffle=False)
     with pytest.raises(InputError, match=r"^\S*000000\.tar:train-000005: cannot be decoded.*remove it$"):
         list(split.batches(plan, 0, 0, batch=4, rank=0, world=1, workers=1))
+
+
+def foreign(root: Path, members: dict[str, bytes], name: str = "train-0.tar") -> Path:
+    with tarfile.open(root / name, "w") as tar:
+        for member, data in members.items():
+            info = tarfile.TarInfo(member)
+            if data is None:
+                info.type = tarfile.DIRTYPE
+            info.size = len(data or b"")
+            tar.addfile(info, io.BytesIO(data or b""))
+    return root
+
+
+def png(value: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("L", (8, 8), value).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+META = b'{"findings": ["Mass"]}'
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        {"A.PNG": png(1), "A.JSON": META},
+        {"./": None, "./A.png": png(1), "./A.json": META},
+        {"dir": None, "A.png": png(1), "._A.png": b"junk", "A.json": META, "._A.json": b"junk", "x/._A.png": b"junk"},
+        {"A.image.png": png(1), "A.json": META},
+        {"A.png": png(1), "A.overlay.png": png(2), "A.json": META},
+        {"A.overlay.png": png(2), "A.png": png(1), "A.json": META},
+        {"A.Jpeg": jpeg(Image.new("L", (8, 8), 1)), "A.json": META, "A.txt": b"hello"},
+        {"A.gif": png(1), "A.mask.png": png(255), "A.json": META},
+        {"__meta.png": b"junk", "A.png": png(1), "A.json": META},
+    ],
+)
+def test_tars_of_others_are_read_as_webdataset_reads_them(tmp_path, members):
+    build_index(foreign(tmp_path, members), dataset="x")
+    split = Split(tmp_path, "train", ("Mass",))
+    assert (len(split), split.key(0), int(split.image(0)[0, 0])) == (1, "A", 1)
+
+
+@pytest.mark.parametrize("names", [("training-0.tar", "validation-0.tar"), ("Train_000.tar", "valid_000.tar"), ("train.000.tar", "validate.000.tar")])
+def test_splits_of_tars_have_the_names_that_people_give_them(tmp_path, names):
+    for name in names:
+        foreign(tmp_path, {f"{name[:3]}.png": png(1), f"{name[:3]}.json": META}, name)
+    assert list(build_index(tmp_path, dataset="x")["splits"]) == ["train", "val"]
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000])
+def test_deeply_nested_json_is_one_line(copied, text):
+    (copied / "index.json").write_text(text)
+    with pytest.raises(InputError, match=r"index\.json: is not an index"):
+        Split(copied, "train")
+    (copied / "index.json").unlink()
+    foreign(copied, {"A.png": png(1), "A.json": text.encode()}, "train/9.tar")
+    with pytest.raises(InputError, match="nested too deeply"):
+        build_index(copied, dataset="x")

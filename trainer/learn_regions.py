@@ -14,7 +14,8 @@ import torch
 from matplotlib.figure import Figure
 
 from shards.errors import CommandParser, InputError, command_line, listed
-from shards.sample import EFFUSION, NO_FINDING, fit, load_image
+from shards.pixels import fit, load_image
+from shards.sample import EFFUSION, NO_FINDING
 from trainer.checkpoint import write_atomic
 from trainer.context import Swap
 from trainer.lungs import load_segmenter

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from shards.errors import InputError, listed, nearest, run
-from shards.sample import clean_key, fit, load_image
+from shards.pixels import fit, load_image
+from shards.sample import clean_key
 from trainer.augment import resize
 from trainer.classifier import normalize_cam
 from trainer.config import parse, positionals
