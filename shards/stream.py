@@ -3,12 +3,14 @@
 Legend: n samples of a split that belong to the task, position p in 0..n-1; W processes, B images a process and batch.
 
 The order of an epoch is a pure function of (seed, epoch): shards are permuted, cut into windows, and the samples of a
-window are permuted together, so that reading stays among a few files. After c samples the next global batch is
-``g[c : c + W*B]`` and rank r takes its r-th B; a last, smaller batch is split evenly. Exactly-once epochs and resuming
-at any c, also with another W, follow from that line.
+window are permuted together, so that reading stays among a few files. After c samples the n - c that remain are cut into as few
+global batches of at most W*B as there can be, as equal as they can be (`cut`): the next one is ``g[c : c + cut(n - c, W*B)]``, of which
+rank r takes its r-th W-th. So no epoch ends with a crumb of one image, and exactly-once epochs and resuming at any c, also with another
+W or B, follow from that line.
 """
 
 import hashlib
+import multiprocessing
 import os
 import signal
 import sys
@@ -18,31 +20,33 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from shards.errors import InputError, listed, nearest
+from shards.errors import WORKER_LOST, InputError, listed, nearest
 from shards.pack import ROW
 from shards.pixels import MAX_PIXELS, Scale, decode_image
 from shards.sample import parse_meta
 from shards.store import Folder, Remote, open_store
 
 MAX_OPEN_FILES = 64
+STALLED = 600.0  # seconds without a batch after which the loader's processes count as stuck
+SHM_REMEDY = "use fewer --workers (0: none) or a smaller --batch, or give the container more (docker run --shm-size 1g)"
 
 
 @dataclass
 class Batch:
-    """What one process gets. A process whose share of a last batch is empty gets one image of weight 0.
+    """What one process gets. A process whose share is empty gets others' images with weight 0.
 
     image: uint8 [B,1,H,W]; label: int64 [B]; index: int64 [B], position in the split; weight: float32 [B], 1 or 0;
-    mask: bool [B,H,W] or None (only a Split opened with ``masks=True``).
+    mask: bool [B,H,W] or None (only a Split opened with ``masks=True``); total: images of the global batch, of all processes.
     """
 
     image: torch.Tensor
@@ -50,10 +54,15 @@ class Batch:
     index: torch.Tensor
     weight: torch.Tensor
     mask: torch.Tensor | None = None
+    total: int = 0
 
     def pin_memory(self) -> "Batch":
         """For the loader: in page-locked memory, from which copies to a GPU do not wait."""
-        return Batch(*(None if t is None else t.pin_memory() for t in (self.image, self.label, self.index, self.weight, self.mask)))  # type: ignore[arg-type]
+        return replace(self, **{name: t.pin_memory() for name, t in self.tensors().items()})
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Those that there are, by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
 
 
 class Split(Dataset["Batch | InputError"]):
@@ -156,6 +165,11 @@ class Split(Dataset["Batch | InputError"]):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def where(self) -> str:
+        """The folder or URL, for messages."""
+        return self.store.name
 
     def counts(self) -> dict[str, int]:
         """Images of each class."""
@@ -269,9 +283,17 @@ class Split(Dataset["Batch | InputError"]):
 
     def __getitem__(self, share: "Share") -> "Batch | InputError":
         try:
-            return self._batch(share)
+            batch = self._batch(share)
+            if get_worker_info() is not None:
+                for tensor in batch.tensors().values():
+                    tensor.share_memory_()  # here, where a full /dev/shm is an error: the queue's thread would lose the batch, and all would wait
+            return batch
         except InputError as error:
             return error  # raised by `batches`: a loader worker would wrap it in its traceback
+        except RuntimeError as error:
+            if "shared memory" not in str(error) and "/torch_" not in str(error):
+                raise
+            return InputError(f"the loader's processes have no room left in /dev/shm; {SHM_REMEDY}")
 
     def _batch(self, share: "Share") -> Batch:
         images = np.empty((0, 0, 0), np.uint8)
@@ -281,7 +303,7 @@ class Split(Dataset["Batch | InputError"]):
                 images = self._buffers.get((len(share.positions), *image.shape))
             elif image.shape != images.shape[1:]:
                 sizes = " and ".join(f"{shape[1]}x{shape[0]}" for shape in (images.shape[1:], image.shape))
-                raise InputError(f"{self.store.name}: images of different sizes in one batch ({sizes}); pack them to one --size")
+                raise InputError(f"{self.where}: images of different sizes in one batch ({sizes}); pack them to one --size")
             images[i] = image
         masks = None
         if self.masks:
@@ -293,28 +315,40 @@ class Split(Dataset["Batch | InputError"]):
             index=torch.from_numpy(share.positions),
             weight=torch.full((len(images),), float(share.counts)),
             mask=masks,
+            total=share.total,
         )
 
-    def batches(self, plan: "EpochPlan", epoch: int, start: int, *, batch: int, rank: int, world: int, workers: int) -> Iterator[Batch]:
-        """Batches of this rank from sample ``start`` of ``epoch`` on; every rank gets equally many.
+    def batches(self, plan: "EpochPlan", epoch: int, start: int, *, batch: int, rank: int, world: int, workers: int, pinned: bool = False) -> Iterator[Batch]:
+        """Batches of this rank from sample ``start`` of ``epoch`` on; every rank gets equally many. ``pinned``: in page-locked memory, for a GPU.
 
-        Shards of a URL are fetched ahead, one window of the plan before they are needed.
+        Shards of a URL are fetched ahead, one window of the plan before they are needed. InputError: a sample that cannot be read, loader
+        processes that are killed, have no shared memory left, or deliver nothing for `STALLED` seconds.
         """
         ahead = self._ahead(plan, Shares(plan, epoch, start, batch=batch, rank=rank, world=world))
-        pinned = torch.cuda.is_available()
-        loader = DataLoader(self, batch_size=None, sampler=ahead, num_workers=workers, pin_memory=pinned, collate_fn=None, worker_init_fn=_leave_interrupts)
+        patience = STALLED if workers else 0
+        options: dict[str, Any] = {"num_workers": workers, "pin_memory": pinned, "timeout": patience, "worker_init_fn": _leave_interrupts}
+        loader = iter(DataLoader(self, batch_size=None, sampler=ahead, collate_fn=None, **options))
+        failed: RuntimeError | None = None
         try:
             for got in loader:
                 if isinstance(got, InputError):
                     raise got
                 yield got
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            if "DataLoader timed out" not in str(error) and "DataLoader worker" not in str(error):
                 raise
-            raise InputError("a loader process was killed, most likely for want of memory or of space in /dev/shm; use fewer --workers") from error
+            failed = error.with_traceback(None)  # whose frames would keep the loader
         finally:
             if isinstance(ahead, _Ahead):
                 ahead.close()
+        if failed is not None and "timed out" in str(failed):
+            del loader  # asks its processes to end; one that is frozen does not hear it, and would be waited for at the end of this one
+            for child in multiprocessing.active_children():
+                child.kill()
+            what = f"have delivered nothing for {patience:g} s: is the disk or network of {self.where} stuck, or a process stopped?"
+            raise InputError(f"the loader's processes {what}") from failed
+        if failed is not None:
+            raise InputError(WORKER_LOST) from failed
 
     def _ahead(self, plan: "EpochPlan", shares: "Shares") -> "_Ahead | Shares":
         return _Ahead(self, plan, shares) if self.store.remote else shares
@@ -349,6 +383,11 @@ class Joined(Split):
 
     def __len__(self) -> int:
         return self.ends[-1]
+
+    @property
+    def where(self) -> str:
+        """See Split."""
+        return ", ".join(part.where for part in self.parts)
 
     def shard_sizes(self) -> np.ndarray:
         """See Split."""
@@ -494,11 +533,17 @@ class EpochPlan:
         return self._last[1]
 
 
+def cut(remaining: int, most: int) -> int:
+    """Samples of the next of the fewest, nearly equal batches of at most ``most`` that make ``remaining``. What it leaves is cut likewise."""
+    return -(-remaining // -(-remaining // most))
+
+
 @dataclass
 class Share:
-    """What one rank reads of one global batch; ``counts`` is False for a stand-in of a rank that has nothing."""
+    """What one rank reads of one global batch of ``total`` samples; ``counts`` is False for stand-ins of a rank that has nothing."""
 
     positions: np.ndarray
+    total: int
     counts: bool = True
 
 
@@ -512,18 +557,27 @@ class Shares(Sampler[Share]):
     def __len__(self) -> int:
         return max(0, -(-(len(self.plan) - self.start) // (self.batch * self.world)))
 
-    def starts(self) -> range:
+    def starts(self) -> Iterator[int]:
         """First sample of each global batch."""
-        return range(self.start, len(self.plan), self.batch * self.world)
+        start = self.start
+        while start < len(self.plan):
+            yield start
+            start += cut(len(self.plan) - start, self.batch * self.world)
 
     def share(self, start: int) -> Share:
         """This rank's part of the global batch that begins at sample ``start``."""
-        g = self.plan.order(self.epoch, start, start + self.batch * self.world)
-        mine = np.array_split(g, self.world)[self.rank]  # full batches: exactly the r-th B
-        return Share(mine) if len(mine) else Share(g[:1], counts=False)
+        g = self.plan.order(self.epoch, start, start + cut(len(self.plan) - start, self.batch * self.world))
+        mine = np.array_split(g, self.world)[self.rank]
+        # Two stand-ins: a normalisation over the batch has nothing to go by with one.
+        return Share(mine, len(g)) if len(mine) else Share(g[:2], len(g), counts=False)
 
     def __iter__(self) -> Iterator[Share]:
         return map(self.share, self.starts())
+
+    def smallest(self) -> int:
+        """Images of the smallest share of any rank that has some: what a forward in training must be able to do with."""
+        batches = -(-(len(self.plan) - self.start) // (self.batch * self.world))
+        return max(1, (len(self.plan) - self.start) // max(1, batches) // self.world)
 
 
 class _Ahead(Sampler[Share]):
