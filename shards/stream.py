@@ -58,7 +58,10 @@ class Batch:
 
     def pin_memory(self) -> "Batch":
         """For the loader: in page-locked memory, from which copies to a GPU do not wait."""
-        return replace(self, **{name: t.pin_memory() for name, t in self.tensors().items()})
+        pinned = replace(self)
+        for name, tensor in self.tensors().items():
+            setattr(pinned, name, tensor.pin_memory())
+        return pinned
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Those that there are, by name."""

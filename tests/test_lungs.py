@@ -132,7 +132,10 @@ def test_the_published_pickle_is_read_and_not_executed(tmp_path, monkeypatch, ca
     main(["convert", str(tmp_path / "unet_model.pt"), str(tmp_path / "half.safetensors"), "--half"])
     assert (tmp_path / "half.safetensors").stat().st_size < 0.6 * (tmp_path / "out.safetensors").stat().st_size
     with pytest.raises(InputError, match="usage"):
-        main(["convert", "--help"])
+        main(["convert", "--half"])
+    capsys.readouterr()
+    main(["--help"])
+    assert capsys.readouterr().out.startswith("usage: python -m trainer.lungs convert FILE")
     with pytest.raises(InputError, match="is there already"):
         main(["convert", str(tmp_path / "unet_model.pt"), str(tmp_path / "out.safetensors")])
 

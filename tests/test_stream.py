@@ -484,7 +484,9 @@ split = Split("{shards}", "train")
 run(lambda: print(len(list(split.batches(EpochPlan(split.shard_sizes()), 0, 0, batch=32, rank=0, world=1, workers=2)))))
 """
     inside = 'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$0" -c "$1"'
-    done = subprocess.run(["unshare", "--mount", "sh", "-c", inside, sys.executable, script], cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", inside, sys.executable, script], cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120
+    )
     if "unshare" in done.stderr or "mount:" in done.stderr:
         pytest.skip(f"no small /dev/shm can be mounted here: {done.stderr.strip()}")
     assert done.returncode == 2

@@ -7,7 +7,6 @@ process, batch or loader worker it comes through.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import kornia
@@ -15,32 +14,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from trainer.config import Strength
+
 DRAWS = 13  # random numbers that one image uses
 SWAPS = slice(11, 13)  # of these, for the context swap: whether, and with whom
-
-
-@dataclass(frozen=True)
-class Strength:
-    """How far each part of the transform may go; 0 leaves it out."""
-
-    rotate: float = 0.0
-    """Degrees to either side."""
-    scale: float = 0.0
-    """Relative change of size, 0.1 for 0.9 to 1.1 times."""
-    shift: float = 0.0
-    """Share of the image's side."""
-    flip: float = 0.0
-    """Probability of a left-right flip. A flipped chest has its heart on the wrong side."""
-    contrast: float = 0.0
-    """Relative change of contrast about the mean."""
-    brightness: float = 0.0
-    """Absolute change of brightness, in units of the full range."""
-    gamma: float = 0.0
-    """Exponent from 1 / (1 + gamma) to 1 + gamma."""
-    noise: float = 0.0
-    """Largest standard deviation of Gaussian noise, in units of the full range."""
-    invert: float = 0.0
-    """Probability of black for white."""
 
 
 class Augmented(NamedTuple):

@@ -8,22 +8,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors.torch import save as safetensors_bytes
 
+from shards.atomic import whole, write
 from shards.errors import InputError, listed
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write a text file that is whole or not there."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)
-
-
-def readable(path: Path) -> None:
-    """Give a file the usual rights: safetensors writes it for its owner alone."""
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
 
 
 def claim(accelerator: Accelerator, out: Path, files: dict[str, str], *, resumable: bool = True) -> None:
@@ -37,10 +25,10 @@ def claim(accelerator: Accelerator, out: Path, files: dict[str, str], *, resumab
     if accelerator.is_main_process:
         try:
             out.mkdir(parents=True, exist_ok=True)
-            for name, text in files.items():
-                write_atomic(out / name, text)
         except OSError as error:
             raise InputError(f"--out {out}: cannot be written ({error.strerror})") from error
+        for name, text in files.items():
+            write(out / name, text)
     accelerator.wait_for_everyone()
 
 
@@ -55,14 +43,25 @@ def hold(out: Path) -> None:
         pass  # a file system without locks
 
 
+def not_finite(*modules: torch.nn.Module) -> list[str]:
+    """Weights and statistics that are not finite: nothing of the kind is ever saved."""
+    return [name for module in modules for name, tensor in module.state_dict().items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+
+
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write tensors, numbers, strings, lists and dicts; the file is whole or not there."""
     path.parent.mkdir(exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        torch.save(state, file)
-        os.fsync(file.fileno())  # or after a power cut the name may be there and its content not
-    partial.replace(path)
+    with whole(path) as partial:
+        try:
+            with partial.open("wb") as file:
+                torch.save(state, file)
+        except RuntimeError as error:  # torch's word for whatever the file system refuses
+            raise OSError(None, str(error).splitlines()[0]) from error
+
+
+def save_weights(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file, whole or not there."""
+    write(path, safetensors_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata=metadata))
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -82,16 +81,21 @@ def refuse_other(out: Path, was: dict[str, Any], own: dict[str, Any], words: dic
         raise InputError(f"--resume {out}: the run was made with {listed(told)}; leave that as it was, or start a new run")
 
 
-def _number(line: str, by: str) -> int | None:
-    """The number of a line; None of one that a crash cut short."""
-    try:
-        return int(json.loads(line)[by])
-    except (ValueError, KeyError, TypeError):
-        return None
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl that are whole; none where there is no such file. A crash, or another program, may have left others."""
+    found = []
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(value, dict):
+            found.append(value)
+    return found
 
 
 def rewind(path: Path, last: int, by: str = "step") -> None:
     """Drop the lines of a metrics.jsonl that come after step (or ``by``) ``last``: a resumed run writes them again."""
     if path.is_file():
-        lines = [line for line in path.read_text().splitlines() if (number := _number(line, by)) is not None and number <= last]
-        write_atomic(path, "".join(line + "\n" for line in lines))
+        kept = [line for line in read_lines(path) if isinstance(line.get(by), int) and line[by] <= last]
+        write(path, "".join(json.dumps(line) + "\n" for line in kept))

@@ -7,8 +7,11 @@ over positions, weighs A's channels; ReLU of the weighted sum. It is taken insid
 the launcher's precision, so it costs the gradient of the head alone and can itself be differentiated.
 """
 
+import argparse
 import contextlib
 import difflib
+import math
+import pickle
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -16,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import huggingface_hub.constants
+import numpy as np
 import timm
 import torch
 from safetensors import SafetensorError
@@ -48,21 +52,24 @@ class FocusClassifier(nn.Module):
         size: pixels of a side of the input, for backbones with a fixed one.
         pretrained: ``true`` (ImageNet weights from timm's hub), ``false``, or a file: safetensors or a state dict.
         layer: module whose output is A; several, separated by commas: the mean of their normalised maps; ``input``: the energy of
-            the input's gradient in place of a CAM (Ross et al., "Right for the right reasons", IJCAI 2017); empty: the last feature map.
+            the input's gradient in place of a CAM (Ross et al., "Right for the right reasons", IJCAI 2017); empty: the last feature map
+            that the prediction depends on.
+        needs_map: without, a backbone that has no feature map is taken, too: `has_map` tells.
 
     Raises:
         InputError: unknown backbone (with the nearest), weights that cannot be had or do not fit, a layer that does not exist
-            (with the model's layers).
+            (with the model's layers), no feature map.
     """
 
     net: Any  # a timm model: forward_features, forward_head, pretrained_cfg
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(self, backbone: str, classes: int, *, size: int = 224, pretrained: str = "true", layer: str = "") -> None:
+    def __init__(self, backbone: str, classes: int, *, size: int = 224, pretrained: str = "true", layer: str = "", needs_map: bool = True) -> None:
         super().__init__()
-        self.net = _create(PUBLISHED.get(backbone, backbone), classes, size, pretrained)
-        self.layers = [name.strip() for name in (layer or default_layer(self.net)).split(",") if name.strip()]
+        self.backbone = backbone
+        self.net, self.loaded = _create(PUBLISHED.get(backbone, backbone), classes, size, pretrained)
+        self.layers = _names(layer or default_layer(self.net))
         known = [name for name, _ in self.net.named_modules()]
         for name in self.layers:
             if name == INPUT and len(self.layers) > 1:
@@ -77,12 +84,111 @@ class FocusClassifier(nn.Module):
         self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1), persistent=False)
         self.to(memory_format=torch.channels_last)
-        try:  # a wrong size or a layer without a map shows here, not in the first step
-            with torch.no_grad():
-                self.eval()(torch.zeros(1, 1, size, size), cam=True)
-        except (RuntimeError, AssertionError) as error:
-            raise InputError(f"--backbone {backbone} does not work at --size {size}: {str(error).splitlines()[0]}") from error
+        with self._explained(f"at --size {size}"), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            trial = torch.rand(1, 1, size, size)
+            logits = self.eval()(trial).logits  # a wrong size shows here, not in the first step
+            if not isinstance(logits, torch.Tensor) or logits.shape != (1, classes):
+                raise InputError(f"--backbone {backbone}: gives no logits of {classes} classes, so it is no classifier of this kind; choose another")
+            self.has_map = self._find_map(trial, layer, needs_map)
         self.train()
+
+    def _find_map(self, trial: torch.Tensor, layer: str, needed: bool) -> bool:
+        """Whether the layers give a map; without a named one, look for a layer that does."""
+        try:
+            if self(trial, cam=True).cam is not None and (layer or self._depends(trial)):
+                return True
+            fallback = True  # a map, if one that says nothing yet: a head may begin with zeros
+        except (InputError, RuntimeError, AttributeError, TypeError, IndexError, ValueError) as error:
+            if layer and needed:
+                raise error if isinstance(error, InputError) else RuntimeError(str(error)) from error
+            fallback = False
+        if layer:
+            return False
+        before = self.layers
+        for name in self._candidates(trial):
+            self.layers = [name]
+            with contextlib.suppress(InputError, RuntimeError):
+                if self(trial, cam=True).cam is not None and self._depends(trial):
+                    return True
+        self.layers = before
+        if not fallback and needed:
+            raise InputError(
+                f"--backbone {self.backbone}: gives no feature map that a CAM could be taken from; name a layer that has one with --attention.layer, "
+                "choose another backbone, or train by cross-entropy alone, which needs none: --balance.lam 1 --swap.probability 0"
+            )
+        return fallback
+
+    def _depends(self, trial: torch.Tensor) -> bool:
+        """Whether the prediction depends on the map: not on a class token alone, for one."""
+        kept = self.keeps, self.kept
+        self.keeps, self.kept = True, []
+        try:
+            with torch.enable_grad():
+                logits, _ = self._logits_and_cam(((trial - self.mean) / self.std), None, True)
+                gradients = torch.autograd.grad(logits.sum(), self.kept, allow_unused=True)
+            return all(g is not None and bool(_to_maps(g, self.net).any()) for g in gradients)
+        finally:
+            self.keeps, self.kept = kept
+
+    def _candidates(self, trial: torch.Tensor) -> list[str]:
+        """Modules whose output may be a map, blocks and stages before what is in them, the last that is run first."""
+        run: list[str] = []
+
+        def note(name: str) -> Callable[..., None]:
+            def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+                if isinstance(output, torch.Tensor) and output.ndim in (3, 4) and output.shape[1:].numel() > 1:
+                    run.append(name)
+
+            return hook
+
+        handles = [module.register_forward_hook(note(name)) for name, module in self.net.named_modules() if name]
+        try:
+            self.net((trial - self.mean) / self.std)
+        finally:
+            for handle in handles:
+                handle.remove()
+        order = list(dict.fromkeys(reversed(run)))
+        return [name for name in order if name.count(".") <= 1] + [name for name in order if name.count(".") > 1]
+
+    def try_step(self, size: int, images: int, *, cam: bool, mode: str = "train") -> None:
+        """One forward and backward in training, as many images as the smallest batch has; nothing of the model is changed.
+
+        InputError: what the backbone cannot do, in one line.
+        """
+        before = {name: buffer.clone() for name, buffer in self.named_buffers()}
+        device = self.mean.device
+        try:
+            with self._explained(f"in training with {images} image{'s' if images > 1 else ''}"), torch.random.fork_rng():
+                torch.manual_seed(0)
+                logits, found = self.train()(
+                    torch.rand(images, 1, size, size, device=device), torch.zeros(images, dtype=torch.int64, device=device), cam=cam, mode=mode
+                )
+                (logits.float().square().mean() + (0 if found is None else found.mean())).backward()
+        except InputError as error:
+            if images == 1 and "more than 1 value per channel" in str(error):
+                raise InputError(
+                    f"--backbone {self.backbone}: normalises over the images of a batch, and the smallest one of an epoch has a single image; "
+                    "choose another --batch or number of processes"
+                ) from error
+            raise
+        finally:
+            with torch.no_grad():
+                for name, buffer in self.named_buffers():
+                    buffer.copy_(before[name])
+            self.zero_grad(set_to_none=True)
+            self.kept = []
+
+    @contextlib.contextmanager
+    def _explained(self, where: str) -> Iterator[None]:
+        """Whatever a backbone raises where it is tried, as one line."""
+        try:
+            yield
+        except InputError:
+            raise
+        except Exception as error:  # timm's models raise many kinds
+            why = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise InputError(f"--backbone {self.backbone} does not work {where}: {why}") from error
 
     def forward(
         self, images: torch.Tensor, classes: torch.Tensor | None = None, *, cam: bool = False, mode: str = "train", differentiable: bool = True
@@ -108,23 +214,31 @@ class FocusClassifier(nn.Module):
     def _logits_and_cam(self, x: torch.Tensor, classes: torch.Tensor | None, differentiable: bool) -> tuple[torch.Tensor, torch.Tensor]:
         kept: list[torch.Tensor] = []
         had_graph = torch.is_grad_enabled()
+        behind = contextlib.ExitStack()  # what holds from A to the logits
 
         def keep(features: torch.Tensor) -> torch.Tensor:
+            if not isinstance(features, torch.Tensor):
+                raise InputError(f"--backbone {self.backbone}: gives several outputs where its feature map is looked for; name a layer with --attention.layer")
+            if not kept:  # fused attention has no second derivative
+                behind.enter_context(sdpa_kernel(SDPBackend.MATH))
             if not had_graph and not kept:  # from here on a graph is needed, for what follows alone
                 torch.set_grad_enabled(True)
                 features = features.detach().requires_grad_()
             kept.append(features)
             return features.clone()  # an in-place ReLU may follow (VGG) and must not change what is kept
 
-        # Fused attention has no second derivative; it matters only for layers before an attention block.
-        with torch.set_grad_enabled(had_graph), sdpa_kernel(SDPBackend.MATH) if self.layers else contextlib.nullcontext():
+        with torch.set_grad_enabled(had_graph), behind:
             logits = self._run(x, keep)
             if len(kept) < max(1, len(self.layers)):
                 raise InputError(f"--attention.layer {','.join(self.layers)}: is not run in the forward, so there is nothing to see; choose another layer")
             if classes is None:
                 classes = logits.argmax(1)
             score = logits.gather(1, classes[:, None]).sum()
-            gradients = torch.autograd.grad(score, kept, create_graph=differentiable, retain_graph=True)
+            gradients = torch.autograd.grad(score, kept, create_graph=differentiable, retain_graph=True, allow_unused=True)
+            if any(gradient is None for gradient in gradients):
+                raise InputError(
+                    f"--backbone {self.backbone}: its prediction does not depend on {','.join(self.layers) or 'its features'}; choose another layer"
+                )
         self.kept = kept if self.keeps and differentiable else []
         maps = []
         for features, gradient in zip(kept, gradients, strict=True):
@@ -192,15 +306,25 @@ def default_layer(net: nn.Module) -> str:
 
 
 def _to_maps(x: torch.Tensor, net: nn.Module) -> torch.Tensor:
-    """Features of any timm layout to [B,C,h,w]."""
-    if x.ndim == 3:  # tokens
-        prefix = int(getattr(net, "num_prefix_tokens", 0))
-        h, w = getattr(getattr(net, "patch_embed", None), "grid_size", (0, 0))
-        if h * w == x.shape[1] - prefix:
-            return x[:, prefix:].transpose(1, 2).unflatten(2, (h, w))
+    """Features of any timm layout to [B,C,h,w]. Tokens [B,N,C] are a map where N, less a few that stand for the whole, is the grid's or a square."""
+    if x.ndim == 3:
+        declared = int(getattr(net, "num_prefix_tokens", 0))
+        h, w = getattr(getattr(net, "patch_embed", None), "grid_size", None) or (0, 0)
+        for prefix in dict.fromkeys((declared, 0, 1, 2)):
+            count = x.shape[1] - prefix
+            side = math.isqrt(max(count, 0))
+            if count > 1 and h * w == count:
+                return x[:, prefix:].transpose(1, 2).unflatten(2, (h, w))
+            if count > 1 and side * side == count:
+                return x[:, prefix:].transpose(1, 2).unflatten(2, (side, side))
     elif x.ndim == 4:
-        return x.permute(0, 3, 1, 2) if getattr(net, "output_fmt", "NCHW") == "NHWC" else x
+        last = getattr(net, "output_fmt", "NCHW") == "NHWC" or (x.shape[1] == x.shape[2] != x.shape[3] and x.shape[2] != 1)
+        return x.permute(0, 3, 1, 2) if last else x
     raise InputError(f"--attention.layer: an output of shape {tuple(x.shape)} is not a feature map; choose another layer")
+
+
+def _names(layers: str) -> list[str]:
+    return [name.strip() for name in layers.split(",") if name.strip()]
 
 
 def _layers(net: nn.Module) -> list[str]:
@@ -221,7 +345,8 @@ def evaluating(net: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _create(name: str, classes: int, size: int, pretrained: str) -> nn.Module:
+def _create(name: str, classes: int, size: int, pretrained: str) -> tuple[nn.Module, str]:
+    """The network, and what was loaded into it of a file."""
     bare, _, _ = name.partition(".")
     if bare not in timm.list_models():
         known = [*PUBLISHED, *timm.list_models()]
@@ -234,9 +359,9 @@ def _create(name: str, classes: int, size: int, pretrained: str) -> nn.Module:
     try:
         if pretrained.lower() != "true":
             net = timm.create_model(name, pretrained=False, **options)
-            return net if pretrained.lower() == "false" else _load_file(net, Path(pretrained))
+            return (net, "") if pretrained.lower() == "false" else (net, _load_file(net, Path(pretrained)))
         with _hub(), contextlib.redirect_stderr(None):
-            return timm.create_model(name, pretrained=True, **options)
+            return timm.create_model(name, pretrained=True, **options), ""
     except InputError:
         raise
     except Exception as error:  # every backend of the hub raises its own kinds
@@ -265,38 +390,83 @@ def _hub() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
-def _load_file(net: nn.Module, path: Path) -> nn.Module:
-    """Backbone weights from a file; the head is left out where its number of classes differs."""
+# What training programs put weights under.
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "teacher", "student", "backbone", "encoder", "module", "weights")
+
+
+def _load_file(net: nn.Module, path: Path) -> str:
+    """Backbone weights from a file or a run folder; the head is left out where its number of classes differs. Returns what was loaded, in words."""
+    if path.is_dir():
+        if not (path / "model.safetensors").is_file():
+            raise InputError(f"--pretrained {path}: is a folder without model.safetensors; name a finished run of this trainer, or a file of weights")
+        path = path / "model.safetensors"
     if not path.is_file():
-        raise InputError(f"--pretrained {path}: no such file; expected true, false, or a file of weights (safetensors or a state dict)")
-    try:
-        if path.suffix == ".safetensors":
-            state: Any = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            for wrapper in ("state_dict", "model"):
-                state = state.get(wrapper, state) if isinstance(state.get(wrapper), dict) else state
-        if not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-            raise ValueError("not a state dict")
-    except (SafetensorError, OSError, ValueError, AttributeError, RuntimeError, EOFError) as error:
-        kind = type(error).__name__
-        raise InputError(f"--pretrained {path}: not safetensors, nor a state dict that loads without executing code ({kind})") from error
-    except Exception as error:  # pickle.UnpicklingError: weights_only refused something
-        raise InputError(f"--pretrained {path}: holds more than tensors and was not executed; save its state_dict() alone") from error
-    state = {name.removeprefix("module.").removeprefix("net."): tensor for name, tensor in state.items()}
+        raise InputError(f"--pretrained {path}: no such file; expected true, false, a file of weights (safetensors or a state dict), or a run folder")
     own = net.state_dict()
+    found = _read_weights(path)
+    # The prefix that training wrappers put before the names: the one that most tensors fit behind.
+    prefixes = dict.fromkeys(["", *(name[: at + 1] for name in found for at, letter in enumerate(name) if letter == ".")])
+    state: dict[str, torch.Tensor] = {}
+    fits: dict[str, torch.Tensor] = {}
+    for prefix in prefixes:
+        behind = {name[len(prefix) :]: _three_channels(tensor, own.get(name[len(prefix) :])) for name, tensor in found.items() if name.startswith(prefix)}
+        fitting = {name: tensor for name, tensor in behind.items() if name in own and own[name].shape == tensor.shape}
+        if len(fitting) > len(fits) or not state:
+            state, fits = behind, fitting
     head = {name for name in own if name.startswith(tuple(_head_names(net)))}
-    fits = {name: tensor for name, tensor in state.items() if name in own and own[name].shape == tensor.shape}
     missing = [name for name in own if name not in fits and name not in head and not name.endswith("num_batches_tracked")]
     if missing:
         name = missing[0]
         got = tuple(state[name].shape) if name in state else "nothing"
         raise InputError(
             f"--pretrained {path}: {len(missing)} of {len(own)} tensors are missing or of another shape ({listed(missing, 3)}); "
-            f"{name}: expected {tuple(own[name].shape)}, got {got}. Is it a file for this --backbone?"
+            f"{name}: expected {tuple(own[name].shape)}, got {got}. The file has {listed(found, 3)}. Is it a file for this --backbone?"
         )
     net.load_state_dict(fits, strict=False)
-    return net
+    left = [name for name in own if name not in fits and name in head]
+    return f"--pretrained {path}: {len(fits)} of {len(own)} tensors are taken" + (f"; {listed(left)} begin anew" if left else "")
+
+
+def _three_channels(tensor: torch.Tensor, own: torch.Tensor | None) -> torch.Tensor:
+    """Weights of a first layer for one channel, spread over three that hold the same image."""
+    if own is not None and tensor.ndim == 4 and own.ndim == 4 and tensor.shape[1] == 1 and own.shape[1] == 3 and tensor.shape[2:] == own.shape[2:]:
+        return tensor.expand(-1, 3, -1, -1) / 3
+    return tensor
+
+
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file, by name, without executing anything in it."""
+    with path.open("rb") as file:
+        start = file.read(64)
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise InputError(f"--pretrained {path}: is no safetensors file ({str(error).splitlines()[0]}); is it whole?") from error
+    if not start.startswith((b"PK\x03\x04", b"\x80")):
+        raise InputError(f"--pretrained {path}: is no file of weights (it begins with {start[:20]!r}); expected safetensors or a state dict of torch.save")
+    scalar: Any = np.float64(0).__reduce__()[0]  # what rebuilds a number of numpy's
+    numbers: list[Any] = [np.dtype, *(type(np.dtype(kind)) for kind in ("f8", "f4", "i8", "i4", "?")), (scalar, "numpy.core.multiarray.scalar")]
+    try:
+        # A checkpoint of timm's train.py holds its command line, others a number of numpy's: plain data, that execute nothing.
+        with torch.serialization.safe_globals([argparse.Namespace, scalar, *numbers]):
+            state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        asked: list[str] = []
+        with contextlib.suppress(Exception):
+            asked = [name for name in torch.serialization.get_unsafe_globals_in_checkpoint(path) if name != "argparse.Namespace"]
+        if not asked:
+            raise InputError(f"--pretrained {path}: is damaged, or no file of weights ({str(error).splitlines()[0][:120]})") from error
+        raise InputError(f"--pretrained {path}: holds more than tensors ({listed(asked, 3)}) and was not executed; save its state_dict() alone") from error
+    except Exception as error:  # torch raises many kinds for damaged files
+        raise InputError(f"--pretrained {path}: not safetensors, nor a state dict that loads without executing code ({type(error).__name__})") from error
+    while isinstance(state, dict) and (inner := next((state[w] for w in WRAPPERS if isinstance(state.get(w), dict)), None)) is not None:
+        state = inner
+    tensors = {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, torch.Tensor)} if isinstance(state, dict) else {}
+    if not tensors:
+        what = f"a dict of {listed(state, 5)}" if isinstance(state, dict) else type(state).__name__
+        raise InputError(f"--pretrained {path}: holds no state dict ({what}); save the model's state_dict()")
+    return tensors
 
 
 def _head_names(net: nn.Module) -> list[str]:

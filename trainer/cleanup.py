@@ -51,13 +51,15 @@ def plain(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def components(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """8-connected components by union-find: labels int64 [B,S,S], 0 outside, and the area in pixels of each label, int64 [B,N+1]."""
+    """8-connected components by union-find: labels int64 [B,S,S], 0 outside, and the area in pixels of each label, int64 [B,N] (0 beyond them)."""
     labels = connected_components_union_find(masks[:, None].float())[:, 0].long()
-    # Labels are 1-based numbers of 2x2 blocks, counted through the images: each image has its own range of them.
-    blocks = -(-masks.shape[1] // 2) * -(-masks.shape[2] // 2)
-    first = blocks * torch.arange(len(masks), device=masks.device)[:, None, None]
-    labels = torch.where(masks, labels - first, 0)
-    area = torch.zeros(len(masks), blocks + 1, dtype=torch.int64, device=masks.device)
+    # Whatever numbers the labels are: those that occur, image by image, are counted from 1.
+    image = torch.arange(len(masks), device=masks.device)[:, None, None].expand_as(labels)
+    _, numbers = torch.unique(image[masks] * (labels.max() + 1) + labels[masks], return_inverse=True) if masks.any() else (None, labels[masks])
+    first = torch.full((len(masks),), numbers.numel(), device=masks.device).scatter_reduce_(0, image[masks], numbers, "amin")
+    labels = torch.zeros_like(labels).masked_scatter_(masks, 1 + numbers - first[image[masks]])
+    area = torch.zeros(len(masks), int(labels.max()) + 1 if labels.numel() else 1, dtype=torch.int64, device=masks.device)
+    area = torch.nn.functional.pad(area, (0, 2))  # `two_largest` takes two
     area.scatter_add_(1, labels.flatten(1), torch.ones_like(labels.flatten(1)))
     area[:, 0] = 0
     return labels, area

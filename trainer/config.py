@@ -1,12 +1,14 @@
 """Configuration: one dataclass per section, which become the command line, the YAML, the help and the errors.
 
 ``--config FILE`` is applied before all other flags, wherever it stands. Precision is the launcher's
-(`accelerate_config.yaml`, `accelerate launch --mixed_precision ...`) and is not configured here.
+(`accelerate_config.yaml`, `accelerate launch --mixed_precision ...`) and is not configured here. Neither torch nor kornia is imported, so
+that what is wrong with a command is said at once.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import os
 import re
 import sys
 from dataclasses import dataclass, field
@@ -17,15 +19,14 @@ import jsonargparse
 import yaml
 
 from shards.errors import InputError, nearest, read_yaml
-from trainer.augment import Strength
-from trainer.context import Swap
-from trainer.paint import Painting
 from trainer.rules import task_findings
 
 Form = Literal["published", "coverage", "energy", "lift"]
 Policy = Literal["fixed", "published", "ratio", "balanced", "constrained"]
+CLAMPED = ("ratio", "balanced", "constrained")  # policies of lambda that have bounds
 SWAPPED = 0.75  # share of the images whose surroundings are swapped where attention is trained
 T = TypeVar("T")
+RECIPES = Path(__file__).parents[1] / "launch" / "recipes"
 
 
 @dataclass
@@ -75,11 +76,69 @@ class OptimConfig:
     schedule: Literal["plateau", "cosine"] = "plateau"
     """plateau: times 0.1 after 10 epochs without a better validation loss, down to 1e-10; cosine: to 0 over the run."""
     warmup: int = 0
-    """Steps of linear warm-up, for cosine."""
+    """Steps of linear warm-up, for cosine; a resume counts them in the images that they had."""
     watch: Literal["classification", "weighted"] = "classification"
     """What plateau watches: validation cross-entropy, or (published) lambda-weighted with attention."""
     clip: float = 1.0
     """Largest norm of the gradient; 0: no clipping, as published."""
+
+
+@dataclass(frozen=True)
+class Swap:
+    """Context swap."""
+
+    probability: float | None = None
+    """Share of the images whose surroundings come from another image of the batch; empty: 0.75 with attention, 0 without."""
+    dilate: float = 0.05
+    """How far the kept box reaches beyond the lung box, in shares of its sides."""
+    feather: float = 0.04
+    """Width of the seam, in shares of the image's side."""
+
+
+@dataclass(frozen=True)
+class Strength:
+    """How far each part of the transform may go; 0 leaves it out."""
+
+    rotate: float = 0.0
+    """Degrees to either side."""
+    scale: float = 0.0
+    """Relative change of size, 0.1 for 0.9 to 1.1 times."""
+    shift: float = 0.0
+    """Share of the image's side."""
+    flip: float = 0.0
+    """Probability of a left-right flip. A flipped chest has its heart on the wrong side."""
+    contrast: float = 0.0
+    """Relative change of contrast about the mean."""
+    brightness: float = 0.0
+    """Absolute change of brightness, in units of the full range."""
+    gamma: float = 0.0
+    """Exponent from 1 / (1 + gamma) to 1 + gamma."""
+    noise: float = 0.0
+    """Largest standard deviation of Gaussian noise, in units of the full range."""
+    invert: float = 0.0
+    """Probability of black for white."""
+
+
+@dataclass(frozen=True)
+class Painting:
+    """How often each thing is painted: probabilities in [0, 1]; 0 leaves it out."""
+
+    opacity: float = 0.0
+    """Effusion with a meniscus, half and whole white-outs, consolidations, haze: one or two of them, at any strength."""
+    gas: float = 0.0
+    """Air where there is no lung: under the diaphragm, in the stomach, in the bowel, in the neck."""
+    collapse: float = 0.0
+    """Air without vessels in a part of a lung, darker than lung."""
+    devices: float = 0.0
+    """Tubes, leads, clips and boxes of metal, and letters."""
+    tone: float = 0.0
+    """Another tone curve, uneven exposure, another sharpness."""
+    warp: float = 0.0
+    """A smooth bend of image and mask, and another aspect."""
+    frame: float = 0.0
+    """A collimator's border around the lungs, black or white."""
+    negative: float = 0.0
+    """An image that is no frontal chest, with an empty mask: turned, a part, from the side, another limb, nothing."""
 
 
 @dataclass
@@ -105,7 +164,7 @@ class Config:
     backbone: str = "pvt"
     """pvt, vgg, resnet (the published ones) or any timm model."""
     pretrained: str = "true"
-    """true: ImageNet weights from the hub; false: none; or a file, safetensors or a state dict."""
+    """true: ImageNet weights from the hub; false: none; or a file (safetensors or a state dict), or a run folder of this trainer."""
     size: int = 224
     """Pixels of a side of the classifier's input."""
     batch: int = 32
@@ -188,6 +247,28 @@ class Config:
             found.append(f"--attention.annotated {self.attention.annotated}: no lesion boxes are used with --attention.region anatomy; take annotation or both")
         if self.best == "last" and self.patience != Config.patience:
             found.append(f"--patience {self.patience}: with --best last no epoch is better than another, so none is waited for; leave one of the two out")
+        return found
+
+    def unused(self) -> list[str]:
+        """Settings without effect that a recipe may well bring along: they are told, not refused."""
+        b, o, found = self.balance, self.optim, []
+        for name, policies in (("low", CLAMPED), ("high", CLAMPED), ("epsilon", ("constrained",))):
+            if b.policy not in policies and getattr(b, name) != getattr(BalanceConfig, name):
+                found.append(f"--balance.{name} {getattr(b, name)} is of the policies {', '.join(policies)}")
+        if o.schedule != "cosine" and o.warmup != OptimConfig.warmup:
+            found.append(f"--optim.warmup {o.warmup} is of --optim.schedule cosine")
+        if o.schedule != "plateau" and o.watch != OptimConfig.watch:
+            found.append(f"--optim.watch {o.watch} is of --optim.schedule plateau")
+        if self.plain:
+            for name in ("form", "mode"):
+                if getattr(self.attention, name) != getattr(AttentionConfig, name):
+                    found.append(f"--attention.{name} {getattr(self.attention, name)} trains nothing with lambda 1 throughout")
+        if self.swap_probability == 0:
+            found += [
+                f"--swap.{n} {getattr(self.swap, n)} is of the context swap, which is off"
+                for n in ("dilate", "feather")
+                if getattr(self.swap, n) != getattr(Swap, n)
+            ]
         return found
 
     @property
@@ -291,7 +372,7 @@ def parse(kind: type[T], argv: list[str] | None = None, *, prog: str = "") -> T:
         name = token.partition("=")[0]
         if name.startswith("--") and name not in flags:
             raise InputError(f"unknown flag {name}; {nearest(name, flags)}")
-    settings = [yaml.safe_dump(_read_yaml(kind, Path(file))) for file in files]
+    settings = [yaml.safe_dump(_read_yaml(kind, recipe(file))) for file in files]
     namespace = parser.parse_args([part for text in settings for part in ("--config", text)] + argv)
     config = kind(**_sections(kind, namespace))
     problems = config.problems()  # type: ignore[attr-defined]
@@ -313,6 +394,20 @@ def resumed(argv: list[str] | None, prog: str) -> list[str]:
                 raise InputError(f"--resume: {seen.out} holds no run (no config.yaml); start it without --resume")
             argv = ["--config", str(seen.out / "config.yaml"), *argv]
     return argv
+
+
+def resolve(argv: list[str] | None) -> Config:
+    """The configuration of trainer.train; with --resume, that of the run folder with the flags given now on top."""
+    config = parse(Config, resumed(argv, "trainer.train"), prog="trainer.train")
+    if not config.resume and (idle := config.idle()):
+        raise InputError("; ".join(idle))
+    # A run may be resumed from another working folder.
+    config.shards = config.shards if "://" in config.shards else os.path.abspath(config.shards)
+    config.lungs.weights = config.lungs.weights and os.path.abspath(config.lungs.weights)
+    for name in ("pretrained", "findings"):
+        value = getattr(config, name)
+        setattr(config, name, os.path.abspath(value) if os.path.exists(value) else value)
+    return config
 
 
 def _sections(kind: type, namespace: Any) -> dict[str, Any]:
@@ -364,6 +459,17 @@ def _bare_switches(kind: type, argv: list[str]) -> list[str]:
         if token in switches and (i + 1 == len(argv) or argv[i + 1].startswith("--")):
             done.append("true")
     return done
+
+
+def recipe(name: str) -> Path:
+    """A file of settings, or a ready-made recipe by its name alone, such as ``published``."""
+    path = Path(name)
+    if path.exists() or "/" in name or path.suffix:
+        return path
+    known = {found.stem: found for found in sorted(RECIPES.glob("*.yaml"))}
+    if name not in known:
+        raise InputError(f"--config {name}: no such file, and no ready-made recipe; {nearest(name, known)}")
+    return known[name]
 
 
 def _read_yaml(kind: type, path: Path) -> dict[str, Any]:

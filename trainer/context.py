@@ -7,25 +7,14 @@ foreground is the lung box that the trainer knows anyway, or for an annotated im
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
+from trainer.config import Swap
+
 ALIKE = 0.2  # share of its sides by which the edges of a lung box may differ from another's, for a lesion to be in its place there too
-
-
-@dataclass(frozen=True)
-class Swap:
-    """Context swap."""
-
-    probability: float | None = None
-    """Share of the images whose surroundings come from another image of the batch; empty: 0.75 with attention, 0 without."""
-    dilate: float = 0.05
-    """How far the kept box reaches beyond the lung box, in shares of its sides."""
-    feather: float = 0.04
-    """Width of the seam, in shares of the image's side."""
 
 
 class Swapped(NamedTuple):

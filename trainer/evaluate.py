@@ -4,10 +4,11 @@ Legend: N images of a split, K classes, S pixels of a side.
 """
 
 import json
+import math
 import os
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,33 +16,38 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from shards.errors import InputError, run
+from shards.errors import InputError, read_json, run
 from shards.sample import SPLITS
 from shards.store import open_store
 from shards.stream import EpochPlan, Split
 from trainer import __version__
 from trainer.annotations import chosen, lesion_regions
-from trainer.augment import resize
-from trainer.checkpoint import readable
+from trainer.checkpoint import save_weights
 from trainer.classifier import FocusClassifier, evaluating, normalize_cam
 from trainer.config import Config, from_yaml, parse
-from trainer.launching import Accelerator, start
+from trainer.launching import Accelerator, close, set_threads, start, told_everywhere
+from trainer.look import Located
+from trainer.look import look as look_at
 from trainer.losses import attention_term
 from trainer.lungs import LungBoxes, LungSegmenter, load_segmenter
 from trainer.metrics import (
     LOCALIZATION,
     THRESHOLDS,
+    at_threshold,
     auc_interval,
     best_threshold,
+    binary_report,
     classification_report,
     localize,
+    measured,
     multiclass_auc,
     rank_correlation,
     summarize,
     wilson,
+    without_dead,
 )
 from trainer.probe import blurred, probed, random_twin
 from trainer.regions import finding_regions, placed
@@ -72,11 +78,22 @@ class Outcome:
 
     def thresholds(self) -> dict[str, int | None]:
         """For each kind which of `metrics.THRESHOLDS` gives the best mean IoU here."""
-        return {kind: best_threshold(table[~table[:, 0].isnan()]) for kind, table in self.tables().items()}
+        return {kind: best_threshold(table[measured(table)]) for kind, table in self.tables().items()}
 
-    def report(self, findings: tuple[str, ...], *, intervals: bool = False, chosen: dict[str, int | None] | None = None) -> dict[str, Any]:
-        """Classification and localization figures; ``chosen``: thresholds of the IoU, from validation."""
+    def operating_point(self) -> float | None:
+        """The probability from which on a task with two classes says class 1, by Youden's index on these images; None of other tasks."""
+        if self.logits.shape[1] != 2:
+            return None
+        threshold = binary_report(self.logits, self.labels)["best_threshold"]
+        return threshold if math.isfinite(threshold) else None
+
+    def report(
+        self, findings: tuple[str, ...], *, intervals: bool = False, chosen: dict[str, int | None] | None = None, threshold: float | None = None
+    ) -> dict[str, Any]:
+        """Classification and localization figures; from validation ``chosen``, thresholds of the IoU, and ``threshold``, of the probability."""
         figures = classification_report(self.logits, self.labels)
+        if threshold is not None:
+            figures["at_threshold"] = at_threshold(self.logits, self.labels, threshold)
         if intervals:
             figures |= {"accuracy_95": wilson(figures["accuracy"], len(self.labels)), "auc_95": auc_interval(self.logits, self.labels)}
         figures["localization"] = {}
@@ -84,7 +101,7 @@ class Outcome:
             at = (chosen or {}).get(kind)
             names = LOCALIZATION if at is None else (*LOCALIZATION, "iou")
             columns = list(range(len(LOCALIZATION))) + ([] if at is None else [len(LOCALIZATION) + at])
-            known = ~table[:, 0].isnan()
+            known = measured(table)
             each = {name: summarize(table[known & (self.labels == k)][:, columns], names) for k, name in enumerate(findings)}
             figures["localization"][kind] = {"all": summarize(table[known][:, columns], names)} | {n: f for n, f in each.items() if f}
             if at is not None and known.any():
@@ -116,54 +133,63 @@ def evaluate(
         twin: another model, in eval mode, on the same images, whose CAMs are compared with this one's.
     """
     device, size, findings = accelerator.device, config.size, split.classes
-    classes, columns = len(findings), len(LOCALIZATION) + len(THRESHOLDS)
-    table = torch.zeros(len(split), classes + 1 + 2 * (columns + 1) + 4, dtype=torch.float64)
+    columns = len(LOCALIZATION) + len(THRESHOLDS)
+    # What is measured of an image, in the columns of one table: figures, and for each whether there are any.
+    widths = {"logits": len(findings), "count": 1, "expected": columns, "lesion": columns, "similarity": 1, "term": 1}
+    table = torch.zeros(len(split), sum(widths.values()) + 4, dtype=torch.float64)
     plan = EpochPlan(split.shard_sizes(), shuffle=False)
     rank, world = accelerator.process_index, accelerator.num_processes
     training = model.training
     model.eval()
-    for batch in split.batches(plan, 0, 0, batch=config.batch, rank=rank, world=world, workers=config.workers):
-        raw, labels = batch.image.to(device), batch.label.to(device)
-        images = resize(raw, size)
+    looks = look and model.has_map
+
+    def change(located: Located) -> torch.Tensor:
+        """The images, blurred in or outside the regions of findings of the task."""
+        assert located.boxes is not None
+        region = finding_regions(located.boxes, probed(names, batch.index, findings, rules), size, rules)
+        return blurred(located.images, region if blur == "inside" else ~region)
+
+    for batch in split.batches(plan, 0, 0, batch=config.batch, rank=rank, world=world, workers=config.workers, pinned=device.type == "cuda"):
+        raw, labels = batch.image.to(device, non_blocking=True), batch.label.to(device, non_blocking=True)
         names = [findings[k] for k in batch.label.tolist()]
-        none = torch.zeros(len(images), size, size, dtype=torch.bool, device=device)
-        with accelerator.autocast():
-            # The boxes come first: the lungs of an image are found once, with or without a finding.
-            boxes = lungs(raw, batch.index) if lungs and (look or blur) else None
-            if blur and boxes is not None:
-                region = finding_regions(boxes, probed(names, batch.index, findings, rules), size, rules)
-                images = blurred(images, region if blur == "inside" else ~region)
-            expected = finding_regions(boxes, names, size, rules) if boxes is not None else none
-            logits, cam = model(images, labels, cam=look)
-            measured = [logits.double(), torch.ones(len(images), 1, device=device)]
-            if look:
-                assert cam is not None
-                shown = normalize_cam(cam, size)
-                lesions = lesion_regions(split, batch.index, raw.shape[-2:], size).to(device)
-                for region in (expected, lesions):
-                    known = placed(region)[:, None]
-                    measured += [localize(shown, region, config.attention.threshold) * known, known]
-                if twin is not None:
-                    other = twin(images, labels, cam=True).cam
-                    assert other is not None
-                    similarity = rank_correlation(_grays(cam), _grays(other))
-                else:
-                    similarity = torch.zeros(len(images), device=device)
-                measured += [similarity[:, None], torch.full((len(images), 1), float(twin is not None), device=device)]
-                if config.attention.form == "published":  # its term follows the predicted class
-                    cam = model(images, None, cam=True).cam
-                    assert cam is not None
-                region = chosen(expected, lesions, config.attention.region)
-                term, known = attention_term(normalize_cam(cam, size), region, config.attention.threshold, config.attention.form), placed(region)
-                measured += [(term * known)[:, None], known[:, None]]
-            rows = torch.cat([m.double().cpu() for m in measured], 1)
-        table[batch.index, : rows.shape[1]] += rows * batch.weight[:, None]
+        lungs_of = lungs if looks or blur else None
+        changed = change if blur and lungs_of is not None else None
+        seen = look_at(accelerator, model, raw, batch.index, labels, names, lungs_of, rules, size, cam=looks, change=changed)
+        # Each part of the table, and whether the image has it.
+        parts = {"logits": seen.logits, "count": torch.ones(len(raw), 1, device=device)}
+        known = {}
+        if looks:
+            assert seen.cam is not None
+            assert seen.raw_cam is not None
+            lesions = lesion_regions(split, batch.index, raw.shape[-2:], size).to(device)
+            for kind, region in (("expected", seen.region), ("lesion", lesions)):
+                parts[kind] = without_dead(localize(seen.cam, region, config.attention.threshold), seen.cam)
+                known[kind] = placed(region)
+            if twin is not None:
+                with accelerator.autocast():
+                    other = twin(seen.images, labels, cam=True).cam
+                assert other is not None
+                parts["similarity"] = rank_correlation(_grays(seen.raw_cam), _grays(other))[:, None]
+                known["similarity"] = torch.ones(len(raw), dtype=torch.bool, device=device)
+            cam = seen.cam
+            if config.attention.form == "published":  # its term follows the predicted class
+                with accelerator.autocast():
+                    predicted = model(seen.images, None, cam=True).cam
+                assert predicted is not None
+                cam = normalize_cam(predicted, size)
+            region = chosen(seen.region, lesions, config.attention.region)
+            parts["term"] = attention_term(cam, region, config.attention.threshold, config.attention.form)[:, None]
+            known["term"] = placed(region)
+        row = [parts[name].float() if name in parts else torch.zeros(len(raw), width, device=device) for name, width in widths.items()]
+        row += [known[name][:, None].float() if name in known else torch.zeros(len(raw), 1, device=device) for name in list(widths)[2:]]
+        table[batch.index] += torch.where(batch.weight[:, None] > 0, torch.cat(row, 1).cpu().double(), 0.0)
     model.train(training)
-    table = accelerator.reduce(table.to(device) if device.type != "mps" else table, "sum").cpu()
-    assert (table[:, classes] == 1).all(), "every image is evaluated exactly once"
-    logits, _, *parts = table.split([classes, 1, columns, 1, columns, 1, 1, 1, 1, 1], 1)
-    expected, lesion, similarity, term = (torch.where(known > 0, value, torch.nan) for value, known in zip(parts[::2], parts[1::2], strict=True))
-    return Outcome(logits.float(), torch.from_numpy(split.labels.astype(np.int64)), term[:, 0], expected, lesion, similarity[:, 0])
+    table = accelerator.reduce(table.to(device), "sum").cpu()
+    columns_of = dict(zip([*widths, *(f"has {name}" for name in list(widths)[2:])], table.split([*widths.values(), 1, 1, 1, 1], 1), strict=True))
+    assert (columns_of["count"] == 1).all(), "every image is evaluated exactly once"
+    expected, lesion, similarity, term = (torch.where(columns_of[f"has {name}"] > 0, columns_of[name], torch.nan) for name in list(widths)[2:])
+    labels_of = torch.from_numpy(split.labels.astype(np.int64))
+    return Outcome(columns_of["logits"].float(), labels_of, term[:, 0], expected, lesion, similarity[:, 0])
 
 
 def _grays(cam: torch.Tensor) -> torch.Tensor:
@@ -172,20 +198,24 @@ def _grays(cam: torch.Tensor) -> torch.Tensor:
     return (normalize_cam(F.adaptive_avg_pool2d(cam, side), side) * 255).round()
 
 
-def save_model(path: Path, model: FocusClassifier, config: Config, stored_size: int, epoch: int) -> None:
-    """Weights with all that is needed to use them; whole or not there."""
+def save_model(path: Path, model: FocusClassifier, config: Config, stored: Mapping[str, Any], epoch: int, precision: str) -> None:
+    """Weights with all that is needed to use them; whole or not there.
+
+    Args:
+        stored: how the training images were packed: size in pixels, and where they are known aspect and scales.
+        precision: of the training.
+    """
     metadata = {
         "backbone": config.backbone,
         "findings": json.dumps(task_findings(config.task)),
         "layer": config.attention.layer,
         "size": str(config.size),
-        "stored_size": str(stored_size),
+        "stored_size": str(stored["size"]),
+        "stored": json.dumps(dict(stored)),
         "epoch": str(epoch),
+        "precision": precision,
     }
-    partial = path.with_name(f".{path.name}.partial")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}, partial, metadata=metadata)
-    readable(partial)
-    partial.replace(path)
+    save_weights(path, model.state_dict(), metadata)
 
 
 @dataclass
@@ -197,6 +227,11 @@ class Run:
     segmenter: LungSegmenter | None
     findings: dict[str, Finding]
     metadata: dict[str, str]
+
+    @property
+    def precision(self) -> str:
+        """What it was trained in; empty where that was not written down."""
+        return self.metadata.get("precision", "")
 
 
 def open_run(path: Path) -> Run:
@@ -211,7 +246,8 @@ def open_run(path: Path) -> Run:
     try:
         with safe_open(path / MODEL, "pt") as file:
             metadata: dict[str, str] = file.metadata() or {}
-        model = FocusClassifier(config.backbone, len(task_findings(config.task)), size=config.size, pretrained="false", layer=config.attention.layer)
+        options: dict[str, Any] = {"size": config.size, "pretrained": "false", "layer": config.attention.layer, "needs_map": False}
+        model = FocusClassifier(config.backbone, len(task_findings(config.task)), **options)
         model.load_state_dict(load_file(path / MODEL))
     except (SafetensorError, OSError, RuntimeError) as error:
         why = " ".join(str(error).split())[:200]
@@ -241,34 +277,47 @@ def finish(
     lungs: dict[str, LungBoxes],
     training: dict[str, Any],
     out: Path,
-    thresholds: dict[str, int | None] | None = None,
+    known: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Evaluate val and test, probe the model, and write the run's reports. Returns the content of report.json.
 
-    ``thresholds`` of the IoU, as the run's own validation images chose them, are used where there is no val.
+    ``known``: what a report.json of the run says already. What is not measured now stays as it is there, and where there is no val,
+    thresholds are those that the run's own validation images chose.
+
+    InputError: the report could not be written; the run is as it was.
     """
     from trainer import report  # matplotlib and its fonts, only where something is drawn
 
-    classes, rules = task_findings(config.task), rules_of(findings)
+    classes, rules, known = task_findings(config.task), rules_of(findings), dict(known or {})
     outcomes: dict[str, Outcome] = {n: evaluate(accelerator, model, splits[n], lungs.get(n), config, rules) for n in ("val", "test") if n in splits}
-    content: dict[str, Any] = {"findings": classes, "dataset": next(iter(splits.values())).dataset, "training": training}
-    content["images"] = {name: split.fingerprint for name, split in splits.items()}
-    content["regions"] = to_yaml(findings)
-    content["written"] = f"cxr-focus {__version__}, {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}"
     for name in outcomes:
         if name in lungs:
             lungs[name].share(accelerator)
     lost = {name: boxes.memory.not_found().tolist() for name, boxes in lungs.items()}
-    content["lungs_not_found"] = {name: [splits[name].key(p) for p in positions] for name, positions in lost.items()}
-    thresholds = outcomes["val"].thresholds() if "val" in outcomes else thresholds
-    content["iou_threshold"] = thresholds
-    content |= {name: outcome.report(classes, intervals=True, chosen=thresholds) for name, outcome in outcomes.items()} | {"config": asdict(config)}
+    content: dict[str, Any] = {"findings": classes, "dataset": next(iter(splits.values())).dataset, "training": training}
+    content["images"] = known.get("images", {}) | {name: split.fingerprint for name, split in splits.items()}
+    content["regions"] = to_yaml(findings)
+    content["written"] = f"cxr-focus {__version__}, {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}"
+    without = {name: [splits[name].key(p) for p in positions] for name, positions in lost.items()}
+    content["lungs_not_found"] = known.get("lungs_not_found", {}) | without
+    thresholds = outcomes["val"].thresholds() if "val" in outcomes else known.get("iou_threshold")
+    point = outcomes["val"].operating_point() if "val" in outcomes else known.get("threshold")
+    content["iou_threshold"], content["threshold"] = thresholds, point
+    content |= {split: known[split] for split in ("val", "test") if split in known and split not in outcomes}
+    content |= {name: outcome.report(classes, intervals=True, chosen=thresholds, threshold=point) for name, outcome in outcomes.items()}
+    content["config"] = known.get("config") or asdict(config)
     shown = "test" if "test" in splits else "val"
     content[shown]["probe"] = probe(accelerator, model, outcomes[shown], splits[shown], lungs.get(shown), config, rules)
+    problem = ""
     if accelerator.is_main_process:
-        tiles = report.tiles(accelerator, model, splits[shown], lungs.get(shown), config, rules)
-        report.write_run(out, config, content, outcomes, tiles, splits, report.whole(splits, lost))
-    accelerator.wait_for_everyone()
+        try:
+            tiles = report.tiles(accelerator, model, splits[shown], lungs.get(shown), config, rules)
+            report.write_run(out, config, content, outcomes, tiles, splits, report.whole(splits, lost))
+        except Exception as error:  # a picture or a name that cannot be made costs the report, not the run, and nobody waits for it
+            problem = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+    problem = told_everywhere(accelerator, problem)
+    if problem:
+        raise InputError(f"{out}: the report could not be written ({problem}). The model is there: `python -m trainer.evaluate --run RUN` tries again")
     return content
 
 
@@ -281,7 +330,7 @@ def probe(
     a model that reads the region loses by the second alone. random: the CAMs of the same network with random weights (Adebayo et al.,
     "Sanity checks for saliency maps", NeurIPS 2018): their energy and lift, and the rank correlation of its maps with the model's.
     """
-    if lungs is None or seen.expected[:, 0].isnan().all():
+    if lungs is None or not measured(seen.expected).any():
         return None
     found: dict[str, Any] = {"auc": multiclass_auc(seen.logits, seen.labels)}
     for where in ("outside", "inside"):
@@ -292,7 +341,7 @@ def probe(
     with evaluating(model):
         chance = evaluate(accelerator, twin, split, lungs, config, rules, twin=model)
     # A map that is zero everywhere, which some networks have before they are trained, is no map to compare with: nothing is in the region.
-    known = chance.expected[:, 0] > 0
+    known = chance.expected[:, 0] > 0  # NaN is not
     figures = summarize(chance.expected[known][:, : len(LOCALIZATION)])
     similarity = summarize(chance.similarity[known][:, None], ("similarity",))
     names = ("images", "energy", "energy_95", "lift", "lift_95", "similarity", "similarity_95")
@@ -335,10 +384,27 @@ def refuse_to_overwrite(out: Path, path: Path, splits: Mapping[str, Split]) -> N
     """InputError where ``out`` is another run, or holds the evaluation of other images."""
     if (out / "config.yaml").is_file() and out.resolve() != path.resolve():
         raise InputError(f"--out {out}: is another run's folder, whose report would be overwritten; name another folder")
-    if (out / "report.json").is_file():
-        other = json.loads((out / "report.json").read_text()).get("images", {})
-        if any(other.get(name, split.fingerprint) != split.fingerprint for name, split in splits.items()):
-            raise InputError(f"--out {out}: holds the report of other images; name another folder for this one")
+    other = read_report(out).get("images", {})
+    if any(other.get(name, split.fingerprint) != split.fingerprint for name, split in splits.items()):
+        raise InputError(f"--out {out}: holds the report of other images; name another folder for this one")
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """The content of a folder's report.json; nothing where there is none. InputError: it is damaged."""
+    path = folder / "report.json"
+    if not path.is_file():
+        return {}
+    content = read_json(path, f"{path}")
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: is not a report; remove it, and the run writes it again")
+    return content
+
+
+def folder_of(run_folder: Path, dataset: str) -> Path:
+    """Where the evaluation of other shards goes; a dataset's name cannot lead out of the run folder."""
+    from trainer.report import file_name
+
+    return run_folder / file_name(f"evaluate_{dataset}")
 
 
 @dataclass
@@ -365,37 +431,42 @@ def main(argv: list[str] | None = None) -> None:
     """Evaluate, write the reports, print where they are."""
     options = parse(EvaluateConfig, argv, prog="trainer.evaluate")
     path, store = Path(options.run), open_store(options.shards)
+    set_threads()
     opened = open_run(path)
     config, model, segmenter = opened.config, opened.model, opened.segmenter
-    accelerator = start(config.seed)
+    accelerator = start(config.seed, opened.precision)
     index = store.index()
     splits = {name: Split(store, name, task_findings(config.task), among=among(opened.findings)) for name in SPLITS[1:] if name in index["splits"]}
     if not splits:
         raise InputError(f"--shards {store.name}: has neither val nor test; pack one")
 
     own = os.path.realpath(options.shards) == os.path.realpath(config.shards) or options.shards.rstrip("/") == config.shards.rstrip("/")
-    out = Path(options.out) if options.out else path if own else path / f"evaluate_{index['dataset']}"
+    old = read_report(path)
+    # The run's own shards, if they are still those that it was trained on.
+    own = own and all(old.get("images", {}).get(name, split.fingerprint) == split.fingerprint for name, split in splits.items())
+    out = Path(options.out) if options.out else path if own else folder_of(path, index["dataset"])
     if not own:
         refuse_to_overwrite(out, path, splits)
     out.mkdir(parents=True, exist_ok=True)
-    old = json.loads((path / "report.json").read_text()) if (path / "report.json").is_file() else {}
     training = old.get("training", {"unfinished": True, "best_epoch": int(opened.metadata["epoch"]) + 1})
     if training.get("unfinished") and accelerator.is_main_process:
         print(f"{path} has not finished: these are figures of its best model so far, of epoch {training['best_epoch']}")
     if not own and accelerator.is_main_process:
         tell_overlap(config, old.get("images", {}).get("train"), opened.findings, splits)
-    config.batch, config.workers = options.batch, options.workers
+    asked = replace(config, batch=options.batch, workers=options.workers)
     model.to(accelerator.device)
     lungs = {}
-    if segmenter is not None:
+    if segmenter is not None and model.has_map:
         segmenter.to(accelerator.device)
         lungs = {n: LungBoxes(segmenter, config.size, len(s), s.fingerprint) for n, s in splits.items()}
-    content = finish(accelerator, model, config, opened.findings, splits, lungs, training, out, old.get("iou_threshold"))
+    known: dict[str, Any] = old if own else {name: old[name] for name in ("iou_threshold", "threshold", "config") if name in old}
+    content = finish(accelerator, model, asked, opened.findings, splits, lungs, training, out, known)
     if accelerator.is_main_process:
         from trainer import report
 
         print(report.table({path.resolve().name: content}))
         print(f"wrote {out / 'report.html'}")
+    close(accelerator)
 
 
 if __name__ == "__main__":

@@ -1,30 +1,68 @@
 """Start Accelerate, and stop with the remedy where a launch would go wrong silently."""
 
 import os
+import socket
 import warnings
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast, broadcast_object_list, gather_object, set_seed
 
 from shards.errors import InputError
+from shards.pack import cores
 
 __all__ = ["Accelerator", "start"]
 
 ON_CPU = "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N --config_file accelerate_config.yaml -m ..."
+# What a launcher's configuration may ask for and this trainer does not do: the variable, the values that are fine, what to do.
+REFUSED = (
+    ("ACCELERATE_DYNAMO_BACKEND", ("", "no"), "torch.compile cannot take the second derivative that attention needs; launch without --dynamo_backend"),
+    ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", ("", "1"), "every loss would be divided once more; set it to 1 there, and accumulate with --accumulate"),
+    ("ACCELERATE_USE_FSDP", ("", "false", "0"), "FSDP shards the weights that the CAM is taken from; launch with --multi_gpu"),
+    ("ACCELERATE_USE_DEEPSPEED", ("", "false", "0"), "DeepSpeed takes over optimizer and loss; launch with --multi_gpu"),
+    ("ACCELERATE_USE_MEGATRON_LM", ("", "false", "0"), "Megatron-LM is for language models; launch with --multi_gpu"),
+    ("ACCELERATE_USE_PARALLELISM_CONFIG", ("", "false", "0"), "only data parallelism is supported; launch with --multi_gpu"),
+    ("ACCELERATE_MIXED_PRECISION", ("", "no", "bf16", "fp16"), "bf16, fp16 and no are supported; launch with --mixed_precision bf16"),
+)
 
 
-def start(seed: int, **options: Any) -> Accelerator:
+def start(seed: int, precision: str = "", **options: Any) -> Accelerator:
     """The accelerator of this process, seeded.
+
+    Args:
+        seed: of all random numbers.
+        precision: what to run in where no launcher says it; what a launcher says instead is told.
+        options: of Accelerator.
 
     Raises:
         InputError: the launcher started several processes that do not see each other, or one where several were asked for;
-            fp16 on a CPU.
+            settings of the launcher that this trainer does not do; fp16 on a CPU.
     """
     # Torch warns about our use of gloo tensors and of channels_last strides in DDP buckets; neither is a user's concern.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    for variable, fine, remedy in REFUSED:
+        value = os.environ.get(variable, "").strip().lower()
+        if value not in fine:
+            raise InputError(f"the launcher's settings ask for {variable}={os.environ[variable]}: {remedy}")
+    cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    if torch.backends.mps.is_available() and not cpu:
+        print("Apple's GPU is not used: it has no float64, in which losses are summed; this runs on the CPU")
+        options["cpu"] = True
+    said = os.environ.get("ACCELERATE_MIXED_PRECISION", "")
+    if precision and not said:
+        alone = precision == "fp16" and not torch.cuda.is_available()
+        options["mixed_precision"] = "no" if alone else precision
+        if alone:
+            print("the run's fp16 needs a GPU; figures are taken in float32 and may differ in the last digits")
     accelerator = Accelerator(**options)
+    if precision and said and said != precision:
+        accelerator.print(f"note: the run has the precision {precision}, the launcher says {said}: figures may differ in the last digits")
+    kind = str(accelerator.distributed_type).rpartition(".")[2]
+    if kind not in ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU", "MULTI_NPU", "MULTI_HPU", "MULTI_MLU", "MULTI_SDAA", "MULTI_MUSA"):
+        raise InputError(f"the launcher's settings ask for distributed_type {kind}, which is not supported; launch with --multi_gpu")
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise InputError(
@@ -43,3 +81,53 @@ def start(seed: int, **options: Any) -> Accelerator:
     set_seed(seed)
     torch.set_float32_matmul_precision("high")
     return accelerator
+
+
+def set_threads() -> None:
+    """As many threads as this process may use, where nobody said how many; several processes of a machine have a launcher that says it."""
+    if "OMP_NUM_THREADS" not in os.environ and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        torch.set_num_threads(cores())
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Random numbers of dropout and stochastic depth: others for each step and process, and the same again when a run is resumed."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]) >> 1)
+
+
+def share_buffers(model: torch.nn.Module) -> None:
+    """Give all processes the main one's BatchNorm statistics: each has kept its own since the last forward."""
+    for buffer in model.buffers():
+        broadcast(buffer)
+
+
+def seen_by_all(accelerator: Accelerator, out: Path) -> None:
+    """InputError on every process where one does not see the run folder of the main one: several machines need one file system."""
+    if accelerator.num_processes == 1:
+        return
+    mark = out / ".seen"
+    token = [os.urandom(16).hex()]
+    broadcast_object_list(token)
+    if accelerator.is_main_process:
+        mark.write_text(token[0])
+    accelerator.wait_for_everyone()
+    there = mark.is_file() and mark.read_text() == token[0]
+    blind = [name for name in gather_object([None if there else f"process {accelerator.process_index} on {socket.gethostname()}"]) if name]
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        mark.unlink(missing_ok=True)
+    if blind:
+        raise InputError(f"--out {out}: {', '.join(blind)} does not see the main process's folder; give all machines one file system and put --out there")
+
+
+def close(accelerator: Accelerator) -> None:
+    """End what the processes have in common, once, whoever began to."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def told_everywhere(accelerator: Accelerator, problem: str) -> str:
+    """What went wrong on the main process, known to all, so that none waits for it."""
+    told = [problem]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(told)
+    return told[0]

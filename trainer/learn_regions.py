@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from shards import atomic
 from shards.errors import CommandParser, InputError, command_line, listed
 from shards.pixels import fit, load_image
 from shards.sample import EFFUSION, NO_FINDING
-from trainer.checkpoint import write_atomic
-from trainer.context import Swap
+from trainer.config import Swap
 from trainer.lungs import load_segmenter
 from trainer.regions import finding_regions
 from trainer.report import BOX, LESION, REGION
@@ -105,7 +105,7 @@ def learn(a: argparse.Namespace) -> None:
     rule = Rule(tuple(dict.fromkeys(rectangles)))
     finding = Finding(rule, a.images, f"learned from one annotated radiograph ({a.image.name}), margin {a.margin:g}")
     before = out.read_text().rstrip("\n") + "\n" if out.is_file() else ""
-    write_atomic(out, before + to_yaml({a.finding: finding}))
+    atomic.write(out, before + to_yaml({a.finding: finding}))
     _drawn(pixels, box, {a.finding: finding}, [tuple(v * SIZE for v in b) for b in lesions]).savefig(picture, dpi=110)
     print(f"{a.finding}: {_words(rule)}")
     if not rule.inside(BEYOND):

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from scipy.ndimage import binary_erosion, distance_transform_edt
 from torchvision.ops import box_iou
 
+from shards import atomic
 from shards.stream import EpochPlan, Split
-from trainer.checkpoint import write_atomic
 from trainer.launching import Accelerator
 from trainer.lungs import LungSegmenter, lung_boxes
 from trainer.metrics import bootstrap
@@ -56,11 +56,11 @@ def measure(accelerator: Accelerator, segmenter: LungSegmenter, split: Split, *,
     table = torch.zeros(len(split), len(COLUMNS) + 1, device=accelerator.device)
     plan = EpochPlan(split.shard_sizes(), shuffle=False)
     rank, world = accelerator.process_index, accelerator.num_processes
-    for got in split.batches(plan, 0, 0, batch=batch, rank=rank, world=world, workers=workers):
+    for got in split.batches(plan, 0, 0, batch=batch, rank=rank, world=world, workers=workers, pinned=accelerator.device.type == "cuda"):
         assert got.mask is not None
-        truth = got.mask.to(accelerator.device)
+        truth = got.mask.to(accelerator.device, non_blocking=True)
         with accelerator.autocast():
-            found = segmenter(got.image.to(accelerator.device).float() / 255)
+            found = segmenter(got.image.to(accelerator.device, non_blocking=True).float() / 255)
         rows = torch.zeros(len(truth), len(COLUMNS) + 1, device=accelerator.device)
         rows[:, :8] = compare(found, truth)
         if surface:
@@ -134,7 +134,7 @@ def line(name: str, s: dict[str, Any]) -> str:
 def write(out: Path, content: dict[str, Any], sheet: Figure) -> None:
     """report.json, worst.png and report.html."""
     picture = png(sheet)
-    (out / "worst.png").write_bytes(picture)
+    atomic.write(out / "worst.png", picture)
     head = ["source", "images", "Dice", "IoU", "box IoU", "95% surface distance", *(f"{e} edge" for e in EDGES), "bottom within 4%", "no lungs"]
     table = html_table(head, [_row(name, s) for name, s in content["sources"].items()])
     page = f"""<!doctype html><html lang=en><meta charset=utf-8><title>Lung segmenter</title><style>{STYLE}</style>
@@ -143,8 +143,8 @@ def write(out: Path, content: dict[str, Any], sheet: Figure) -> None:
 side; an edge is found minus true, bias ± deviation: a negative bottom is a box that ends too high.</small></p>
 <h2>Worst boxes</h2><p>Found: blue; true: green. Dotted: no plausible pair of lungs, the whole image stands in.</p>
 <img alt="worst boxes" src="data:image/png;base64,{base64.b64encode(picture).decode()}">"""
-    write_atomic(out / "report.html", page)
-    write_atomic(out / "report.json", json.dumps(content, indent=1))
+    atomic.write(out / "report.html", page)
+    atomic.write(out / "report.json", json.dumps(content, indent=1))
 
 
 def _row(name: str, s: dict[str, Any]) -> list[str]:

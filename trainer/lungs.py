@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from shards.errors import InputError, listed, run
-from trainer.checkpoint import readable
+from shards.errors import InputError, listed, read_json, run
+from trainer.checkpoint import save_weights
 from trainer.cleanup import clean, ends
 
 PUBLISHED_CHANNELS, PUBLISHED_SIZE = (64, 128, 256, 512, 1024), 512
@@ -182,13 +181,10 @@ class LungSegmenter(nn.Module):
 
     def save(self, path: Path, *, half: bool = False) -> None:
         """Write a safetensors file that `load_segmenter` reads; ``half``: weights of convolutions in 16 bits."""
-        partial = path.with_name(f".{path.name}.partial")
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.unet.state_dict().items()}
         if half:
             tensors = {name: tensor.half() if tensor.ndim == 4 else tensor for name, tensor in tensors.items()}
-        save_file(tensors, partial, metadata={"lung_unet": json.dumps(self.settings)})
-        readable(partial)
-        partial.replace(path)
+        save_weights(path, tensors, {"lung_unet": json.dumps(self.settings)})
 
 
 def load_segmenter(path: str | Path | None = None) -> LungSegmenter:
@@ -232,7 +228,7 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     else:
         try:
             with safe_open(path, "pt") as file:
-                settings = json.loads((file.metadata() or {}).get("lung_unet", "{}"))
+                settings = read_json((file.metadata() or {}).get("lung_unet", "{}").encode(), f"--lungs.weights {path}")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         except (SafetensorError, OSError, ValueError) as error:
             raise InputError(f"--lungs.weights {path}: not a lung segmenter ({error})") from error
@@ -364,16 +360,22 @@ class LungBoxes:
             self.memory.table = table.cpu()
 
 
+USAGE = (
+    "usage: python -m trainer.lungs convert FILE OUT.safetensors [--half]: a state dict or the published unet_model.pt becomes "
+    "--lungs.weights OUT, with --half in 16 bits"
+)
+
+
 def main(argv: list[str] | None = None) -> None:
     """``convert FILE OUT [--half]``: weights from elsewhere, checked, as safetensors."""
     words = list(sys.argv[1:] if argv is None else argv)
     half = "--half" in words
     words = [word for word in words if word != "--half"]
+    if {"--help", "-h"} & set(words):
+        print(f"{USAGE}\n\n{main.__doc__}")
+        return
     if len(words) != 3 or words[0] != "convert" or any(word.startswith("--") for word in words):
-        raise InputError(
-            "usage: python -m trainer.lungs convert FILE OUT.safetensors [--half]: a state dict or the published unet_model.pt becomes "
-            "--lungs.weights OUT, with --half in 16 bits"
-        )
+        raise InputError(USAGE)
     out = Path(words[2])
     if out.exists():
         raise InputError(f"{out}: is there already; name another file")

@@ -51,6 +51,16 @@ def binary_report(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float
     }
 
 
+def at_threshold(logits: torch.Tensor, labels: torch.Tensor, threshold: float) -> dict[str, Any]:
+    """Sensitivity, specificity, ppv, npv, youden, accuracy of two classes where class 1 is predicted from a probability of ``threshold`` on."""
+    positive, truth = torch.softmax(logits.double(), 1)[:, 1] >= threshold, labels == 1
+    tp, fp = float((positive & truth).sum()), float((positive & ~truth).sum())
+    fn, tn = float((~positive & truth).sum()), float((~positive & ~truth).sum())
+    sensitivity, specificity = _ratio(tp, tp + fn), _ratio(tn, tn + fp)
+    figures = {"sensitivity": sensitivity, "specificity": specificity, "ppv": _ratio(tp, tp + fp), "npv": _ratio(tn, tn + fn)}
+    return {"threshold": threshold, **figures, "youden": sensitivity + specificity - 1, "accuracy": _ratio(tp + tn, len(labels))}
+
+
 def classification_report(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
     """Accuracy, AUC (macro one-vs-rest beyond two classes), macro averages, per class precision, recall, F1 and support.
 
@@ -143,19 +153,37 @@ def otsu(histogram: torch.Tensor) -> torch.Tensor:
 
 
 def summarize(rows: torch.Tensor, names: tuple[str, ...] = LOCALIZATION) -> dict[str, Any] | None:
-    """Mean and 95% interval of each column of [n,C]; None for n = 0.
+    """Mean and 95% interval of each column of [n,C] over its figures that are not NaN; None for n = 0.
 
-    The interval is Wilson's for pointing, a proportion (Wilson 1927), else the normal approximation of the mean.
+    The interval is Wilson's for pointing, a proportion (Wilson 1927), else the normal approximation of the mean, cut at what the figure
+    can be. ``without_map``: images whose CAM is zero everywhere, which have no energy.
     """
     if not len(rows):
         return None
-    rows = rows.double()
-    half = 1.96 * rows.std(0, correction=1 if len(rows) > 1 else 0) / math.sqrt(len(rows))
     figures: dict[str, Any] = {"images": len(rows)}
-    for name, mean, h in zip(names, rows.mean(0).tolist(), half.tolist(), strict=True):
+    for name, column in zip(names, rows.double().unbind(1), strict=True):
+        known = column[~column.isnan()]
+        mean = float(known.mean()) if len(known) else math.nan
+        half = 1.96 * float(known.std(correction=1 if len(known) > 1 else 0)) / math.sqrt(len(known)) if len(known) else math.nan
+        low = -1.0 if name in ("lift", "similarity") else 0.0
         figures[name] = mean
-        figures[f"{name}_95"] = wilson(mean, len(rows)) if name.startswith("pointing") else [mean - h, mean + h]
+        cut = [max(low, mean - half), min(1.0, mean + half)] if len(known) else [math.nan, math.nan]
+        figures[f"{name}_95"] = wilson(mean, len(known)) if name.startswith("pointing") and len(known) else cut
+        if name == "energy":
+            figures["without_map"] = len(rows) - len(known)
     return figures
+
+
+def without_dead(rows: torch.Tensor, cam: torch.Tensor) -> torch.Tensor:
+    """Rows [B,6 + 15] of `localize` in which a CAM [B,S,S] that is zero everywhere has neither energy nor lift (NaN): it lies nowhere."""
+    dead = (cam.flatten(1) == 0).all(1)
+    about_energy = torch.tensor([name in ("energy", "lift") for name in LOCALIZATION] + [False] * len(THRESHOLDS), device=rows.device)
+    return torch.where(dead[:, None] & about_energy, torch.nan, rows)
+
+
+def measured(rows: torch.Tensor) -> torch.Tensor:
+    """Which rows [n,6 + 15] of a table of `localize` have a ground truth: bool [n]. (Their energy may be unknown all the same.)"""
+    return ~rows[:, LOCALIZATION.index("pointing")].isnan()
 
 
 def best_threshold(rows: torch.Tensor) -> int | None:

@@ -17,29 +17,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from trainer.config import Painting
+
 NEGATIVES = {"turned": 0.2, "part": 0.2, "below": 0.1, "side": 0.25, "limb": 0.15, "blank": 0.1}  # how often each is drawn
-
-
-@dataclass(frozen=True)
-class Painting:
-    """How often each thing is painted: probabilities in [0, 1]; 0 leaves it out."""
-
-    opacity: float = 0.0
-    """Effusion with a meniscus, half and whole white-outs, consolidations, haze: one or two of them, at any strength."""
-    gas: float = 0.0
-    """Air where there is no lung: under the diaphragm, in the stomach, in the bowel, in the neck."""
-    collapse: float = 0.0
-    """Air without vessels in a part of a lung, darker than lung."""
-    devices: float = 0.0
-    """Tubes, leads, clips and boxes of metal, and letters."""
-    tone: float = 0.0
-    """Another tone curve, uneven exposure, another sharpness."""
-    warp: float = 0.0
-    """A smooth bend of image and mask, and another aspect."""
-    frame: float = 0.0
-    """A collimator's border around the lungs, black or white."""
-    negative: float = 0.0
-    """An image that is no frontal chest, with an empty mask: turned, a part, from the side, another limb, nothing."""
 
 
 @dataclass

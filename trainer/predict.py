@@ -1,7 +1,9 @@
 """python -m trainer.predict --run RUN IMAGE...: a JSON line and an overlay for each image file."""
 
+import glob
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,21 +11,23 @@ from typing import Any
 import numpy as np
 import torch
 
+from shards import atomic
 from shards.errors import InputError, listed, nearest, run
-from shards.pixels import fit, load_image
+from shards.pixels import IMAGE_SUFFIXES, Frame, fit, load_image
 from shards.sample import clean_key
-from trainer.augment import resize
-from trainer.classifier import normalize_cam
+from shards.sources import walk
 from trainer.config import parse, positionals
 from trainer.evaluate import open_run
-from trainer.launching import start
+from trainer.launching import set_threads, start
+from trainer.look import look
+from trainer.lungs import LungBoxes
 from trainer.regions import finding_regions, placed
 from trainer.rules import rules_of
 
 
 @dataclass
 class PredictConfig:
-    """Predict image files with a finished run. Usage: python -m trainer.predict --run RUN [--out DIR] IMAGE..."""
+    """Predict image files with a finished run. Usage: python -m trainer.predict --run RUN [--out DIR] IMAGE|FOLDER|PATTERN..."""
 
     run: str
     """Run folder of trainer.train."""
@@ -40,12 +44,12 @@ class PredictConfig:
 def main(argv: list[str] | None = None) -> None:
     """One JSON line on standard output for each image, in order; messages go to standard error.
 
-    ``lung_box`` is x0 y0 x1 y1 in pixels of the image file, ends exclusive; it and ``energy_in_region`` are null where no lungs were found.
+    ``lung_box`` is x0 y0 x1 y1 in pixels of the image file, ends exclusive; it and ``energy_in_region`` are null where no lungs were found,
+    the energy also where the CAM is zero everywhere.
     """
     flags, names = positionals(argv)
-    images = [Path(name) for name in names]
     options = parse(PredictConfig, flags, prog="trainer.predict")
-    if not images:
+    if not names:
         raise InputError("no images named: python -m trainer.predict --run RUN IMAGE...")
     opened = open_run(Path(options.run))
     config, model, segmenter, metadata, rules = opened.config, opened.model, opened.segmenter, opened.metadata, rules_of(opened.findings)
@@ -54,16 +58,15 @@ def main(argv: list[str] | None = None) -> None:
     findings, size = json.loads(metadata["findings"]), config.size
     if options.look_at and options.look_at not in findings:
         raise InputError(f"--look_at {options.look_at}: is no finding of the run; {nearest(options.look_at, findings)}")
-    folders = [path for path in images if path.is_dir()]
-    if folders:
-        raise InputError(f"{folders[0]}: is a folder; name image files, such as {folders[0]}/*.png")
-    missing = [path for path in images if not path.is_file()]
-    if missing:
-        raise InputError(f"no such image file: {listed(missing)}")
-    device = start(config.seed).device
+    images = named(names)
+    set_threads()
+    accelerator = start(config.seed, opened.precision)
+    device = accelerator.device
     model.to(device)
-    if segmenter is not None:
-        segmenter.to(device)
+    lungs = LungBoxes(segmenter.to(device), size, len(images), "") if segmenter is not None else None
+    stored = json.loads(metadata.get("stored", "{}")) or {"size": int(metadata["stored_size"])}
+    side, aspect = int(stored["size"]), str(stored.get("aspect", "stretch"))
+    scales = [(float(low), float(high)) for low, high in stored.get("scales", ())]
     out = Path(options.out) if options.out else Path(options.run) / "predictions"
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -74,57 +77,71 @@ def main(argv: list[str] | None = None) -> None:
 
     taken: set[str] = set()
     bad: list[str] = []
-    for path in images:
+    for number, path in enumerate(images):
         try:
-            image = load_image(path)
+            image = load_image(path, scales)
         except InputError as error:  # the others get their line all the same
             bad.append(str(error))
             continue
-        stored = torch.from_numpy(fit(image, int(metadata["stored_size"])).copy())[None, None].to(device)  # as packed for training
-        with torch.no_grad():
-            pixels = resize(stored, size)
-            chosen = torch.tensor([findings.index(options.look_at)], device=device) if options.look_at else None
-            logits, cam = model(pixels, chosen, cam=True)
-            assert cam is not None
-            cam = normalize_cam(cam, size)
-            probability = torch.softmax(logits[0].float(), 0).tolist()
-            box, found = segmenter.boxes(stored.float() / 255, size) if segmenter is not None else (None, None)
+        raw = torch.from_numpy(fit(image, side, aspect).copy())[None, None].to(device)  # as packed for training
+        index = torch.tensor([number])
+        wanted = torch.tensor([findings.index(options.look_at)], device=device) if options.look_at else None
+        seen = look(accelerator, model, raw, index, wanted, None, lungs, rules, size)
+        probability = torch.softmax(seen.logits[0].float(), 0).tolist()
         predicted = findings[int(np.argmax(probability))]
         shown = options.look_at or predicted
-        lungs = box if found else None
-        region = finding_regions(lungs, [shown], size, rules)[0].cpu() if lungs is not None else torch.zeros(size, size, dtype=torch.bool)
+        found = seen.found[0]
+        box = seen.boxes[0] if seen.boxes is not None and found else None
+        region = finding_regions(box[None], [shown], size, rules)[0].cpu() if box is not None else torch.zeros(size, size, dtype=torch.bool)
+        cam = seen.cam[0].float().cpu() if seen.cam is not None else torch.zeros(size, size)
         line: dict[str, Any] = {"image": str(path), "predicted": predicted}
         line["probability"] = {name: round(p, 6) for name, p in zip(findings, probability, strict=True)}
-        line["cam_of"] = shown
-        lost = segmenter is not None and lungs is None
-        if segmenter is not None:
+        line["cam_of"] = shown if seen.cam is not None else None
+        if lungs is not None:
             # In pixels of the file, so that it can be drawn on the original.
-            scale = [image.shape[1] / size, image.shape[0] / size] * 2
-            line["lung_box"] = [round(v * s) for v, s in zip(lungs[0].tolist(), scale, strict=True)] if lungs is not None else None
+            share = Frame.of(image.shape, side, aspect).share((box * (side / size)).tolist()) if box is not None else None
+            line["lung_box"] = [round(v * s) for v, s in zip(share, image.shape[::-1] * 2, strict=True)] if share is not None else None
             if shown in rules:
-                share = float((cam[0].cpu() * region).sum()) / max(float(cam.sum()), 1e-12)
-                line["energy_in_region"] = round(share, 6) if placed(region[None]) else None
+                energy = float((cam * region).sum()) / float(cam.sum()) if cam.sum() > 0 and placed(region[None]) else None
+                line["energy_in_region"] = round(energy, 6) if energy is not None else None
+        lost = lungs is not None and not found
         if lost:
             print(f"warning: no lungs were found in {path}: is it a frontal chest radiograph? Its figures mean little", file=sys.stderr)
-        name = clean_key(path.stem)
+        if seen.cam is not None and not cam.any():
+            print(f"warning: the CAM of {shown} is zero everywhere in {path}: it lies nowhere", file=sys.stderr)
+        name = report.file_name(clean_key(path.stem))
         while name in taken:
             name += "_"
         taken.add(name)
         overlay = out / f"{name}.png"
-        title = f"{path.name}\n{predicted} {max(probability):.2f}, CAM of {shown}{', no lungs found' if lost else ''}"
-        tile = report.Tile(
-            title,
-            pixels[0, 0].cpu().numpy(),
-            cam[0].float().cpu().numpy(),
-            region.numpy(),
-            np.zeros((size, size), bool),
-            lungs[0].tolist() if lungs is not None else None,
-        )
-        report.panel([tile], cam_of=shown).savefig(overlay, dpi=150)
+        title = f"{report.printable(path.name)}\n{predicted} {max(probability):.2f}, CAM of {shown}{', no lungs found' if lost else ''}"
+        pixels = seen.images[0, 0].float().cpu().numpy()
+        tile = report.Tile(title, pixels, cam.numpy(), region.numpy(), np.zeros((size, size), bool), box.tolist() if box is not None else None)
+        atomic.write(overlay, report.png(report.panel([tile], cam_of=shown), dpi=150))
         line["overlay"] = str(overlay)
         print(json.dumps(line), flush=True)
     if bad:
         raise InputError(f"{len(bad)} of {len(images)} images could not be used: {'; '.join(bad)}")
+
+
+def named(names: Sequence[str]) -> list[Path]:
+    """Image files by name, by folder (all images in it, sorted) and by pattern. InputError: there are none."""
+    images: list[Path] = []
+    missing = []
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            found = [p for p in walk(path) if p.suffix.lower() in (*IMAGE_SUFFIXES, ".dcm")]
+        elif path.is_file():
+            found = [path]
+        else:
+            found = sorted(p for p in map(Path, glob.glob(name, recursive=True)) if p.is_file())
+        if not found:
+            missing.append(f"{path} (a folder without images)" if path.is_dir() else name)
+        images += found
+    if missing:
+        raise InputError(f"no such image file: {listed(missing)}")
+    return images
 
 
 if __name__ == "__main__":

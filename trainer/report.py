@@ -4,10 +4,12 @@ python -m trainer.report --out FILE.html RUN [RUN ...]: several finished runs si
 """
 
 import base64
+import hashlib
 import html
 import io
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,23 +21,25 @@ import torch
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 
-from shards.errors import InputError, run
+from shards import atomic
+from shards.errors import InputError, read_json, run
 from shards.stream import Split
 from trainer.annotations import lesion_regions
-from trainer.augment import resize
-from trainer.checkpoint import write_atomic
-from trainer.classifier import FocusClassifier, normalize_cam
+from trainer.checkpoint import read_lines
+from trainer.classifier import FocusClassifier
 from trainer.config import Config, parse, positionals
 from trainer.launching import Accelerator
+from trainer.look import look
 from trainer.lungs import LungBoxes
-from trainer.metrics import LOCALIZATION
-from trainer.regions import finding_regions
+from trainer.metrics import LOCALIZATION, measured
 from trainer.rules import Rule
 
 if TYPE_CHECKING:
     from trainer.evaluate import Outcome
 
+matplotlib.rcParams["text.parse_math"] = False  # a name with two dollars is no formula
 TILES = 12
+LONGEST = 200  # bytes of a file name that is made of others' names; file systems take 255
 BOX, REGION, LESION = "#00e5ff", "#7CFC00", "#ff4040"
 
 
@@ -55,28 +59,22 @@ def tiles(accelerator: Accelerator, model: FocusClassifier, split: Split, lungs:
     """Up to 12 images of a split, the first ones of each class in turn, with the CAM of their label's class."""
     per_class = [np.flatnonzero(split.labels == k) for k in range(len(split.classes))]
     chosen = [c[i] for i in range(max(map(len, per_class))) for c in reversed(per_class) if i < len(c)][:TILES]
-    index = torch.as_tensor(np.array(chosen))
-    device, size = accelerator.device, config.size
+    index, device, size = torch.as_tensor(np.array(chosen)), accelerator.device, config.size
     raw = torch.from_numpy(np.stack([split.image(p) for p in chosen]))[:, None].to(device)
     labels = torch.as_tensor(split.labels[chosen].astype(np.int64)).to(device)
     names = [split.classes[k] for k in labels.tolist()]
     training = model.training
-    with torch.no_grad(), accelerator.autocast():
-        images = resize(raw, size)
-        logits, cam = model.eval()(images, labels, cam=True)
-        boxes = lungs(raw, index) if lungs else None
+    seen = look(accelerator, model.eval(), raw, index, labels, names, lungs, rules, size)
     model.train(training)
-    assert cam is not None
-    cams = normalize_cam(cam, size).cpu().numpy()
-    probability = torch.softmax(logits.float(), 1).cpu()
-    regions = finding_regions(boxes, names, size, rules).cpu().numpy() if boxes is not None else np.zeros_like(cams, bool)
-    lesions = lesion_regions(split, index, raw.shape[-2:], size).numpy()
+    cams = seen.cam.cpu().numpy() if seen.cam is not None else np.zeros((len(raw), size, size), np.float32)
+    probability = torch.softmax(seen.logits.float(), 1).cpu()
+    regions, lesions = seen.region.cpu().numpy(), lesion_regions(split, index, raw.shape[-2:], size).numpy()
     result = []
     for b, name in enumerate(names):
         guess = int(probability[b].argmax())
         title = f"{name}\npredicted {split.classes[guess]} {probability[b, guess]:.2f}"
-        box = boxes[b].tolist() if boxes is not None else None
-        result.append(Tile(title, images[b, 0].float().cpu().numpy(), cams[b], regions[b], lesions[b], box))
+        box = seen.boxes[b].tolist() if seen.boxes is not None else None
+        result.append(Tile(title, seen.images[b, 0].float().cpu().numpy(), cams[b], regions[b], lesions[b], box))
     return result
 
 
@@ -169,7 +167,34 @@ def text_name(config: Config, dataset: str) -> str:
     """``<backbone>_<dataset>_<task>_la<lambda>_t<threshold>.txt`` as published; the published schedule is ``laa``."""
     lam = {"fixed": f"{config.balance.lam:g}", "published": "a"}.get(config.balance.policy, config.balance.policy)
     task = config.task.replace(",", "-").replace(" ", "").replace("/", "-")
-    return f"{config.backbone}_{dataset}_{task}_la{lam}_t{config.attention.threshold:g}.txt"
+    return file_name(f"{config.backbone}_{dataset}_{task}_la{lam}_t{config.attention.threshold:g}", ".txt")
+
+
+def file_name(text: str, suffix: str = "") -> str:
+    """A name of one file, whatever the names in it: no folder, no control or foreign sign, and not too long, with a checksum where it was cut."""
+    plain = re.sub(r"[^\w .,+=@()-]", "-", text).lstrip(".") or "-"
+    data = plain.encode()
+    if len(data) + len(suffix) > LONGEST:
+        plain = data[: LONGEST - len(suffix) - 9].decode(errors="ignore") + "-" + hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:8]
+    return plain + suffix
+
+
+def printable(text: str) -> str:
+    """Text that can be drawn, printed and written: what is none, as of a file's name in another encoding, becomes an escape."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def rehearse(config: Config, dataset: str, findings: tuple[str, ...], out: Path) -> None:
+    """What is drawn and written at the end, tried with these names at the start. InputError: it cannot be."""
+    nothing = np.zeros((8, 8), np.float32)
+    try:
+        png(panel([Tile(name, nothing, nothing, nothing > 1, nothing > 1, None) for name in findings][:TILES]))
+        png(curves([], {}, list(findings)))
+        if not (name := out / text_name(config, dataset)).exists():
+            atomic.write(name, "")
+            name.unlink()
+    except Exception as error:
+        raise InputError(f"--task {config.task}: a report with these names cannot be made ({error}); rename the findings in a file of --findings") from error
 
 
 def text_report(content: dict[str, Any]) -> str:
@@ -192,14 +217,20 @@ def text_report(content: dict[str, Any]) -> str:
         lines += ["-" * 30, f"Beyond the published report, {split}:"]
         if "binary" in figures:
             b = figures["binary"]
+            lines.append(f"(Best Threshold above is chosen on {split} itself; the figures beside it, and these, are at the predicted class)")
             lines += [f"Sensitivity: {b['sensitivity']:.4f}", f"Positive Predictive Value (PPV): {b['ppv']:.4f}"]
             lines += [f"Youden's Index: {b['youden']:.4f}", f"Discriminant Power: {b['dp']:.4f}"]
+            if at := figures.get("at_threshold"):
+                told = (
+                    f"{words} {at[name]:.4f}" for name, words in (("sensitivity", "sensitivity"), ("specificity", "specificity"), ("youden", "Youden's index"))
+                )
+                lines.append(f"At the threshold {at['threshold']:.4f}, chosen on val: {', '.join(told)}")
         for kind, what in KINDS.items():
             found = figures["localization"][kind]["all"]
             if found is None:
                 lines.append(f"Localization, {what}: no ground truth")
                 continue
-            lines.append(f"Localization, {what} ({found['images']} images):")
+            lines.append(f"Localization, {what} ({found['images']} images{_without_map(found)}):")
             for name, words in LOCALIZATION_WORDS.items():
                 if name in found:
                     at = f" at {found['iou_threshold']:g}" if name == "iou" else ""
@@ -212,6 +243,11 @@ def text_report(content: dict[str, Any]) -> str:
     for split, keys in content["lungs_not_found"].items():
         lines.append(f"No lungs found, whole image used ({split}): {len(keys)}")
     return "\n".join(lines) + "\n"
+
+
+def _without_map(found: dict[str, Any]) -> str:
+    """How many CAMs are zero everywhere: they have no energy, and miss."""
+    return f", {found['without_map']} of them without a map: no energy, pointing misses" if found.get("without_map") else ""
 
 
 KINDS = {"expected": "expected region", "lesion": "lesion boxes"}
@@ -260,19 +296,18 @@ def write_run(
     lost: Figure | None,
 ) -> None:
     """Write report.json, the text report, predictions, panel.png, curves.png, no_lungs.png and report.html into the run folder."""
-    history_file = out / "metrics.jsonl"
-    history = [json.loads(line) for line in history_file.read_text().splitlines()] if history_file.is_file() else []
+    history = read_lines(out / "metrics.jsonl")
     pictures = {"panel": png(panel(shown)), "curves": png(curves(history, outcomes, content["findings"]))}
     if lost is not None:
         pictures["no_lungs"] = png(lost)
     for name, data in pictures.items():
-        (out / f"{name}.png").write_bytes(data)
+        atomic.write(out / f"{name}.png", data)
     for name, outcome in outcomes.items():
-        write_atomic(out / f"predictions_{name}.jsonl", _predictions(outcome, splits[name]))
+        atomic.write(out / f"predictions_{name}.jsonl", _predictions(outcome, splits[name]))
     text = text_report(content)
-    write_atomic(out / text_name(config, content["dataset"]), text)
-    write_atomic(out / "report.html", _page(out.resolve().name, {out.resolve().name: content}, {out.resolve().name: pictures}, text))
-    write_atomic(out / "report.json", json.dumps(finite(content), indent=1))
+    atomic.write(out / text_name(config, content["dataset"]), text)
+    atomic.write(out / "report.html", _page(out.resolve().name, {out.resolve().name: content}, {out.resolve().name: pictures}, text))
+    atomic.write(out / "report.json", json.dumps(finite(content), indent=1))
 
 
 def _predictions(outcome: "Outcome", split: Split) -> str:
@@ -283,9 +318,9 @@ def _predictions(outcome: "Outcome", split: Split) -> str:
         line: dict[str, Any] = {"key": split.key(i), "label": split.classes[split.labels[i]]}
         line["probability"] = {name: round(p, 6) for name, p in zip(split.classes, probability[i].tolist(), strict=True)}
         for kind, table in outcome.tables().items():
-            if not table[i, 0].isnan():
+            if measured(table[i : i + 1]).any():  # an energy that is null: the CAM is zero everywhere
                 line[kind] = {n: round(v, 6) for n, v in zip(LOCALIZATION, table[i].tolist(), strict=False)}  # the rest: IoU by threshold
-        lines.append(json.dumps(line) + "\n")
+        lines.append(json.dumps(finite(line)) + "\n")
     return "".join(lines)
 
 
@@ -355,23 +390,24 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
     lines = [f"{head:{width}}  " + "  ".join(f"{name:>{c}}" for name, c in zip(runs, columns, strict=True))]
     values = [summary(content) for content in runs.values()]
     for i, name in enumerate(SUMMARY):
-        cells = ["-" if (pair := row[i]) is None or pair[0] is None else f"{pair[0]:.3f}" for row in values]
+        cells = ["-" if (pair := row[i]) is None or pair[0] is None or math.isnan(pair[0]) else f"{pair[0]:.3f}" for row in values]
         if set(cells) != {"-"}:
             lines.append(f"{name:{width}}  " + "  ".join(f"{cell:>{c}}" for cell, c in zip(cells, columns, strict=True)))
     return "\n".join([*lines, *(f"note: {note}" for note in notes(runs))])
 
 
-def png(figure: Figure) -> bytes:
+def png(figure: Figure, dpi: int = 110) -> bytes:
     """A figure as the bytes of a PNG."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()
 
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1280px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em 1em;border-bottom:1px solid #ddd;text-align:right}
 td:first-child,th:first-child{text-align:left}small{color:#777;white-space:nowrap}
-dt{float:left;clear:left;width:11em;font-weight:600}dd{margin-left:11.5em}img{max-width:100%}pre{background:#f6f6f6;padding:1em;overflow:auto;font-size:12px}"""
+dl{display:grid;grid-template-columns:minmax(7em,12em) 1fr;gap:.3em 1em}dt{font-weight:600}dd{margin:0}
+img{max-width:100%}pre{background:#f6f6f6;padding:1em;overflow:auto;font-size:12px}"""
 
 
 def _page(title: str, runs: dict[str, dict[str, Any]], pictures: dict[str, dict[str, bytes]], text: str = "") -> str:
@@ -409,10 +445,10 @@ def html_table(head: list[str], rows: list[list[str]]) -> str:
 
 def _figure(pair: tuple[float, list[float]] | None) -> str:
     """``0.838 <small>0.761 to 0.906</small>``."""
-    if pair is None or pair[0] is None:
+    if pair is None or pair[0] is None or math.isnan(pair[0]):
         return "&ndash;"
     (value, (low, high)) = pair
-    return f"{value:.3f}" + (f" <small>{low:.3f} to {high:.3f}</small>" if low is not None else "")
+    return f"{value:.3f}" + (f" <small>{low:.3f} to {high:.3f}</small>" if low is not None and not math.isnan(low) else "")
 
 
 def _localization(found: dict[str, Any], head: str) -> str:
@@ -427,9 +463,12 @@ def _training(content: dict[str, Any]) -> str:
     t, c = content["training"], content["config"]
     lost = ", ".join(f"{len(keys)} in {split}" for split, keys in content["lungs_not_found"].items() if keys)
     told = [f"{c['backbone']}, {c['size']} px"]
+    if not t.get("map", True):
+        told.append("no feature map, so nothing is said of where it looks")
     if "epochs" in t:
         told.append(f"last of {t['epochs']} epochs" if t["best"] == "last" else f"best of {t['epochs']} epochs by {t['best']} on val: epoch {t['best_epoch']}")
         told.append(f"{t['minutes']:.1f} minutes on {t['processes']} x {t['device']}, {t['precision']}")
+        told += [f"{change['what']} {change['from']} up to step {change['step']}, then {change['to']}" for change in t.get("changes", ())]
     told.append(f"no lungs found, whole image used: {lost or 'nowhere'}" if content["lungs_not_found"] else "without a lung segmenter")
     return "; ".join(told) + f". {content.get('written', '')}"
 
@@ -438,7 +477,17 @@ def _by_finding(content: dict[str, Any], split: str) -> str:
     """Tables of each finding, and of the operating point of a binary task."""
     figures = content[split]
     place = figures["localization"]
-    head = ["finding", "images", "sensitivity", "precision", "F1", "energy in region", "pointing hit", "energy in lesion", "pointing at lesion"]
+    head = [
+        "finding, at the predicted class",
+        "images",
+        "sensitivity",
+        "precision",
+        "F1",
+        "energy in region",
+        "pointing hit",
+        "energy in lesion",
+        "pointing at lesion",
+    ]
     rows = []
     for name, row in zip(content["findings"], figures["per_class"], strict=True):
         cells = [html.escape(name), str(row["support"]), f"{row['recall']:.3f}", f"{row['precision']:.3f}", f"{row['f1']:.3f}"]
@@ -448,19 +497,20 @@ def _by_finding(content: dict[str, Any], split: str) -> str:
         rows.append(cells)
     keep = [i for i in range(len(head)) if i < 5 or any(row[i] != "&ndash;" for row in rows)]
     parts = [html_table([head[i] for i in keep], [[row[i] for i in keep] for row in rows])]
-    parts += [_localization(place[kind]["all"], f"{what}, {place[kind]['all']['images']} images") for kind, what in KINDS.items() if place[kind]["all"]]
+    parts += [
+        _localization(place[kind]["all"], f"{what}, {place[kind]['all']['images']} images{_without_map(place[kind]['all'])}")
+        for kind, what in KINDS.items()
+        if place[kind]["all"]
+    ]
     confusion = [[html.escape(name), *map(str, line)] for name, line in zip(content["findings"], figures["confusion"], strict=True)]
     parts.append(html_table(["is \\ predicted", *map(html.escape, content["findings"])], confusion))
     if "binary" in figures:
-        b = figures["binary"]
-        names = {
-            "sensitivity": "sensitivity",
-            "specificity": "specificity",
-            "ppv": "PPV",
-            "youden": "Youden's index",
-            "best_threshold": "threshold of the best Youden",
-        }
-        parts.append(html_table(list(names.values()), [["&ndash;" if b[n] is None else f"{b[n]:.3f}" for n in names]]))
+        names = {"sensitivity": "sensitivity", "specificity": "specificity", "ppv": "PPV", "youden": "Youden's index"}
+        points = [("predicted class, 0.5", figures["binary"])]
+        if at := figures.get("at_threshold"):
+            points.append((f"{at['threshold']:.3f}, the best Youden's index on val", at))
+        rows = [[what, *("&ndash;" if of[n] is None else f"{of[n]:.3f}" for n in names)] for what, of in points]
+        parts.append(html_table([f"{html.escape(content['findings'][1])} from a probability of", *names.values()], rows))
     return "".join(parts)
 
 
@@ -486,8 +536,8 @@ def main(argv: list[str] | None = None) -> None:
     for folder in map(Path, folders):
         if not (folder / "report.json").is_file():
             raise InputError(f"{folder}: has no report.json; is it the folder of a finished run of trainer.train?")
-        content = json.loads((folder / "report.json").read_text())
-        if "findings" not in content:
+        content = read_json(folder / "report.json")
+        if not isinstance(content, dict) or "findings" not in content:
             raise InputError(f"{folder}: is a run of trainer.train_lungs; runs of trainer.train are compared here")
         if folder.resolve().name in runs:
             raise InputError(f"{folder}: a second run of that name; the columns could not be told apart, rename one folder")
@@ -499,7 +549,7 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"--out {out}: is a folder; name the HTML file to write, such as {out / 'report.html'}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(out, _page("cxr-focus", runs, pictures))
+        atomic.write(out, _page("cxr-focus", runs, pictures))
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({error.strerror})") from error
     print(table(runs))

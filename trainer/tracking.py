@@ -12,6 +12,21 @@ from accelerate import Accelerator
 from trainer.config import flat
 
 PROJECT = "cxr-focus"
+PATHS = ("shards", "out", "pretrained", "findings", "lungs.weights")  # settings of which only the last name is logged
+# What wandb would take along unasked: host and command line, git remote and commit, code, packages, console, load of the machine.
+UNSAID: dict[str, Any] = {
+    "console": "off",
+    "disable_git": True,
+    "disable_code": True,
+    "disable_job_creation": True,
+    "save_code": False,
+    "host": "",
+    "program": "trainer.train",
+    "x_disable_meta": True,
+    "x_disable_machine_info": True,
+    "x_disable_stats": True,
+    "x_save_requirements": False,
+}
 WANDB_SECONDS = 60.0  # well below the time after which waiting processes give up
 
 
@@ -39,9 +54,12 @@ class Tracking:
             mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
             if mode == "online":
                 print("wandb: you are logged in, so scalars, settings and the panel of test radiographs go to its server; --tracker none keeps them here")
-            settings = wandb.Settings(init_timeout=WANDB_SECONDS, silent=True)
+            else:
+                folder = run / "wandb"
+                print(f"wandb: scalars, settings and the panel are logged into {folder} and stay there; `wandb sync {folder}/offline-run-*` sends them")
+            settings = wandb.Settings(init_timeout=WANDB_SECONDS, silent=True, **UNSAID)
             options = {"wandb": {"mode": mode, "dir": str(run), "name": run.name, "settings": settings}}
-        self.accelerator.init_trackers(PROJECT, config=flat(config), init_kwargs=options)
+        self.accelerator.init_trackers(PROJECT, config=without_paths(flat(config)), init_kwargs=options)
         if not self.accelerator.trackers:
             raise ModuleNotFoundError(f"{self.kind} is not installed")
 
@@ -63,8 +81,14 @@ class Tracking:
         self._attempt(send)
 
     def finish(self) -> None:
-        """Close what is open."""
-        self._attempt(self.accelerator.end_training)
+        """Close what is open, once. (Accelerate's `end_training` would end the process group with it, on this process alone.)"""
+
+        def end() -> None:
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+
+        self._attempt(end)
+        self.alive = False
 
     def _attempt(self, action: Callable[[], object]) -> None:
         if not self.alive:
@@ -74,6 +98,11 @@ class Tracking:
         except Exception as error:  # a tracker may fail in any way; none of them is worth a run
             self.alive = False
             warnings.warn(f"tracking with {self.kind} ended ({type(error).__name__}: {error}); the run goes on without it", stacklevel=2)
+
+
+def without_paths(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings whose paths are cut to their last name."""
+    return {name: os.path.basename(str(value).rstrip("/")) if name in PATHS else value for name, value in settings.items()}
 
 
 def _logged_in() -> bool:

@@ -5,6 +5,15 @@ A step is `accumulate` micro-batches; its losses are divided by the counts of th
 processes and any accumulation give the gradient of one big batch (but for context swap, whose partners come from a micro-batch).
 """
 
+if __name__ == "__main__":  # what is wrong with the settings is said before torch is imported, which takes seconds
+    from shards.errors import run as _run
+    from trainer.config import resolve as _resolve
+
+    def _check() -> None:
+        _resolve(None)
+
+    _run(_check)
+
 import contextlib
 import json
 import math
@@ -18,27 +27,29 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast
 from tqdm import tqdm
 
+from shards import atomic
 from shards.errors import InputError, listed, run
 from shards.sample import NO_FINDING
 from shards.store import open_store
-from shards.stream import Batch, EpochPlan, Split
+from shards.stream import Batch, EpochPlan, Shares, Split
 from trainer import checkpoint
 from trainer.annotations import Annotations, chosen
-from trainer.augment import SWAPS, augment, draw, resize
+from trainer.augment import SWAPS, augment, draw
 from trainer.balance import Balance
 from trainer.classifier import FocusClassifier, normalize_cam
-from trainer.config import Config, OptimConfig, flat, parse, resumed, to_yaml
+from trainer.config import Config, OptimConfig, flat, resolve, to_yaml
 from trainer.context import swap_context
-from trainer.evaluate import FINDINGS, LUNGS, MODEL, Outcome, among, evaluate, finish, open_run, run_findings, save_model
-from trainer.launching import Accelerator, start
+from trainer.evaluate import FINDINGS, LUNGS, MODEL, Outcome, among, evaluate, finish, open_run, read_report, run_findings, save_model
+from trainer.launching import Accelerator, close, seed_step, seen_by_all, set_threads, share_buffers, start, told_everywhere
+from trainer.look import locate
 from trainer.losses import attention, attention_term, classification
 from trainer.lungs import LungBoxes, load_segmenter
 from trainer.regions import finding_regions, placed
 from trainer.rules import Finding, Rule, read_findings, rules_of, task_findings, without_rule
 from trainer.rules import to_yaml as findings_to_yaml
+from trainer.schedule import Schedule
 from trainer.tracking import Tracking
 
 
@@ -54,6 +65,8 @@ class State:
     since_best: int = 0  # epochs in a row without a better model
     seconds: float = 0.0  # of training, without evaluation and pauses
     images: int = 0  # trained on in those seconds
+    warmup: int = 0  # images of the learning rate's warm-up, as the run began
+    changes: list[dict[str, Any]] = field(default_factory=list)  # of how it is carried out, at resumes: step, what, from, to
 
 
 @dataclass
@@ -77,7 +90,7 @@ class Trainer:
     model: FocusClassifier
     net: Any  # the model as Accelerate prepared it
     optimizer: Any
-    schedule: Any
+    schedule: Schedule
     balance: Balance
     lungs: dict[str, LungBoxes]
     tracking: Tracking
@@ -90,6 +103,7 @@ class Trainer:
         c = self.config
         self.rules: dict[str, Rule] = rules_of(self.findings)
         self.attends = not c.plain and bool(self.rules or self.annotations)
+        self.logged = _Logged(self.accelerator.device)
         self.model.keeps = self.balance.follows_gradients
         self.swap = replace(c.swap, probability=c.swap_probability)
         # Whose disease shows inside the lung box, so that what lies outside may be exchanged. No Finding shows nowhere.
@@ -115,26 +129,28 @@ class Trainer:
         )
         while not self.done:
             self.net.train()
-            logged = _Logged(acc.device)
             clock = time.monotonic()
-            loader = split.batches(plan, state.epoch, state.position, batch=c.batch, rank=rank, world=world, workers=c.workers)
+            gpu = acc.device.type == "cuda"
+            loader = split.batches(plan, state.epoch, state.position, batch=c.batch, rank=rank, world=world, workers=c.workers, pinned=gpu)
             for group in _groups(loader, c.accumulate):
+                taken = sum(batch.total for batch in group)
+                self.schedule.before_step(state.epoch * len(plan) + state.position, taken, c.epochs * len(plan), state.warmup)
+                seed_step(c.seed, state.step, rank)
                 lam = self.balance.value(state.epoch) if self.attends else 1.0
                 sums = self.step(group, lam)
                 if self.balance.follows_losses:
                     self.balance.update(acc.reduce(sums, "sum").cpu())
 
                 # Once in a while: log, save.
-                taken = min(len(group) * c.batch * world, len(plan) - state.position)
                 state.position += taken
                 state.step += 1
                 state.images += taken
-                logged.add(sums)
+                self.logged.add(sums)
                 bar.update(taken)
                 if state.step % c.log_every == 0 or state.position == len(plan):
                     state.seconds += time.monotonic() - clock
                     clock = time.monotonic()
-                    self.log(logged, bar, lam, state.epoch + state.position / len(plan))
+                    self.log(bar, lam, state.epoch + state.position / len(plan))
                 if state.step % c.save_every == 0 and state.position < len(plan):
                     state.seconds += time.monotonic() - clock
                     self.save()
@@ -178,8 +194,6 @@ class Trainer:
             acc.clip_grad_norm_(self.net.parameters(), c.optim.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if c.optim.schedule == "cosine":
-            self.schedule.step()
         return torch.cat([sums, own.double(), norms])
 
     def prepare(self, batch: Batch, attend: bool) -> Prepared:
@@ -187,11 +201,10 @@ class Trainer:
         c, device, findings = self.config, self.accelerator.device, self.splits["train"].classes
         raw = batch.image.to(device, non_blocking=True)
         labels, weight = batch.label.to(device, non_blocking=True), batch.weight.to(device, non_blocking=True)
-        with self.accelerator.autocast():
-            boxes = self.lungs["train"](raw, batch.index) if attend or self.swaps else None
+        located = locate(self.accelerator, raw, batch.index, self.lungs["train"] if attend or self.swaps else None, c.size)
         lesions = self.annotations.regions(batch.index, raw.shape[-2:], c.size).to(device) if self.annotations else None
         draws = draw(c.seed, self.state.epoch, batch.index)
-        images, boxes, lesions = augment(resize(raw, c.size), draws, c.augment, boxes=boxes, masks=lesions)
+        images, boxes, lesions = augment(located.images, draws, c.augment, boxes=located.boxes, masks=lesions)
         if boxes is None:
             nothing = torch.zeros(len(images), 1, 1, dtype=torch.bool, device=device)
             return Prepared(images, labels, nothing, weight, torch.zeros_like(weight))
@@ -200,21 +213,17 @@ class Trainer:
         if lesions is not None:
             region = chosen(region, lesions, c.attention.region)
         if self.swaps:
-            found = self.lungs["train"].found(batch.index)
-            inside, healthy = ([f and name in kind for f, name in zip(found, names, strict=True)] for kind in (self.inside, {NO_FINDING}))
+            inside, healthy = ([f and name in kind for f, name in zip(located.found, names, strict=True)] for kind in (self.inside, {NO_FINDING}))
             images, lenders = swap_context(images, boxes, inside, draws[:, SWAPS], self.swap, lesions=lesions, healthy=healthy)
             self.swapped += np.array([sum(lender != b for b, lender in enumerate(lenders)), len(lenders)])
         return Prepared(images, labels, region, weight, weight * placed(region))
 
-    def log(self, logged: "_Logged", bar: Any, lam: float, position: float) -> None:
+    def log(self, bar: Any, lam: float, position: float) -> None:
         """A line of metrics.jsonl and of the tracker; stops the run at a loss that is not finite."""
-        ce, term, images, positives = self.accelerator.reduce(logged.take(), "sum").tolist()
+        ce, term, images, positives = self.accelerator.reduce(self.logged.take(), "sum").tolist()
         state = self.state
         if not math.isfinite(ce + term):
-            raise InputError(
-                f"the loss is not finite in one of the steps up to {state.step}; lower --optim.lr, set --optim.clip 1, "
-                "or launch with --mixed_precision bf16 or no"
-            )
+            raise InputError(NOT_FINITE.format(step=state.step))
         counted = images if self.config.attention.form == "published" else positives
         line = {
             "step": state.step,
@@ -235,27 +244,24 @@ class Trainer:
     def write(self, line: dict[str, Any]) -> None:
         """Append to metrics.jsonl and send to the tracker, on the main process."""
         if self.accelerator.is_main_process:
-            with (Path(self.config.out) / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            atomic.append(Path(self.config.out) / "metrics.jsonl", json.dumps(line))
             self.tracking.log({k: v for k, v in line.items() if k != "step"}, line["step"])
 
     def end_epoch(self, bar: Any) -> None:
         """Validation, the schedule, the best model, the checkpoint."""
         c, acc, state = self.config, self.accelerator, self.state
-        for buffer in self.model.buffers():
-            broadcast(buffer)  # each process kept its own BatchNorm statistics since the last forward
+        share_buffers(self.model)
         outcome = evaluate(acc, self.model, self.splits["val"], self.lungs.get("val"), c, self.rules, look=self.attends)
         figures = validation_figures(outcome, self.balance.value(state.epoch) if self.attends else 1.0, c)
         self.balance.validated(figures["val_loss"])
-        if c.optim.schedule == "plateau":
-            self.schedule.step(figures["val_weighted" if c.optim.watch == "weighted" else "val_loss"])
+        self.schedule.validated(figures["val_weighted" if c.optim.watch == "weighted" else "val_loss"])
         score = {"accuracy": figures["val_accuracy"], "auc": figures["val_auc"], "loss": -figures["val_loss"], "last": state.epoch}[c.best]
+        score = score if math.isfinite(score) else -math.inf
         state.since_best += 1
-        if score > state.best:
+        self.refuse_not_finite()
+        if score > state.best or state.best_epoch < 0:  # the first epoch's in any case: what its figures lack, weights have
             state.best, state.best_epoch, state.since_best = score, state.epoch, 0
-            if acc.is_main_process:
-                stored = self.splits["train"].image(0).shape[0]
-                save_model(Path(c.out) / MODEL, self.model, c, stored, state.epoch)
+            self.on_main(lambda: save_model(Path(c.out) / MODEL, self.model, c, stored_as(self.splits["train"]), state.epoch, acc.mixed_precision))
         self.write({"step": state.step, "epoch": state.epoch, **figures})
         state.epoch, state.position = state.epoch + 1, 0
         self.save()
@@ -263,12 +269,33 @@ class Trainer:
             told = "  ".join(f"{name[4:]} {value:.3f}" for name, value in figures.items() if value is not None)
             bar.write(f"epoch {state.epoch}/{c.epochs}: {told}{'  *' if not state.since_best else ''}", file=sys.stderr)
 
+    def on_main(self, action: Any) -> None:
+        """Something that the main process alone does, and whose failure all learn of: none is left waiting."""
+        problem = ""
+        if self.accelerator.is_main_process:
+            try:
+                action()
+            except InputError as error:
+                problem = str(error)
+        if problem := told_everywhere(self.accelerator, problem):
+            raise InputError(problem)
+
+    def refuse_not_finite(self) -> None:
+        """InputError on every process where losses since the last line, or weights, are not finite: nothing of the kind is ever saved."""
+        sums = self.accelerator.reduce(self.logged.sums.clone(), "sum")
+        if not bool(sums.isfinite().all()) or checkpoint.not_finite(self.model):
+            raise InputError(NOT_FINITE.format(step=self.state.step))
+
     def save(self) -> None:
         """The checkpoint that `--resume` goes on from. Every process takes part: boxes are shared first."""
+        self.refuse_not_finite()
         for boxes in self.lungs.values():
             boxes.share(self.accelerator)
-        if self.accelerator.is_main_process:
-            scaler = self.accelerator.scaler
+        logged = self.accelerator.reduce(self.logged.sums.clone(), "sum").tolist()
+        scaler = self.accelerator.scaler
+        path = Path(self.config.out) / "checkpoints" / "last.pt"
+
+        def write() -> None:
             content = {
                 "identity": self.identity,
                 "launch": self.launch(),
@@ -279,14 +306,23 @@ class Trainer:
                 "scaler": scaler.state_dict() if scaler is not None else None,
                 "balance": self.balance.state_dict(),
                 "boxes": {name: boxes.memory.state_dict() for name, boxes in self.lungs.items()},
+                "logged": logged,
+                "swapped": self.swapped.tolist(),
             }
-            checkpoint.save(Path(self.config.out) / "checkpoints" / "last.pt", content)
+            checkpoint.save(path, content)
+
+        self.on_main(write)
         self.accelerator.wait_for_everyone()
 
     def launch(self) -> dict[str, Any]:
         """How the run is carried out: it may change, but not unsaid."""
         c, acc = self.config, self.accelerator
-        return {"images a step": c.batch * acc.num_processes * c.accumulate, "precision": acc.mixed_precision}
+        return {
+            "images a step": c.batch * acc.num_processes * c.accumulate,
+            "precision": acc.mixed_precision,
+            "optim.lr": c.optim.lr,
+            "optim.clip": c.optim.clip,
+        }
 
     def restore(self) -> None:
         """Model, optimizer, schedule, scaler, lambda, boxes, position; then the log is cut back to that step."""
@@ -300,9 +336,6 @@ class Trainer:
         content = checkpoint.load(path)
         words = {"shards": "other images in --shards", "lungs.weights": "another --lungs.weights", "findings": "other rules of its findings"}
         checkpoint.refuse_other(out, content["identity"], self.identity, words)
-        for name, value in self.launch().items():
-            if content["launch"][name] != value:
-                self.accelerator.print(f"note: {name} was {content['launch'][name]} before, now it is {value}")
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.schedule.load_state_dict(content["schedule"])
@@ -313,14 +346,29 @@ class Trainer:
             if name in content["boxes"] and not boxes.memory.load_state_dict(content["boxes"][name]):
                 self.accelerator.print(f"the {name} images are not those that were segmented before; their boxes are found again")
         self.state = State(**content["state"])
+        was = content["launch"]
+        for name, value in self.launch().items():
+            if was.get(name, value) != value:
+                self.accelerator.print(f"note: {name} was {was[name]} before, now it is {value}")
+                self.state.changes.append({"step": self.state.step, "what": name, "from": was[name], "to": value})
+        self.schedule.scale(self.config.optim.lr / was.get("optim.lr", self.config.optim.lr))
+        self.state.warmup = self.state.warmup or self.config.optim.warmup * was["images a step"]
+        if self.accelerator.is_main_process:  # sums of all processes since the last line of the log
+            self.logged.sums += torch.tensor(content.get("logged", [0.0] * 4), dtype=torch.float64, device=self.accelerator.device)
+            self.swapped += np.array(content.get("swapped", [0, 0]))
         if self.accelerator.is_main_process:
             checkpoint.rewind(out / "metrics.jsonl", self.state.step)
         self.accelerator.print(f"resumed after step {self.state.step}: {self.state.epoch} epochs and {self.state.position} images of the next are done")
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is left to do, report included."""
-        return self.done and (Path(self.config.out) / "report.json").is_file()
+        """Whether nothing is left to do: the epochs are done and the report is of this very checkpoint."""
+        try:
+            training = read_report(Path(self.config.out)).get("training", {})
+        except (InputError, OSError):
+            return False  # a damaged one is written again
+        of = training.get("step", self.state.step) == self.state.step and training.get("epochs") == self.state.epoch
+        return self.done and of and not training.get("unfinished")
 
     @property
     def done(self) -> bool:
@@ -361,6 +409,17 @@ def squared_norm(loss: torch.Tensor, kept: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack([(g.double() / scale).square().sum() for g in gradients if g is not None] or [loss.detach().double() * 0]).sum()
 
 
+NOT_FINITE = (
+    "the loss is not finite in one of the steps up to {step}, or a weight after them; lower --optim.lr, set --optim.clip 1, or launch with "
+    "--mixed_precision bf16 or no. --resume with one of these goes on from the last checkpoint, which is sound"
+)
+
+
+def stored_as(split: Split) -> dict[str, Any]:
+    """How images of a split were packed, so that others can be packed alike: size, and aspect and scales where the index says them."""
+    return {"size": int(split.image(0).shape[0])} | {name: split.stored[name] for name in ("aspect", "scales") if name in split.stored}
+
+
 def validation_figures(outcome: Outcome, lam: float, config: Config) -> dict[str, Any]:
     """Accuracy, AUC, cross-entropy; with attention also its term, the weighted loss and the energy in the region."""
     report = outcome.report(tuple(task_findings(config.task)))
@@ -376,6 +435,7 @@ def validation_figures(outcome: Outcome, lam: float, config: Config) -> dict[str
 
 # Settings that a resumed run may change. All others shape the model: it would not be the one that its config.yaml describes.
 MAY_CHANGE = {"shards", "out", "epochs", "patience", "batch", "accumulate", "workers", "log_every", "save_every", "tracker", "resume", "lungs.weights"}
+MAY_CHANGE |= {"optim.lr", "optim.clip", "pretrained"}  # the remedies of a loss that is not finite; weights that are in the checkpoint anyway
 
 
 def identity(config: Config, splits: dict[str, Split], segmenter: str, findings: dict[str, Finding]) -> dict[str, Any]:
@@ -384,37 +444,17 @@ def identity(config: Config, splits: dict[str, Split], segmenter: str, findings:
     return own | {"shards": splits["train"].fingerprint, "lungs.weights": segmenter, "findings": findings_to_yaml(findings)}
 
 
-def make_optimizer(model: torch.nn.Module, o: OptimConfig, steps: int) -> tuple[torch.optim.Optimizer, Any]:
-    """Optimizer and schedule; ``steps`` is the length of the run, for cosine."""
+def make_optimizer(model: torch.nn.Module, o: OptimConfig) -> tuple[torch.optim.Optimizer, Schedule]:
+    """Optimizer and schedule."""
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[o.name]
     optimizer = kind(model.parameters(), lr=o.lr, weight_decay=o.weight_decay)
-    if o.schedule == "plateau":
-        return optimizer, torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=10, min_lr=1e-10)
-
-    def factor(step: int) -> float:
-        if step < o.warmup:
-            return (step + 1) / (o.warmup + 1)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - o.warmup) / max(1, steps - o.warmup))))
-
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-def resolve(argv: list[str] | None) -> Config:
-    """The configuration; with --resume, that of the run folder with the flags given now on top."""
-    config = parse(Config, resumed(argv, "trainer.train"), prog="trainer.train")
-    if not config.resume and (idle := config.idle()):
-        raise InputError("; ".join(idle))
-    # A run may be resumed from another working folder.
-    config.shards = config.shards if "://" in config.shards else os.path.abspath(config.shards)
-    config.lungs.weights = config.lungs.weights and os.path.abspath(config.lungs.weights)
-    for name in ("pretrained", "findings"):
-        value = getattr(config, name)
-        setattr(config, name, os.path.abspath(value) if os.path.isfile(value) else value)
-    return config
+    return optimizer, Schedule(optimizer, o.schedule, o.lr)
 
 
 def build(config: Config) -> Trainer:
     """Check everything that can be checked, say what will happen, claim the run folder, make the parts."""
+    from trainer.report import rehearse  # matplotlib takes its time
+
     trackers = None if config.tracker == "none" else config.tracker
     accelerator = start(config.seed, log_with=trackers, project_dir=config.out)
     store, out, classes = open_store(config.shards), Path(config.out), task_findings(config.task)
@@ -431,17 +471,40 @@ def build(config: Config) -> Trainer:
     own = out / LUNGS  # the run's copy, if the file it came from is gone
     weights = own if config.resume and own.is_file() and not os.path.exists(config.lungs.weights) else config.lungs.weights
     segmenter = load_segmenter(weights or None)
-    model = FocusClassifier(config.backbone, len(classes), size=config.size, pretrained=config.pretrained, layer=config.attention.layer)
+    # A checkpoint holds every weight: neither a file nor the hub is asked again.
+    pretrained = "false" if config.resume and (out / "checkpoints" / "last.pt").is_file() else config.pretrained
+    looks = not (config.plain and not config.swap_probability)  # cross-entropy alone needs no feature map
+    model = FocusClassifier(config.backbone, len(classes), size=config.size, pretrained=pretrained, layer=config.attention.layer, needs_map=looks)
     annotations = annotated(config, splits["train"])
+    smallest = Shares(EpochPlan(splits["train"].shard_sizes()), 0, 0, batch=config.batch, rank=0, world=world).smallest()
+    attends = not config.plain and bool(rules_of(findings) or annotations) and model.has_map
+    model.try_step(config.size, min(smallest, 2), cam=attends, mode=config.attention.mode)
     if not config.resume:
         checkpoint.claim(accelerator, out, {FINDINGS: findings_to_yaml(findings), "config.yaml": to_yaml(config)})
+    seen_by_all(accelerator, out)
+    problem = ""
     if accelerator.is_main_process:
-        checkpoint.hold(out)
+        try:
+            checkpoint.hold(out)
+            rehearse(config, index["dataset"], classes, out)
+        except InputError as error:
+            problem = str(error)
+            if not config.resume:  # nothing was trained: the folder goes as it came
+                for name in (FINDINGS, "config.yaml", ".lock"):
+                    (out / name).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    out.rmdir()
+    if problem := told_everywhere(accelerator, problem):
+        raise InputError(problem)
 
     accelerator.print(
-        f"{config.batch} images x {world} processes x {config.accumulate} accumulated = {per_step} a step; "
+        f"{config.batch} images x {world} processes x {config.accumulate} accumulated = {per_step} a step at most; "
         f"{total} training images, {-(-total // per_step)} steps an epoch; {accelerator.device.type}, {accelerator.mixed_precision}"
     )
+    for told in (*([model.loaded] if model.loaded else ()), *(f"note: {unused}" for unused in config.unused())):
+        accelerator.print(told)
+    if not model.has_map:
+        accelerator.print(f"{config.backbone} has no feature map: it is trained by cross-entropy, and the report says nothing of where it looks")
     for name, split in splits.items():
         left = f"; {split.left_out} others left out (of none of the task's classes, or of several)" if split.left_out else ""
         accelerator.print(f"{name}: {', '.join(f'{n} {finding}' for finding, n in split.counts().items())}{left}")
@@ -457,7 +520,7 @@ def build(config: Config) -> Trainer:
     segmenter.to(accelerator.device).to(memory_format=torch.channels_last)
     key = segmenter.fingerprint()
     lungs = {name: LungBoxes(segmenter, config.size, len(s), s.fingerprint, key) for name, s in splits.items()}
-    raw, schedule = make_optimizer(model, config.optim, config.epochs * -(-total // per_step))
+    raw, schedule = make_optimizer(model, config.optim)
     net, optimizer = accelerator.prepare(model, raw)
     balance = Balance(**asdict(config.balance))
     tracking = Tracking(accelerator, config.tracker)
@@ -469,10 +532,11 @@ def build(config: Config) -> Trainer:
         accelerator.print(f"context swap {what}: the region of {listed(fixed)} is unknown, or reaches beyond the lung box, whose surroundings must then stay")
     if trainer.swaps and config.batch == 1:
         accelerator.print("context swap does nothing with --batch 1: partners come from the same batch")
+    trainer.state.warmup = config.optim.warmup * per_step
     if config.resume:
         trainer.restore()
     if accelerator.is_main_process and not trainer.finished:  # a resume that is refused, or has nothing to do, changes nothing
-        checkpoint.write_atomic(out / "config.yaml", to_yaml(replace(config, resume=False)))
+        atomic.write(out / "config.yaml", to_yaml(replace(config, resume=False)))
         segmenter.save(out / LUNGS)
     tracking.start(out, asdict(config))
     return trainer
@@ -505,31 +569,42 @@ def annotated(config: Config, split: Split) -> Annotations | None:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, build, train, evaluate the best model, close."""
-    if "OMP_NUM_THREADS" not in os.environ and int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        torch.set_num_threads(max(1, os.cpu_count() or 1))
+    set_threads()
     trainer = build(resolve(argv))
-    acc, config, state, out = trainer.accelerator, trainer.config, trainer.state, Path(trainer.config.out)
-    if trainer.finished:
-        acc.print(f"nothing is left to train: {out} has its {state.epoch} epochs and its report; raise --epochs to go on")
-        trainer.tracking.finish()
-        return
     try:
-        trainer.train()
+        if trainer.finished:
+            out, epochs = trainer.config.out, trainer.state.epoch
+            trainer.accelerator.print(f"nothing is left to train: {out} has its {epochs} epochs and its report; raise --epochs to go on")
+        else:
+            trainer.train()
+            conclude(trainer)
     except KeyboardInterrupt:
-        kept = (out / "checkpoints" / "last.pt").is_file()
-        acc.print(f"\n{out}: stopped; --resume goes on from {'its last checkpoint' if kept else 'the beginning, there is no checkpoint yet'}", file=sys.stderr)
+        kept = (Path(trainer.config.out) / "checkpoints" / "last.pt").is_file()
+        went = "its last checkpoint" if kept else "the beginning, there is no checkpoint yet"
+        trainer.accelerator.print(f"\n{trainer.config.out}: stopped; --resume goes on from {went}", file=sys.stderr)
         raise
+    finally:
+        trainer.tracking.finish()
+    close(trainer.accelerator)
+
+
+def conclude(trainer: Trainer) -> None:
+    """Evaluate the best model, write and print its report, give the tracker its figures."""
+    acc, config, state, out = trainer.accelerator, trainer.config, trainer.state, Path(trainer.config.out)
     acc.wait_for_everyone()
     trainer.model.load_state_dict(open_run(out).model.state_dict())
     training = {
         "minutes": state.seconds / 60,
         "epochs": state.epoch,
+        "step": state.step,
         "best_epoch": state.best_epoch + 1,
         "best": config.best,
         "images_per_s": state.images / max(state.seconds, 1e-9),
         "processes": acc.num_processes,
         "precision": acc.mixed_precision,
         "device": torch.cuda.get_device_name() if acc.device.type == "cuda" else acc.device.type,
+        "map": trainer.model.has_map,
+        "changes": state.changes,
     }
     content = finish(acc, trainer.model, config, trainer.findings, trainer.splits, trainer.lungs, training, out)
     if acc.is_main_process:
@@ -539,11 +614,11 @@ def main(argv: list[str] | None = None) -> None:
 
         with Image.open(out / "panel.png") as panel:
             trainer.tracking.picture("panel", np.asarray(panel.convert("RGB")), state.step)
+        shown = report.shown_split(content)
+        figures = dict(zip(report.SUMMARY, report.summary(content), strict=True))
+        trainer.tracking.log({f"{shown}/{name}": pair[0] for name, pair in figures.items() if pair is not None}, state.step)
         print(report.table({out.name: content}))
         print(f"report: {(out / 'report.html').resolve()}")
-    trainer.tracking.finish()
-    if acc.num_processes > 1:
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
