@@ -78,6 +78,7 @@ class FocusClassifier(nn.Module):
                 close = difflib.get_close_matches(name, known, n=3)
                 hint = f"; did you mean {' or '.join(close)}?" if close else "."
                 raise InputError(f"--attention.layer {name}: {backbone} has no such module{hint} It has {', '.join(_layers(self.net))} and what is in them")
+        self.map_side = 0  # positions of a side of the map
         self.keeps = False
         self.kept: list[torch.Tensor] = []  # with ``keeps``: the last forward's feature maps, where the gradients of both losses meet
         config: dict[str, Any] = self.net.pretrained_cfg  # type: ignore[assignment]
@@ -96,7 +97,10 @@ class FocusClassifier(nn.Module):
     def _find_map(self, trial: torch.Tensor, layer: str, needed: bool) -> bool:
         """Whether the layers give a map; without a named one, look for a layer that does."""
         try:
-            if self(trial, cam=True).cam is not None and (layer or self._depends(trial)):
+            cam = self(trial, cam=True).cam
+            assert cam is not None
+            self.map_side = min(cam.shape[1:])
+            if layer or self._depends(trial):
                 return True
             fallback = True  # a map, if one that says nothing yet: a head may begin with zeros
         except (InputError, RuntimeError, AttributeError, TypeError, IndexError, ValueError) as error:
@@ -109,7 +113,9 @@ class FocusClassifier(nn.Module):
         for name in self._candidates(trial):
             self.layers = [name]
             with contextlib.suppress(InputError, RuntimeError):
-                if self(trial, cam=True).cam is not None and self._depends(trial):
+                cam = self(trial, cam=True).cam
+                if cam is not None and self._depends(trial):
+                    self.map_side = min(cam.shape[1:])
                     return True
         self.layers = before
         if not fallback and needed:

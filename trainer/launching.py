@@ -3,6 +3,7 @@
 import os
 import socket
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,18 @@ def close(accelerator: Accelerator) -> None:
     """End what the processes have in common, once, whoever began to."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def on_main(accelerator: Accelerator, action: Callable[[], object]) -> None:
+    """Something that the main process alone does, and of whose failure all learn: none is left waiting. InputError as ``action`` raises it."""
+    problem = ""
+    if accelerator.is_main_process:
+        try:
+            action()
+        except InputError as error:
+            problem = str(error)
+    if problem := told_everywhere(accelerator, problem):
+        raise InputError(problem)
 
 
 def told_everywhere(accelerator: Accelerator, problem: str) -> str:

@@ -42,7 +42,7 @@ from trainer.classifier import FocusClassifier, normalize_cam
 from trainer.config import Config, OptimConfig, flat, resolve, to_yaml
 from trainer.context import swap_context
 from trainer.evaluate import FINDINGS, LUNGS, MODEL, Outcome, among, evaluate, finish, open_run, read_report, run_findings, save_model
-from trainer.launching import Accelerator, close, seed_step, seen_by_all, set_threads, share_buffers, start, told_everywhere
+from trainer.launching import Accelerator, close, on_main, seed_step, seen_by_all, set_threads, share_buffers, start
 from trainer.look import locate
 from trainer.losses import attention, attention_term, classification
 from trainer.lungs import LungBoxes, load_segmenter
@@ -261,24 +261,13 @@ class Trainer:
         self.refuse_not_finite()
         if score > state.best or state.best_epoch < 0:  # the first epoch's in any case: what its figures lack, weights have
             state.best, state.best_epoch, state.since_best = score, state.epoch, 0
-            self.on_main(lambda: save_model(Path(c.out) / MODEL, self.model, c, stored_as(self.splits["train"]), state.epoch, acc.mixed_precision))
+            on_main(acc, lambda: save_model(Path(c.out) / MODEL, self.model, c, stored_as(self.splits["train"]), state.epoch, acc.mixed_precision))
         self.write({"step": state.step, "epoch": state.epoch, **figures})
         state.epoch, state.position = state.epoch + 1, 0
         self.save()
         if acc.is_main_process:
             told = "  ".join(f"{name[4:]} {value:.3f}" for name, value in figures.items() if value is not None)
             bar.write(f"epoch {state.epoch}/{c.epochs}: {told}{'  *' if not state.since_best else ''}", file=sys.stderr)
-
-    def on_main(self, action: Any) -> None:
-        """Something that the main process alone does, and whose failure all learn of: none is left waiting."""
-        problem = ""
-        if self.accelerator.is_main_process:
-            try:
-                action()
-            except InputError as error:
-                problem = str(error)
-        if problem := told_everywhere(self.accelerator, problem):
-            raise InputError(problem)
 
     def refuse_not_finite(self) -> None:
         """InputError on every process where losses since the last line, or weights, are not finite: nothing of the kind is ever saved."""
@@ -311,7 +300,7 @@ class Trainer:
             }
             checkpoint.save(path, content)
 
-        self.on_main(write)
+        on_main(self.accelerator, write)
         self.accelerator.wait_for_everyone()
 
     def launch(self) -> dict[str, Any]:
@@ -482,20 +471,20 @@ def build(config: Config) -> Trainer:
     if not config.resume:
         checkpoint.claim(accelerator, out, {FINDINGS: findings_to_yaml(findings), "config.yaml": to_yaml(config)})
     seen_by_all(accelerator, out)
-    problem = ""
-    if accelerator.is_main_process:
+
+    def begin() -> None:
         try:
             checkpoint.hold(out)
             rehearse(config, index["dataset"], classes, out)
-        except InputError as error:
-            problem = str(error)
+        except InputError:
             if not config.resume:  # nothing was trained: the folder goes as it came
                 for name in (FINDINGS, "config.yaml", ".lock"):
                     (out / name).unlink(missing_ok=True)
                 with contextlib.suppress(OSError):
                     out.rmdir()
-    if problem := told_everywhere(accelerator, problem):
-        raise InputError(problem)
+            raise
+
+    on_main(accelerator, begin)
 
     accelerator.print(
         f"{config.batch} images x {world} processes x {config.accumulate} accumulated = {per_step} a step at most; "
@@ -505,6 +494,8 @@ def build(config: Config) -> Trainer:
         accelerator.print(told)
     if not model.has_map:
         accelerator.print(f"{config.backbone} has no feature map: it is trained by cross-entropy, and the report says nothing of where it looks")
+    if model.map_side == 1:
+        accelerator.print(f"note: {config.backbone}'s feature map is 1 x 1 at --size {config.size} and cannot say where it looks; raise --size")
     for name, split in splits.items():
         left = f"; {split.left_out} others left out (of none of the task's classes, or of several)" if split.left_out else ""
         accelerator.print(f"{name}: {', '.join(f'{n} {finding}' for finding, n in split.counts().items())}{left}")

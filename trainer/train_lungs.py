@@ -4,7 +4,19 @@ The best weights by validation Dice are kept. At the end each source is measured
 sources that were left out of training on all their images.
 """
 
+if __name__ == "__main__":  # what is wrong with the settings is said before torch is imported, which takes seconds
+    from shards.errors import run as _run
+    from trainer.config import LungsTrainConfig as _Config
+    from trainer.config import parse as _parse
+    from trainer.config import resumed as _resumed
+
+    def _check() -> None:
+        _parse(_Config, _resumed(None, "trainer.train_lungs"), prog="trainer.train_lungs")
+
+    _run(_check)
+
 import json
+import math
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -16,18 +28,20 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from shards import atomic
 from shards.errors import InputError, run
 from shards.store import open_store
 from shards.stream import EpochPlan, Joined, Split
 from trainer import checkpoint, lung_report
 from trainer.augment import augment, draw, resize
 from trainer.config import LungsTrainConfig, flat, parse, resumed, to_yaml
-from trainer.launching import Accelerator, start
+from trainer.launching import Accelerator, close, on_main, seed_step, seen_by_all, set_threads, share_buffers, start
 from trainer.lungs import LungSegmenter, load_segmenter
 from trainer.paint import paint
+from trainer.schedule import one_cycle
 
 WEIGHTS = "lung_unet.safetensors"
-MAY_CHANGE = {"out", "shards", "test", "workers", "batch", "resume"}  # when a run is resumed
+MAY_CHANGE = {"out", "shards", "test", "workers", "batch", "lr", "resume"}  # when a run is resumed
 
 
 class _Trainable(torch.nn.Module):
@@ -68,8 +82,8 @@ class Trainer:
     segmenter: LungSegmenter
     net: Any  # the segmenter as Accelerate prepared it
     optimizer: Any
-    schedule: Any
     epoch: int = 0
+    step: int = 0
     best: float = -1.0
     best_epoch: int = -1
     seconds: float = 0.0
@@ -89,64 +103,78 @@ class Trainer:
         )
         while self.epoch < c.epochs:
             self.net.train()
-            clock, total = time.monotonic(), torch.zeros((), device=acc.device)
-            for got in split.batches(plan, self.epoch, 0, batch=c.batch, rank=rank, world=world, workers=c.workers):
+            clock, total, seen = time.monotonic(), torch.zeros((), device=acc.device), 0
+            gpu = acc.device.type == "cuda"
+            for got in split.batches(plan, self.epoch, 0, batch=c.batch, rank=rank, world=world, workers=c.workers, pinned=gpu):
                 assert got.mask is not None  # the split was opened with masks
-                images, masks = to_size(got.image.to(acc.device), got.mask.to(acc.device), c.size)
+                self.set_rate((self.epoch * len(plan) + seen) / (c.epochs * len(plan)))
+                seed_step(c.seed, self.step, rank)
+                images, masks = to_size(got.image.to(acc.device, non_blocking=True), got.mask.to(acc.device, non_blocking=True), c.size)
                 images, masks = paint(images, masks, c.seed, self.epoch, got.index, c.paint)
                 moved = augment(images, draw(c.seed, self.epoch, got.index), c.augment, masks=masks)
-                weight = got.weight.to(acc.device)
-                seen = acc.reduce(weight.sum(), "sum")
                 assert moved.masks is not None
-                loss = bce_dice(self.net(moved.images), moved.masks, weight)
-                acc.backward(loss * world / seen)  # DDP averages over processes
+                loss = bce_dice(self.net(moved.images), moved.masks, got.weight.to(acc.device, non_blocking=True))
+                acc.backward(loss * world / got.total)  # DDP averages over processes
                 acc.clip_grad_norm_(self.net.parameters(), 1.0)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-                self.schedule.step()
                 total += loss.detach()
-                bar.update(int(seen))
+                seen, self.step = seen + got.total, self.step + 1
+                bar.update(got.total)
             self.seconds += time.monotonic() - clock
             self.end_epoch(acc.reduce(total, "sum").item() / len(plan), bar)
         bar.close()
         acc.wait_for_everyone()
 
+    def set_rate(self, share: float) -> None:
+        """Learning rate and first beta after a share of the run's images, which may be cut into other batches when it is resumed."""
+        factor, beta = one_cycle(share)
+        for group in self.optimizer.param_groups:
+            group["lr"], group["betas"] = self.config.lr * factor, (beta, group["betas"][1])
+
     def end_epoch(self, loss: float, bar: Any) -> None:
-        """Validation, the best weights, a line of metrics.jsonl, the checkpoint."""
+        """Validation, the best weights, a line of metrics.jsonl, the checkpoint. InputError: a loss or weight that is not finite; nothing is saved."""
         c, acc, out = self.config, self.accelerator, Path(self.config.out)
+        share_buffers(self.segmenter)
+        if not math.isfinite(loss) or checkpoint.not_finite(self.segmenter):
+            raise InputError(
+                f"the loss is not finite in epoch {self.epoch + 1}, or a weight after it; lower --lr, or launch with --mixed_precision bf16 or no. "
+                "--resume with one of these goes on from the last checkpoint, which is sound"
+            )
         figures = lung_report.measure(acc, self.segmenter, self.val_split, batch=c.batch, workers=c.workers, surface=False).mean(0)
         dice, box_iou = float(figures[0]), float(figures[2])
         if dice > self.best:
             self.best, self.best_epoch = dice, self.epoch
-            if acc.is_main_process:
-                self.segmenter.save(out / WEIGHTS)
+        better = self.best_epoch == self.epoch
         line = {"epoch": self.epoch, "loss": loss, "val_dice": dice, "val_box_iou": box_iou, "seconds": self.seconds}
         bar.set_postfix(loss=f"{loss:.3f}", dice=f"{dice:.4f}", box=f"{box_iou:.3f}")
         self.epoch += 1
-        if acc.is_main_process:
-            with (out / "metrics.jsonl").open("a") as log:
-                log.write(json.dumps(line) + "\n")
+
+        def keep() -> None:
+            if better:
+                self.segmenter.save(out / WEIGHTS)
+            atomic.append(out / "metrics.jsonl", json.dumps(line))
             checkpoint.save(out / "checkpoints" / "last.pt", self.state())
-        acc.wait_for_everyone()
+
+        on_main(acc, keep)
 
     def state(self) -> dict[str, Any]:
         """All that `restore` needs."""
         return {
             "identity": self.identity(),
             "epoch": self.epoch,
+            "step": self.step,
             "best": self.best,
             "best_epoch": self.best_epoch,
             "seconds": self.seconds,
             "model": self.segmenter.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
         }
 
     def identity(self) -> dict[str, Any]:
         """What may not change when a run is resumed."""
         own = {name: value for name, value in flat(asdict(self.config)).items() if name not in MAY_CHANGE}
-        # The schedule counts steps, so their number is fixed; how a step is cut into batches is not.
-        return own | {"shards": self.train_split.fingerprint, "images a step": self.config.batch * self.accelerator.num_processes}
+        return own | {"shards": self.train_split.fingerprint}
 
     def restore(self) -> None:
         """Go on after the last whole epoch."""
@@ -158,12 +186,10 @@ class Trainer:
                 checkpoint.rewind(out / "metrics.jsonl", -1, "epoch")
             return
         content = checkpoint.load(path)
-        was = content["identity"]
-        words = {"shards": "other images in --shards", "images a step": f"{was.get('images a step')} images a step (--batch x processes)"}
-        checkpoint.refuse_other(out, was, self.identity(), words)
+        checkpoint.refuse_other(out, content["identity"], self.identity(), {"shards": "other images in --shards"})
         self.segmenter.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
-        self.schedule.load_state_dict(content["schedule"])
+        self.step = content.get("step", 0)
         self.epoch, self.best, self.best_epoch, self.seconds = (content[name] for name in ("epoch", "best", "best_epoch", "seconds"))
         if self.accelerator.is_main_process:
             checkpoint.rewind(out / "metrics.jsonl", self.epoch - 1, "epoch")
@@ -206,6 +232,8 @@ def build(argv: list[str] | None) -> tuple[Trainer, dict[str, Split]]:
         raise InputError(f"--batch {config.batch} x {world} processes is more than the {len(train)} training images; lower --batch")
     if not config.resume:
         checkpoint.claim(accelerator, out, {"config.yaml": to_yaml(config)})
+    seen_by_all(accelerator, out)
+    on_main(accelerator, lambda: checkpoint.hold(out))
     inputs = start_from.settings["inputs"] if start_from is not None else 1 if config.patch > 1 else 3
     segmenter = LungSegmenter(config.channels, config.size, patch=config.patch, inputs=inputs, threshold=config.threshold)
     if start_from is not None and not config.resume:
@@ -214,8 +242,7 @@ def build(argv: list[str] | None) -> tuple[Trainer, dict[str, Split]]:
     optimizer = torch.optim.AdamW(segmenter.parameters(), lr=config.lr, weight_decay=1e-2)
     net, optimizer = accelerator.prepare(_Trainable(segmenter), optimizer)
     steps = config.epochs * -(-len(train) // (config.batch * world))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer.optimizer, config.lr, total_steps=steps, pct_start=0.2)
-    trainer = Trainer(config, accelerator, train, val, segmenter, net, optimizer, schedule)
+    trainer = Trainer(config, accelerator, train, val, segmenter, net, optimizer)
     if config.resume:
         trainer.restore()
     told = ", ".join(f"{name} {len(splits['train'])} + {len(splits['val'])}" for name, splits in sources.items())
@@ -225,6 +252,7 @@ def build(argv: list[str] | None) -> tuple[Trainer, dict[str, Split]]:
 
 def main(argv: list[str] | None = None) -> None:
     """Train, keep the best by validation Dice, write the report."""
+    set_threads()
     trainer, measured = build(argv)
     c, acc, out = trainer.config, trainer.accelerator, Path(trainer.config.out)
     trainer.train()
@@ -247,7 +275,7 @@ def main(argv: list[str] | None = None) -> None:
             print(lung_report.line(name, summary))
         print(f"report: {(out / 'report.html').resolve()}")
         print(f"weights: {out / WEIGHTS}; use them with --lungs.weights {out / WEIGHTS}")
-    acc.end_training()
+    close(acc)
 
 
 if __name__ == "__main__":
