@@ -145,6 +145,10 @@ class Split(Dataset["Batch | InputError"]):
             told = f"{self.store.name}: the {self.split} split has no image {'of' if empty[0] in self.among else 'whose one finding is'} {listed(empty)}"
             if beside and empty[0] not in self.among:
                 told += f" ({beside} have {empty[0]} beside others: to take those, declare it with `images: any` in a file of --findings)"
+            torn = [found for found in index["labels"] if empty[0] in found and sum(name in self.classes for name in found) > 1]
+            several = int(sum(index["labels"][code] in torn for code in codes.tolist()))
+            if several and empty[0] in self.among:
+                told += f" alone of the task's classes ({several} show {empty[0]} and another of them: an image belongs to one class or to none)"
             raise InputError(f"{told}; pack images of it into every split, or train a task without it")
         return rows, label[rows]
 

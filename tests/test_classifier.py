@@ -1,6 +1,9 @@
+import argparse
 import pickle
 
+import numpy as np
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 
@@ -178,3 +181,141 @@ def test_several_layers_are_averaged_at_the_size_of_the_largest():
     size = cam.shape[-1]
     expected = torch.stack([normalize_cam(m, size) for m in maps]).mean(0)
     assert torch.allclose(cam, expected, atol=1e-5)
+
+
+# -- what a backbone can and cannot do --------------------------------------------------------------------------
+
+SMALL = {"pretrained": "false", "size": 64}
+
+
+@pytest.mark.parametrize("backbone", ["resnet50_clip", "test_vit3", "test_vit2"])
+def test_heads_with_attention_train(backbone):
+    """Attention pooling: the second derivative of fused attention does not exist."""
+    size = 160 if backbone.startswith("test") else 64
+    model = FocusClassifier(backbone, 2, pretrained="false", size=size)
+    model.try_step(size, 2, cam=True)
+    cam = model(torch.rand(2, 1, size, size), torch.tensor([0, 1]), cam=True).cam
+    cam.mean().backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("backbone", "size"),
+    [("xcit_nano_12_p16_224", 64), ("mixer_s32_224", 224), ("levit_128s", 224), ("cait_xxs24_224", 64), ("pit_ti_224", 64), ("coat_lite_tiny", 64),
+     ("twins_svt_small", 64), ("crossvit_tiny_240", 240), ("hiera_tiny_224", 224), ("mvitv2_tiny", 64)],
+)  # fmt: skip
+def test_tokens_are_a_map_wherever_there_is_one(backbone, size):
+    model = FocusClassifier(backbone, 2, pretrained="false", size=size)
+    assert model.has_map
+    assert model.map_side > 1
+    model.eval()
+    cam = model(torch.rand(1, 1, size, size), torch.tensor([1]), cam=True).cam
+    assert cam.shape[1] == cam.shape[2] == model.map_side
+    # The prediction depends on the places of the map, not on a token for the whole alone.
+    with model._awake():
+        assert model._depends(torch.rand(1, 1, size, size))
+
+
+def test_tokens_with_any_prefix_are_a_map():
+    from trainer.classifier import _to_maps
+
+    net = torch.nn.Module()
+    for prefix in (0, 1, 2):
+        maps = _to_maps(torch.arange(2.0 * (prefix + 16) * 3).view(2, prefix + 16, 3), net)
+        assert maps.shape == (2, 3, 4, 4)
+        assert maps[0, 0, 0, 1] - maps[0, 0, 0, 0] == 3
+    assert _to_maps(torch.zeros(2, 7, 7, 96), net).shape == (2, 96, 7, 7)  # channels last, whatever the model says
+    with pytest.raises(InputError, match="is not a feature map"):
+        _to_maps(torch.zeros(2, 24, 3), net)
+
+
+def test_a_trial_changes_nothing():
+    model = FocusClassifier("resnet18", 2, **SMALL)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.random.get_rng_state()
+    model.try_step(64, 2, cam=True)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_what_fails_in_training_is_told_with_the_backbone_s_name(monkeypatch):
+    model = FocusClassifier("resnet18", 2, **SMALL)
+    monkeypatch.setattr(model.net, "forward_head", lambda *_: (_ for _ in ()).throw(RuntimeError("derivative for x is not implemented\nmore")))
+    with pytest.raises(InputError, match=r"^--backbone resnet18 does not work in training with 2 images: derivative for x is not implemented$"):
+        model.try_step(64, 2, cam=True)
+
+
+# -- weights of others ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def weights():
+    torch.manual_seed(3)
+    return timm.create_model("resnet18", num_classes=5).state_dict()
+
+
+WRAPPED = {
+    "plain": lambda w: w,
+    "state_dict": lambda w: {"state_dict": w, "epoch": 3},
+    "model_state_dict": lambda w: {"model_state_dict": w, "optimizer_state_dict": {"a": 1}},
+    "net": lambda w: {"net": w, "acc": 0.5},
+    "teacher": lambda w: {"student": {f"backbone.{k}": torch.zeros_like(v) for k, v in w.items()}, "teacher": {f"backbone.{k}": v for k, v in w.items()}},
+    "model.": lambda w: {"state_dict": {f"model.{k}": v for k, v in w.items()}},
+    "_orig_mod.": lambda w: {f"_orig_mod.{k}": v for k, v in w.items()},
+    "module._orig_mod.": lambda w: {"model": {f"module._orig_mod.{k}": v for k, v in w.items()}},
+    "moco": lambda w: {"state_dict": {f"module.encoder_q.{k}": v for k, v in w.items()} | {f"module.encoder_k.{k}": v * 0 for k, v in w.items()}},
+    "timm": lambda w: {"epoch": 3, "arch": "resnet18", "state_dict": w, "args": argparse.Namespace(lr=0.1, model="resnet18"), "metric": 0.5},
+    "numpy": lambda w: {"state_dict": w, "best": np.float64(0.5), "loss": np.float32(0.1)},
+    "two levels": lambda w: {"model": {"state_dict": w}},
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_checkpoints_of_others_load(tmp_path, weights, kind):
+    torch.save(WRAPPED[kind](dict(weights)), tmp_path / "w.pth")
+    model = FocusClassifier("resnet18", 2, pretrained=str(tmp_path / "w.pth"), size=64)
+    for name in ("conv1.weight", "layer4.1.bn2.running_mean"):
+        assert torch.equal(model.state_dict()[f"net.{name}"], weights[name]), name
+    assert model.loaded.endswith("120 of 122 tensors are taken; fc.weight, fc.bias begin anew")
+
+
+def test_one_channel_is_spread_over_three(tmp_path, weights):
+    gray = dict(weights) | {"conv1.weight": weights["conv1.weight"].sum(1, keepdim=True)}
+    torch.save(gray, tmp_path / "w.pt")
+    model = FocusClassifier("resnet18", 2, pretrained=str(tmp_path / "w.pt"), size=64)
+    assert torch.allclose(model.state_dict()["net.conv1.weight"].sum(1, keepdim=True), gray["conv1.weight"], atol=1e-6)
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"hello, I am a text\n", r"is no file of weights \(it begins with b'hello, I am a text"),
+        (b"<!DOCTYPE html><html>", "is no file of weights"),
+        (b"", "is no file of weights"),
+        (b"PK\x03\x04 cut", "not safetensors, nor a state dict|is damaged"),
+        ({"state_dict": {"conv1.weight": torch.zeros(2, 3, 1, 1)}}, r"100 of 122 tensors .*The file has conv1\.weight\. Is it a file for this"),
+        ({"encoder": {"some.name": torch.zeros(3)}}, r"The file has some\.name\. Is it a file for this --backbone"),
+        ({"epoch": 3, "lr": 0.1}, r"holds no state dict \(a dict of epoch, lr\)"),
+        ([1, 2], r"holds no state dict \(list\)"),
+        ({"x": Evil()}, r"holds more than tensors \(\S*print\) and was not executed"),
+    ],
+)  # fmt: skip
+def test_what_is_no_file_of_weights_is_called_what_it_is(tmp_path, content, words, capsys):
+    if isinstance(content, bytes):
+        (tmp_path / "w.pt").write_bytes(content)
+    else:
+        torch.save(content, tmp_path / "w.pt")
+    with pytest.raises(InputError, match=words):
+        FocusClassifier("resnet18", 2, pretrained=str(tmp_path / "w.pt"), size=64)
+    assert "executed" not in capsys.readouterr().out
+
+
+def test_folders_that_are_no_run(tmp_path):
+    with pytest.raises(InputError, match=r"is a folder without model\.safetensors; name a finished run of this trainer"):
+        FocusClassifier("resnet18", 2, pretrained=str(tmp_path), size=64)

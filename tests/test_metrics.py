@@ -10,16 +10,19 @@ from scipy.stats import spearmanr
 from trainer.metrics import (
     LOCALIZATION,
     THRESHOLDS,
+    at_threshold,
     auc_interval,
     best_threshold,
     binary_report,
     classification_report,
     localize,
+    measured,
     multiclass_auc,
     otsu,
     rank_correlation,
     summarize,
     wilson,
+    without_dead,
 )
 
 PUBLISHED = json.loads((GOLDEN / "published.json").read_text())
@@ -137,3 +140,40 @@ def test_the_interval_of_a_difference_is_paired():
     assert low <= difference <= high
     assert high - low < 0.3 * (single[1] - single[0])
     assert auc_interval(logits, labels, logits) == [0.0, 0.0]
+
+
+def test_an_operating_point_by_hand():
+    logits = torch.tensor([[0.0, 1.0], [0.0, -1.0], [0.0, 0.2], [0.0, -0.2]]).double()
+    labels = torch.tensor([1, 0, 0, 1])
+    found = at_threshold(logits, labels, float(torch.sigmoid(torch.tensor(-0.2))) - 1e-6)
+    assert found == pytest.approx(
+        {"threshold": found["threshold"], "sensitivity": 1, "specificity": 0.5, "ppv": 2 / 3, "npv": 1, "youden": 0.5, "accuracy": 0.75}, abs=1e-6
+    )
+    # At the threshold of the best Youden's index the figures are the ones that make it the best.
+    rng = np.random.default_rng(0)
+    logits, labels = torch.from_numpy(rng.normal(size=(200, 2))), torch.from_numpy(rng.integers(0, 2, 200))
+    best = binary_report(logits, labels)
+    assert at_threshold(logits, labels, best["best_threshold"])["youden"] >= best["youden"]
+
+
+def test_intervals_stay_where_figures_can_be():
+    rows = torch.tensor([[0.0, -0.5, 0, 0, 0, 0], [0.01, -0.9, 0, 0, 0.008, 0], [0.0, -0.99, 1, 1, 0.0, 1]])
+    found = summarize(rows)
+    for name in LOCALIZATION:
+        low, high = found[f"{name}_95"]
+        assert (-1 if name == "lift" else 0) <= low <= found[name] <= high <= 1
+
+
+def test_a_map_that_is_zero_has_no_energy_and_is_counted():
+    cam = torch.zeros(3, 4, 4)
+    cam[0, :2] = 1
+    region = torch.zeros(3, 4, 4, dtype=torch.bool)
+    region[:, :2] = True
+    rows = without_dead(localize(cam, region, 0.5), cam)
+    assert measured(rows).all()
+    found = summarize(rows[:, : len(LOCALIZATION)])
+    assert (found["images"], found["without_map"], found["energy"], found["lift"]) == (3, 2, 1.0, 0.5)
+    assert found["pointing"] == pytest.approx(1 / 3)
+    dead = summarize(rows[1:, : len(LOCALIZATION)])
+    assert math.isnan(dead["energy"])
+    assert math.isnan(dead["energy_95"][0])

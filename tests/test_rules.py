@@ -156,3 +156,23 @@ def test_findings_of_a_file_reach_the_samples(tmp_path):
     # An image of two classes of the task is of neither.
     two = Split(tmp_path / "shards", "train", ("Mine", "Other"), among=["Mine", "Other"])
     assert two.counts() == {"Mine": 2, "Other": 2}
+
+
+def test_findings_that_only_come_together_are_counted(tmp_path):
+    """`images: any` for two findings of one task: images that show both belong to neither, and the message says how many."""
+    from shards.pack import pack
+    from shards.sources import Item, Source
+    from shards.stream import Split
+
+    class Few(Source):
+        def load(self, item):
+            return Sample(item.key, np.zeros((8, 8), np.uint8), item.findings)
+
+        def settings(self):
+            return {}
+
+    labels = [("No Finding",), ("Effusion", "Infiltration"), ("Effusion", "Infiltration", "Mass"), ("Infiltration",)]
+    pack(Few([Item("train", f"a{i}", found) for i, found in enumerate(labels)]), tmp_path / "shards", dataset="few", workers=1)
+    words = r"no image of Effusion alone of the task's classes \(2 show Effusion and another of them: an image belongs to one class or to none\)"
+    with pytest.raises(InputError, match=words):
+        Split(tmp_path / "shards", "train", ("No Finding", "Effusion", "Infiltration"), among=["Effusion", "Infiltration"])

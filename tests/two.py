@@ -2,6 +2,7 @@
 
 train: an ordinary run; FOLDER/rank<r>.json gets the images of each epoch and lambda of each step.
 gradients: one step in float64; FOLDER/rank<r>.pt gets the gradients before the optimizer's step, labels, sums.
+apart: an ordinary run whose processes stand in folders of their own, as on machines without a common disk.
 """
 
 import json
@@ -54,7 +55,11 @@ def main() -> None:
     import os
 
     rank = os.environ["RANK"]
-    if what == "train":
+    if what == "apart":
+        (Path(folder) / rank).mkdir()
+        os.chdir(Path(folder) / rank)
+        train.main(argv)
+    elif what == "train":
         (Path(folder) / f"rank{rank}.json").write_text(json.dumps(watched(argv)))
     else:
         torch.save(gradients(argv), Path(folder) / f"rank{rank}.pt")

@@ -91,8 +91,21 @@ class FocusClassifier(nn.Module):
             logits = self.eval()(trial).logits  # a wrong size shows here, not in the first step
             if not isinstance(logits, torch.Tensor) or logits.shape != (1, classes):
                 raise InputError(f"--backbone {backbone}: gives no logits of {classes} classes, so it is no classifier of this kind; choose another")
-            self.has_map = self._find_map(trial, layer, needs_map)
+            with self._awake():
+                self.has_map = self._find_map(trial, layer, needs_map)
         self.train()
+
+    @contextlib.contextmanager
+    def _awake(self) -> Iterator[None]:
+        """Some heads begin with zeros, from which no gradient comes: meanwhile with random numbers in their place."""
+        asleep = [p for name, p in self.net.named_parameters() if name.startswith(tuple(_head_names(self.net))) and p.ndim > 1 and not p.any()]
+        for parameter in asleep:
+            torch.nn.init.normal_(parameter)
+        try:
+            yield
+        finally:
+            for parameter in asleep:
+                torch.nn.init.zeros_(parameter)
 
     def _find_map(self, trial: torch.Tensor, layer: str, needed: bool) -> bool:
         """Whether the layers give a map; without a named one, look for a layer that does."""
@@ -102,7 +115,7 @@ class FocusClassifier(nn.Module):
             self.map_side = min(cam.shape[1:])
             if layer or self._depends(trial):
                 return True
-            fallback = True  # a map, if one that says nothing yet: a head may begin with zeros
+            fallback = True  # a map, if one that says nothing yet
         except (InputError, RuntimeError, AttributeError, TypeError, IndexError, ValueError) as error:
             if layer and needed:
                 raise error if isinstance(error, InputError) else RuntimeError(str(error)) from error

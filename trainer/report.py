@@ -10,6 +10,7 @@ import io
 import json
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +73,7 @@ def tiles(accelerator: Accelerator, model: FocusClassifier, split: Split, lungs:
     result = []
     for b, name in enumerate(names):
         guess = int(probability[b].argmax())
-        title = f"{name}\npredicted {split.classes[guess]} {probability[b, guess]:.2f}"
+        title = f"{short(name)}\npredicted {short(split.classes[guess])} {probability[b, guess]:.2f}"
         box = seen.boxes[b].tolist() if seen.boxes is not None else None
         result.append(Tile(title, seen.images[b, 0].float().cpu().numpy(), cams[b], regions[b], lesions[b], box))
     return result
@@ -154,12 +155,13 @@ def curves(history: list[dict[str, Any]], outcomes: dict[str, "Outcome"], findin
         for k in range(1, scores.shape[1]):
             if 0 < (outcome.labels == k).sum() < len(outcome.labels):
                 fpr, tpr, _ = roc_curve((outcome.labels == k).numpy(), scores[:, k].numpy())
-                axes[3].plot(fpr, tpr, lw=1, label=split if scores.shape[1] == 2 else f"{split}, {findings[k]}")
+                axes[3].plot(fpr, tpr, lw=1, label=split if scores.shape[1] == 2 else f"{split}, {short(findings[k])}")
     for ax, label in zip(axes, ("epoch", "epoch", "epoch", "1 - specificity"), strict=True):
         ax.set_xlabel(label)
         ax.grid(alpha=0.3)
         if ax.get_legend_handles_labels()[0]:
-            ax.legend(fontsize=7)
+            entries = len(ax.get_legend_handles_labels()[0])
+            ax.legend(fontsize=7 if entries <= 12 else 3.5, ncols=1 if entries <= 12 else 2)
     return figure
 
 
@@ -184,11 +186,16 @@ def printable(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
+def short(name: str) -> str:
+    """A name for a picture, where a long one would leave no room for the rest."""
+    return name if len(name) <= 28 else f"{name[:27]}\u2026"
+
+
 def rehearse(config: Config, dataset: str, findings: tuple[str, ...], out: Path) -> None:
     """What is drawn and written at the end, tried with these names at the start. InputError: it cannot be."""
     nothing = np.zeros((8, 8), np.float32)
     try:
-        png(panel([Tile(name, nothing, nothing, nothing > 1, nothing > 1, None) for name in findings][:TILES]))
+        png(panel([Tile(short(name), nothing, nothing, nothing > 1, nothing > 1, None) for name in findings][:TILES]))
         png(curves([], {}, list(findings)))
         if not (name := out / text_name(config, dataset)).exists():
             atomic.write(name, "")
@@ -399,7 +406,9 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
 def png(figure: Figure, dpi: int = 110) -> bytes:
     """A figure as the bytes of a PNG."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # names in letters that the font has not are boxes in pictures, and whole in the page
+        figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()
 
 

@@ -119,46 +119,45 @@ class Trainer:
         split = self.splits["train"]
         plan = EpochPlan(split.shard_sizes(), c.seed)
         rank, world = acc.process_index, acc.num_processes
-        bar = tqdm(
+        with tqdm(
             total=c.epochs * len(plan),
             initial=state.epoch * len(plan) + state.position,
             unit="img",
             disable=not acc.is_main_process,
             mininterval=1.0 if sys.stderr.isatty() else 15.0,
             dynamic_ncols=True,
-        )
-        while not self.done:
-            self.net.train()
-            clock = time.monotonic()
-            gpu = acc.device.type == "cuda"
-            loader = split.batches(plan, state.epoch, state.position, batch=c.batch, rank=rank, world=world, workers=c.workers, pinned=gpu)
-            for group in _groups(loader, c.accumulate):
-                taken = sum(batch.total for batch in group)
-                self.schedule.before_step(state.epoch * len(plan) + state.position, taken, c.epochs * len(plan), state.warmup)
-                seed_step(c.seed, state.step, rank)
-                lam = self.balance.value(state.epoch) if self.attends else 1.0
-                sums = self.step(group, lam)
-                if self.balance.follows_losses:
-                    self.balance.update(acc.reduce(sums, "sum").cpu())
+        ) as bar:  # closed before an error is told, which then has a line of its own
+            while not self.done:
+                self.net.train()
+                clock = time.monotonic()
+                gpu = acc.device.type == "cuda"
+                loader = split.batches(plan, state.epoch, state.position, batch=c.batch, rank=rank, world=world, workers=c.workers, pinned=gpu)
+                for group in _groups(loader, c.accumulate):
+                    taken = sum(batch.total for batch in group)
+                    self.schedule.before_step(state.epoch * len(plan) + state.position, taken, c.epochs * len(plan), state.warmup)
+                    seed_step(c.seed, state.step, rank)
+                    lam = self.balance.value(state.epoch) if self.attends else 1.0
+                    sums = self.step(group, lam)
+                    if self.balance.follows_losses:
+                        self.balance.update(acc.reduce(sums, "sum").cpu())
 
-                # Once in a while: log, save.
-                state.position += taken
-                state.step += 1
-                state.images += taken
-                self.logged.add(sums)
-                bar.update(taken)
-                if state.step % c.log_every == 0 or state.position == len(plan):
-                    state.seconds += time.monotonic() - clock
-                    clock = time.monotonic()
-                    self.log(bar, lam, state.epoch + state.position / len(plan))
-                if state.step % c.save_every == 0 and state.position < len(plan):
-                    state.seconds += time.monotonic() - clock
-                    self.save()
-                    clock = time.monotonic()
+                    # Once in a while: log, save.
+                    state.position += taken
+                    state.step += 1
+                    state.images += taken
+                    self.logged.add(sums)
+                    bar.update(taken)
+                    if state.step % c.log_every == 0 or state.position == len(plan):
+                        state.seconds += time.monotonic() - clock
+                        clock = time.monotonic()
+                        self.log(bar, lam, state.epoch + state.position / len(plan))
+                    if state.step % c.save_every == 0 and state.position < len(plan):
+                        state.seconds += time.monotonic() - clock
+                        self.save()
+                        clock = time.monotonic()
 
-            # Once an epoch: share the boxes, validate, keep the best, save.
-            self.end_epoch(bar)
-        bar.close()
+                # Once an epoch: share the boxes, validate, keep the best, save.
+                self.end_epoch(bar)
 
     def step(self, group: list[Batch], lam: float) -> torch.Tensor:
         """One optimizer step: float64 [6] on the device, this process's sums for `Balance.update`."""

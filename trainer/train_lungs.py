@@ -93,37 +93,36 @@ class Trainer:
         c, acc, split = self.config, self.accelerator, self.train_split
         plan = EpochPlan(split.shard_sizes(), c.seed)
         rank, world = acc.process_index, acc.num_processes
-        bar = tqdm(
+        with tqdm(
             total=c.epochs * len(plan),
             initial=self.epoch * len(plan),
             unit="img",
             disable=not acc.is_main_process,
             mininterval=1.0 if sys.stderr.isatty() else 30.0,
             dynamic_ncols=True,
-        )
-        while self.epoch < c.epochs:
-            self.net.train()
-            clock, total, seen = time.monotonic(), torch.zeros((), device=acc.device), 0
-            gpu = acc.device.type == "cuda"
-            for got in split.batches(plan, self.epoch, 0, batch=c.batch, rank=rank, world=world, workers=c.workers, pinned=gpu):
-                assert got.mask is not None  # the split was opened with masks
-                self.set_rate((self.epoch * len(plan) + seen) / (c.epochs * len(plan)))
-                seed_step(c.seed, self.step, rank)
-                images, masks = to_size(got.image.to(acc.device, non_blocking=True), got.mask.to(acc.device, non_blocking=True), c.size)
-                images, masks = paint(images, masks, c.seed, self.epoch, got.index, c.paint)
-                moved = augment(images, draw(c.seed, self.epoch, got.index), c.augment, masks=masks)
-                assert moved.masks is not None
-                loss = bce_dice(self.net(moved.images), moved.masks, got.weight.to(acc.device, non_blocking=True))
-                acc.backward(loss * world / got.total)  # DDP averages over processes
-                acc.clip_grad_norm_(self.net.parameters(), 1.0)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-                total += loss.detach()
-                seen, self.step = seen + got.total, self.step + 1
-                bar.update(got.total)
-            self.seconds += time.monotonic() - clock
-            self.end_epoch(acc.reduce(total, "sum").item() / len(plan), bar)
-        bar.close()
+        ) as bar:  # closed before an error is told, which then has a line of its own
+            while self.epoch < c.epochs:
+                self.net.train()
+                clock, total, seen = time.monotonic(), torch.zeros((), device=acc.device), 0
+                gpu = acc.device.type == "cuda"
+                for got in split.batches(plan, self.epoch, 0, batch=c.batch, rank=rank, world=world, workers=c.workers, pinned=gpu):
+                    assert got.mask is not None  # the split was opened with masks
+                    self.set_rate((self.epoch * len(plan) + seen) / (c.epochs * len(plan)))
+                    seed_step(c.seed, self.step, rank)
+                    images, masks = to_size(got.image.to(acc.device, non_blocking=True), got.mask.to(acc.device, non_blocking=True), c.size)
+                    images, masks = paint(images, masks, c.seed, self.epoch, got.index, c.paint)
+                    moved = augment(images, draw(c.seed, self.epoch, got.index), c.augment, masks=masks)
+                    assert moved.masks is not None
+                    loss = bce_dice(self.net(moved.images), moved.masks, got.weight.to(acc.device, non_blocking=True))
+                    acc.backward(loss * world / got.total)  # DDP averages over processes
+                    acc.clip_grad_norm_(self.net.parameters(), 1.0)
+                    self.optimizer.step()
+                    self.optimizer.zero_grad()
+                    total += loss.detach()
+                    seen, self.step = seen + got.total, self.step + 1
+                    bar.update(got.total)
+                self.seconds += time.monotonic() - clock
+                self.end_epoch(acc.reduce(total, "sum").item() / len(plan), bar)
         acc.wait_for_everyone()
 
     def set_rate(self, share: float) -> None:
