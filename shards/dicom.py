@@ -206,10 +206,9 @@ def _gray(stored: _Stored) -> np.ndarray:
 def _rescaled(dataset: Any, values: np.ndarray) -> np.ndarray:
     """Stored values to the modality's (PS3.3 C.11.1): by its LUT, or slope and intercept. float64."""
     if dataset.get("ModalityLUTSequence"):
-        table = _table(dataset.ModalityLUTSequence[0], values.dtype.kind == "i" or int(dataset.PixelRepresentation) == 1)
+        table = _table(dataset.ModalityLUTSequence[0], values.dtype.kind == "i" or int(dataset.get("PixelRepresentation", 0) or 0) == 1)
         return table.of(values)
-    slope = dataset.get("RescaleSlope", 1)
-    return values.astype(np.float64) * float(1 if slope in (None, "") else slope) + float(dataset.get("RescaleIntercept", 0) or 0)
+    return values.astype(np.float64) * float(dataset.get("RescaleSlope", 1) or 1) + float(dataset.get("RescaleIntercept", 0) or 0)
 
 
 @dataclass
@@ -244,7 +243,7 @@ def _table(item: Any, signed: bool) -> _Table:
 def _shown(dataset: Any) -> Callable[[np.ndarray], np.ndarray] | None:
     """How the file's own VOI LUT, or else its first window, maps values to shares of white (PS3.3 C.11.2); None where it has neither."""
     if dataset.get("VOILUTSequence"):
-        table = _table(dataset.VOILUTSequence[0], int(dataset.PixelRepresentation) == 1 or float(dataset.get("RescaleIntercept", 0) or 0) < 0)
+        table = _table(dataset.VOILUTSequence[0], int(dataset.get("PixelRepresentation", 0) or 0) == 1 or float(dataset.get("RescaleIntercept", 0) or 0) < 0)
         return lambda values: table.of(values) / table.top
 
     def first(name: str) -> float | None:
@@ -291,7 +290,8 @@ def _real(dataset: Any, pixels: np.ndarray) -> np.ndarray:
         value = int.from_bytes(value, "little") if isinstance(value, bytes) else int(value)
         return value - 2**16 if pixels.dtype.kind == "i" and value >= 2**15 else value % 2**16 if pixels.dtype.kind == "u" else value
 
-    ends = sorted((signed(dataset.PixelPaddingValue), signed(dataset.get("PixelPaddingRangeLimit", None) or dataset.PixelPaddingValue)))
+    limit = dataset.get("PixelPaddingRangeLimit")
+    ends = sorted((signed(dataset.PixelPaddingValue), signed(dataset.PixelPaddingValue if limit in (None, "") else limit)))
     return (pixels < ends[0]) | (pixels > ends[1])
 
 

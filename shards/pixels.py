@@ -22,14 +22,14 @@ from PIL import Image, UnidentifiedImageError
 
 from shards.errors import InputError
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".jp2", ".j2k")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".jp2", ".j2k", ".pgm", ".ppm")
 FORMATS = ("jpg", "png", "webp")
 OPENED = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000")  # Pillow's EPS reader, for one, runs another program
 MAX_PIXELS = 2**27  # 134 million: beyond any detector, far below what exhausts a machine
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow would warn below our limit; above it `decode_image` refuses
 JPEG_QUALITY = 95
 ASPECTS = ("stretch", "pad")
-ORIENTATION, PHOTOMETRIC = 0x0112, 262  # EXIF and TIFF tags; a photometric of 0 is white for zero
+ORIENTATION = 0x0112  # EXIF and TIFF tag
 TEXT_CHUNKS = (b"iCCP", b"zTXt", b"iTXt", b"tEXt")  # of a PNG: nothing that the pixels need
 KNOWN = {b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG", b"GIF8": "GIF", b"BM": "BMP", b"II*\0": "TIFF", b"MM\0*": "TIFF"}  # first bytes
 LUMINANCE = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as Pillow's
@@ -243,8 +243,7 @@ def _open(data: bytes | bytearray, where: str) -> "Image.Image | _Deep":
         if values.dtype != np.uint8:
             return _Deep(one_channel(values), orientation=_orientation(image))
     if image.mode.startswith(("I", "F")):
-        negative = image.format == "TIFF" and getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0  # Pillow inverts 8 bits only
-        return _Deep(np.asarray(image), negative, _orientation(image))
+        return _Deep(np.asarray(image), orientation=_orientation(image))
     gray = image if image.mode == "L" else image.convert("L")
     gray.load()
     turn = _orientation(image)
@@ -290,17 +289,17 @@ def one_channel(values: np.ndarray) -> np.ndarray:
 
 
 def _deep_tiff(data: bytes, where: str) -> _Deep | None:
-    """A TIFF of several channels with more than 8 bits, or None: Pillow reads the others."""
+    """A TIFF with more than 8 bits, or None: Pillow reads the others."""
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
             page: Any = file.pages[0]
             refuse_large(page.imagewidth, page.imagelength, where)
-            if page.dtype is None or page.samplesperpixel == 1 or page.dtype.itemsize == 1:
+            if page.dtype is None or page.dtype.itemsize == 1:
                 return None
             values = page.asarray()
             if page.axes == "SYX":
                 values = np.moveaxis(values, 0, 2)
-            turn = page.tags.valueof(274, 1)
+            turn = page.tags.valueof(ORIENTATION, 1)
             return _Deep(one_channel(values), int(page.photometric) == 0, int(turn) if turn in range(1, 9) else 1)
     except tifffile.TiffFileError:
         return None  # Pillow says what is wrong

@@ -120,8 +120,8 @@ def _lungs(path: str, shape: tuple[int, int]) -> np.ndarray:
         raise InputError(f"{path}: is {lungs.shape[1]}x{lungs.shape[0]}, its image {shape[1]}x{shape[0]}; they must agree")
     if not lungs.any():
         raise InputError(f"{path}: has no lung pixel (all 0); remove the pair")
-    # 0 and 1, 0 and 255, a number for each lung; many values are a mask that was saved as a JPEG or smoothed.
-    limit = 0 if len(np.unique(lungs)) <= 3 else lungs.max() // 2
+    # 0 and 1, 0 and 255, a number for each lung or lobe; many values are a mask that was saved as a JPEG or smoothed.
+    limit = 0 if len(np.unique(lungs)) <= 7 else lungs.max() // 2
     between = ((lungs > 0.1 * lungs.max()) & (lungs < 0.9 * lungs.max())).mean() if limit else 0.0
     lungs = np.where(lungs > limit, 255, 0).astype(np.uint8)
     if between > 0.2 or (lungs > 0).mean() > 0.9:
@@ -149,8 +149,8 @@ def images_of(folder: Path, skipped: dict[str, int] | None = None) -> Iterator[P
 
 
 def hidden(name: str) -> bool:
-    """Whether a file or folder is no data: `.ipynb_checkpoints`, `._x.png`, and what macOS puts into archives."""
-    return name.startswith(".") or name == "__MACOSX"
+    """Whether a file or folder is no data: `.ipynb_checkpoints`, `._x.png`, and what macOS and file servers put beside it."""
+    return name.startswith(".") or name in ("__MACOSX", "@eaDir", "$RECYCLE.BIN")
 
 
 def walk(root: Path) -> Iterator[Path]:
@@ -360,6 +360,8 @@ def read_table(path: Path, flag: str) -> tuple[list[str], list[Row]]:
 def column(columns: list[str], flag: str, *names: str) -> str:
     """The first of ``names`` that is a column; InputError says which columns there are."""
     for name in names:
+        if columns.count(name) > 1:
+            raise InputError(f"{flag}: has {columns.count(name)} columns {name!r}; rename one")
         if name in columns:
             return name
     close = nearest(names[0], [c for c in columns if c])
@@ -395,6 +397,8 @@ class Finder:
         if os.path.isfile(plain) or "\0" in name:
             return plain
         parts = Path(name.replace("\\", "/")).parts
+        if len(parts) > 1 and parts[0] == self.root.name and not os.path.isdir(self.root / parts[0]):
+            parts = parts[1:]  # from the folder above the one that is named
         if not parts or os.path.isabs(name) or ".." in parts:
             return plain
         at = str(self.root)
@@ -556,6 +560,7 @@ def read_listed(
     corners = box_columns(names)
     finder, found = Finder(images), dict[Path, Listed]()
     rows_of: dict[Path, list[Row]] = defaultdict(list)
+    torn: set[Path] = set()
     for row, findings in _labelled(rows, names, columns, declared, flag, skipped, notes, skip):
         image = finder.find(row[columns.path])
         part = _split_name(row[columns.split], f"{flag}, image {row[columns.path]}") if columns.split else ""
@@ -567,9 +572,15 @@ def read_listed(
         both = tuple(dict.fromkeys((*other.findings, *findings)))
         if (other.split, other.patient) != (part, who) or (NO_FINDING in both and set(both) - {NO_FINDING, SUPPORT_DEVICES}):
             what = listed(both) if (other.split, other.patient) == (part, who) else "different splits or patients"
+            if skip:
+                torn.add(image)
+                continue
             raise InputError(f"{flag}, rows {rows_of[image][0].line} and {row.line}: say {what} of one image, {row[columns.path]}; correct one")
         other.findings = both
         other.boxes += boxes
+    if torn:
+        skipped["rows of one image that disagree"] += len(torn)
+        found = {image: of for image, of in found.items() if image not in torn}
     outside = [str(image) for image in found if not image.is_relative_to(images)]
     if outside:
         raise InputError(f"{flag}: {len(outside)} images are not below --images {images}: {listed(outside)}; name the folder that holds them all")

@@ -48,6 +48,9 @@ def parse_index(text: str | bytes, where: str, remedy: str) -> dict[str, Any]:
             for shard in entry["shards"]:
                 if not all(isinstance(shard[name], int) for name in ("bytes", "samples")) or not CACHED.fullmatch(shard["sha256"]):
                     raise ValueError(f"the shard {shard['name']!r} lacks its size or checksum")
+            for name, table in entry["tables"].items():
+                if not isinstance(table["bytes"], int) or not CACHED.fullmatch(table["sha256"]):
+                    raise ValueError(f"the table {name!r} lacks its size or checksum")
             if not isinstance(entry["samples"], int):
                 raise ValueError("samples must be a number")
             for name in (*(shard["name"] for shard in entry["shards"]), *entry["tables"]):
@@ -120,6 +123,8 @@ class Remote:
 
     def table(self, name: str, entry: dict[str, Any]) -> Path:
         """Local path of a table of the index."""
+        if not entry:
+            raise InputError(f"{self.name}/index.json: has no table {name}; {self.remedy}")
         return self.cache.fetch(f"{self.name}/{name}", entry["bytes"], entry["sha256"])
 
     def check(self, shards: list[dict[str, Any]]) -> None:

@@ -432,3 +432,18 @@ def test_boxes_of_a_table_of_dicom_files(tmp_path):
     boxes = [[box.xyxy for box in split.meta(i)["boxes"]] for i in range(len(split))]
     assert sorted(map(len, boxes)) == [0] * 6 + [2] * 6
     assert [(5.0, 6.0, 15.0, 10.0), (0.5, 1.0, 2.0, 3.0)] in boxes
+
+
+def test_elements_that_are_missing_or_zero(tmp_path):
+    path = made(tmp_path / "x.dcm", DEEP, RescaleSlope=0, RescaleIntercept=0, **WINDOW)
+    assert abs(load_image(path).astype(float) - SHOWN).mean() <= 1
+    path = made(
+        tmp_path / "y.dcm",
+        np.where(np.arange(50) < 10, -3, DEEP),
+        signed=True,
+        bits=16,
+        PixelPaddingValue=("SS", -5),
+        PixelPaddingRangeLimit=("SS", 0),
+        **WINDOW,
+    )
+    assert (load_image(path)[:, :10] == 0).all()

@@ -260,3 +260,18 @@ def test_a_box_goes_into_the_square_and_back():
         frame = Frame.of(shape, 100, aspect)
         assert frame.share(frame.box((0.1, 0.2, 0.5, 0.9))) == pytest.approx((0.1, 0.2, 0.5, 0.9))
     assert Frame.of((60, 30), 100, "pad").share((0, 0, 100, 100)) == (0, 0, 1, 1)
+
+
+@pytest.mark.parametrize("kind", ["<u2", ">u2", "<i2", "<u4", "<i4", "<f2", "<f4", "<f8"])
+@pytest.mark.parametrize("compression", [None, "lzw"])
+def test_gray_tiffs_of_any_number_type(kind, compression):
+    values = (RAMP / 2).astype(kind) if kind == "<f2" else RAMP.astype(kind)  # halves have eleven bits
+    data = tiff(values, photometric="minisblack", compression=compression, byteorder=kind[0])
+    assert like(
+        decode_image(data, "x"), GRAY if kind != "<f2" else values.astype(float) / 1023 * 255 if values.max() <= 1023 else values.astype(float) / 4095 * 255
+    )
+
+
+def test_portable_graymaps(tmp_path):
+    (tmp_path / "x.pgm").write_bytes(b"P5 50 60 4095\n" + RAMP.astype(">u2").tobytes())
+    assert like(load_image(tmp_path / "x.pgm"), GRAY)

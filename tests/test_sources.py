@@ -799,3 +799,33 @@ def test_a_pipe_is_not_waited_for(tmp_path):
         os.mkfifo(tmp_path / "images" / split / "Mass" / "y.png")
     main(["folder", "--path", str(tmp_path / "images"), "--out", str(tmp_path / "out"), "--size", "16"])
     assert len(Split(tmp_path / "out", "train")) == 1
+
+
+def test_a_mask_with_a_number_for_each_lobe(tmp_path):
+    lobes = np.zeros((40, 40), np.uint8)
+    for k, (rows, columns) in enumerate([(slice(8, 20), slice(4, 16)), (slice(20, 32), slice(4, 16)), (slice(8, 32), slice(24, 36))]):
+        lobes[rows, columns] = k + 1
+    lobes[8:14, 24:36], lobes[26:32, 4:16] = 4, 5
+    for i in range(4):
+        picture(tmp_path / "i" / f"{i}.png", size=(40, 40))
+        (tmp_path / "m").mkdir(exist_ok=True)
+        Image.fromarray(lobes).save(tmp_path / "m" / f"{i}.png")
+    main(["masks", "--images", str(tmp_path / "i"), "--masks", str(tmp_path / "m"), "--out", str(tmp_path / "out"), "--size", "40"])
+    assert (Split(tmp_path / "out", "train", masks=True).mask(0) == (LUNGS > 0)).all()
+
+
+def test_columns_that_are_there_twice_are_refused(tmp_path):
+    with pytest.raises(InputError, match="has 2 columns 'finding'; rename one"):
+        packed_table(tmp_path, "path,finding,finding", ["0.png,Mass,Nodule"])
+
+
+def test_paths_from_the_folder_above(tmp_path):
+    out = packed_table(tmp_path, "path,finding", [f"images/{i}.png,Mass" for i in range(40)])
+    assert sum(len(Split(out, name)) for name in ("train", "val", "test")) == 40
+
+
+def test_images_whose_rows_disagree_can_be_left_out(tmp_path, capsys):
+    rows = [f"{i}.png,1,2,9,9,Mass" for i in range(40)] + ["0.png,,,,,No Finding"]
+    out = packed_table(tmp_path, "path,x,y,w,h,finding", rows, "--on-bad", "skip")
+    assert sum(len(Split(out, name)) for name in ("train", "val", "test")) == 39
+    assert "left out 1: rows of one image that disagree" in capsys.readouterr().out

@@ -491,3 +491,12 @@ run(lambda: print(len(list(split.batches(EpochPlan(split.shard_sizes()), 0, 0, b
         pytest.skip(f"no small /dev/shm can be mounted here: {done.stderr.strip()}")
     assert done.returncode == 2
     assert done.stderr.splitlines()[0].startswith("error: the loader's processes have no room left in /dev/shm; use fewer --workers")
+
+
+@pytest.mark.parametrize("table", [{}, {"bytes": "many", "sha256": "0" * 64}, {"bytes": 5, "sha256": "../../../etc/passwd"}, {"sha256": "0" * 64}])
+def test_a_table_is_described_by_size_and_checksum(copied, table):
+    index = json.loads((copied / "index.json").read_text())
+    index["splits"]["train"]["tables"]["train.npy"] = table
+    (copied / "index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match="is not an index"):
+        Split(copied, "train")

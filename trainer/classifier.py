@@ -410,7 +410,22 @@ def _hub() -> Iterator[None]:
 
 
 # What training programs put weights under.
-WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "teacher", "student", "backbone", "encoder", "module", "weights")
+WRAPPERS = (
+    "state_dict",
+    "state_dict_ema",
+    "model_state_dict",
+    "model_ema",
+    "ema",
+    "model",
+    "net",
+    "network",
+    "teacher",
+    "student",
+    "backbone",
+    "encoder",
+    "module",
+    "weights",
+)
 
 
 def _load_file(net: nn.Module, path: Path) -> str:
