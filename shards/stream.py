@@ -15,11 +15,13 @@ import os
 import signal
 import sys
 import tarfile
+import threading
+import time
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -332,33 +334,70 @@ class Split(Dataset["Batch | InputError"]):
         processes that are killed, have no shared memory left, or deliver nothing for `STALLED` seconds.
         """
         ahead = self._ahead(plan, Shares(plan, epoch, start, batch=batch, rank=rank, world=world))
-        patience = STALLED if workers else 0
-        options: dict[str, Any] = {"num_workers": workers, "pin_memory": pinned, "timeout": patience, "worker_init_fn": _leave_interrupts}
+        options: dict[str, Any] = {"num_workers": workers, "pin_memory": pinned, "worker_init_fn": _leave_interrupts}
+        others = set(multiprocessing.active_children())
         loader = iter(DataLoader(self, batch_size=None, sampler=ahead, collate_fn=None, **options))
-        failed: RuntimeError | None = None
+        watch = _Watch([child for child in multiprocessing.active_children() if child not in others])
         try:
-            for got in loader:
+            while True:
+                with watch.waiting():
+                    got = next(loader, None)
+                if got is None:
+                    return
                 if isinstance(got, InputError):
                     raise got
                 yield got
-        except RuntimeError as error:
-            if "DataLoader timed out" not in str(error) and "DataLoader worker" not in str(error):
+        except (RuntimeError, OSError, EOFError) as error:
+            if watch.stalled:
+                what = f"have delivered nothing for {STALLED:g} s: is the disk or network of {self.where} stuck, or a process stopped?"
+                raise InputError(f"the loader's processes {what}") from error
+            if "DataLoader worker" not in str(error):
                 raise
-            failed = error.with_traceback(None)  # whose frames would keep the loader
+            raise InputError(WORKER_LOST) from error
         finally:
+            watch.end()
             if isinstance(ahead, _Ahead):
                 ahead.close()
-        if failed is not None and "timed out" in str(failed):
-            del loader  # asks its processes to end; one that is frozen does not hear it, and would be waited for at the end of this one
-            for child in multiprocessing.active_children():
-                child.kill()
-            what = f"have delivered nothing for {patience:g} s: is the disk or network of {self.where} stuck, or a process stopped?"
-            raise InputError(f"the loader's processes {what}") from failed
-        if failed is not None:
-            raise InputError(WORKER_LOST) from failed
 
     def _ahead(self, plan: "EpochPlan", shares: "Shares") -> "_Ahead | Shares":
         return _Ahead(self, plan, shares) if self.store.remote else shares
+
+
+class _Watch:
+    """Ends loader processes for which the main one has waited longer than `STALLED` seconds.
+
+    The loader's own timeout does not see a process that is frozen while it hands a batch over; a killed one ends every kind of waiting.
+    """
+
+    def __init__(self, processes: list[Any]) -> None:
+        self.processes, self.stalled = processes, False
+        self.since: float | None = None
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        if processes:
+            self.thread.start()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        self.since = time.monotonic()
+        try:
+            yield
+        finally:
+            self.since = None
+
+    def _watch(self) -> None:
+        while not self.over.wait(min(1.0, STALLED / 4)):
+            since = self.since
+            if since is not None and time.monotonic() - since > STALLED:
+                self.stalled = True
+                for process in self.processes:
+                    process.kill()
+                return
+
+    def end(self) -> None:
+        self.over.set()
+        if self.processes:
+            self.thread.join()
 
 
 def _leave_interrupts(_: int) -> None:
