@@ -339,28 +339,35 @@ class Split(Dataset["Batch | InputError"]):
         loader = iter(DataLoader(self, batch_size=None, sampler=ahead, collate_fn=None, **options))
         watch = _Watch([child for child in multiprocessing.active_children() if child not in others])
         try:
-            while True:
-                with watch.waiting():
-                    got = next(loader, None)
-                if got is None:
-                    return
-                if isinstance(got, InputError):
-                    raise got
-                yield got
+            yield from _watched(loader, watch)
         except (RuntimeError, OSError, EOFError) as error:
             if watch.stalled:
                 what = f"have delivered nothing for {STALLED:g} s: is the disk or network of {self.where} stuck, or a process stopped?"
                 raise InputError(f"the loader's processes {what}") from error
-            if "DataLoader worker" not in str(error):
+            if "DataLoader worker" not in str(error) and not (workers and isinstance(error, ConnectionError | EOFError)):
                 raise
             raise InputError(WORKER_LOST) from error
         finally:
-            watch.end()
             if isinstance(ahead, _Ahead):
                 ahead.close()
 
     def _ahead(self, plan: "EpochPlan", shares: "Shares") -> "_Ahead | Shares":
         return _Ahead(self, plan, shares) if self.store.remote else shares
+
+
+def _watched(loader: Iterator[Any], watch: "_Watch") -> Iterator[Batch]:
+    """What the loader's processes deliver; the first InputError of theirs is raised here."""
+    try:
+        while True:
+            with watch.waiting():
+                got = next(loader, None)
+            if got is None:
+                return
+            if isinstance(got, InputError):
+                raise got
+            yield got
+    finally:
+        watch.end()
 
 
 class _Watch:
@@ -395,9 +402,14 @@ class _Watch:
                 return
 
     def end(self) -> None:
+        """Stop watching. Of processes that were killed torch's signal handler raises once more, wherever this one is: it does so here, unheard."""
         self.over.set()
         if self.processes:
             self.thread.join()
+        if self.stalled:
+            for process in self.processes:
+                with suppress(RuntimeError):
+                    process.join(5)
 
 
 def _leave_interrupts(_: int) -> None:
