@@ -197,7 +197,7 @@ def _gray(stored: _Stored) -> np.ndarray:
 
     low, high = int(values.min(initial=0)), int(values.max(initial=0))
     if high - low < 2**17:  # every value once, then a look into that table
-        whole = gray(np.arange(low, high + 1))[(values - low if low else values)]
+        whole = gray(np.arange(low, high + 1))[np.subtract(values, low, dtype=np.int64) if low else values]
     else:
         whole = np.concatenate([gray(row) for row in np.array_split(values, max(1, len(values) // 256))])
     return np.where(stored.real, whole, 0).astype(np.uint8)
@@ -253,9 +253,10 @@ def _shown(dataset: Any) -> Callable[[np.ndarray], np.ndarray] | None:
         return float(value[0] if hasattr(value, "__len__") and not isinstance(value, str) else value)
 
     center, width = first("WindowCenter"), first("WindowWidth")
-    if center is None or width is None or not width >= 1:
-        return None
     function = str(dataset.get("VOILUTFunction", "") or "LINEAR").upper()
+    exact = function in ("SIGMOID", "LINEAR_EXACT")  # of which the standard asks for a width above 0, of LINEAR for 1 and more
+    if center is None or width is None or not (width > 0 if exact else width >= 1):
+        return None
     if function == "SIGMOID":
         return lambda values: 1 / (1 + np.exp(np.clip(-4 * (values - center) / width, -700, 700)))
     if function == "LINEAR_EXACT":

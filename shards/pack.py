@@ -564,6 +564,7 @@ def index_tar(path: Path, classes: Sequence[str] | None = None, keys: dict[bytes
     """
     rows: dict[str, dict[str, int]] = {}
     found: dict[str, tuple[str, ...]] = {}
+    classed: set[str] = set()  # keys with a .cls member
     named: dict[tuple[str, str], str] = {}  # the suffix of the member that a row has
     end = 0
     try:
@@ -579,14 +580,17 @@ def index_tar(path: Path, classes: Sequence[str] | None = None, keys: dict[bytes
                 folder, _, name = member.name.removeprefix("./").rpartition("/")
                 stem, _, suffix = name.partition(".")
                 suffix = suffix.lower()
-                if not stem or stem.startswith("__"):  # `._x.png` of macOS, and webdataset's own entries: no reader takes them for samples
+                if not stem or (
+                    stem.startswith("__") and name.endswith("__")
+                ):  # `._x.png` of macOS, and webdataset's own entries: no reader takes them for samples
                     continue
                 key = check_key(f"{folder}/{stem}" if folder else stem, str(path))
-                row = rows.setdefault(key, {})
                 field = _field(suffix)
-                if not field:
+                if not field or (field == "json" and not stem):
                     continue
+                row = rows.setdefault(key, {})
                 if field == "cls":
+                    classed.add(key)
                     found[key] = found.get(key) or (_class_name(raw, member, classes, path),)
                     continue
                 if f"{field}_len" in row:
@@ -612,6 +616,10 @@ def index_tar(path: Path, classes: Sequence[str] | None = None, keys: dict[bytes
             raise tarfile.ReadError(f"cut or damaged after {len(rows)} samples")
     except (tarfile.TarError, EOFError, OSError) as error:
         raise InputError(f"{path}: not a whole tar file ({error}); pack or copy it again") from error
+    alone = [key for key, row in rows.items() if "image_len" not in row and "mask_len" not in row and key not in classed]
+    if alone and len(alone) < len(rows):  # such as dataset_info.json: of no sample
+        print(f"note: {path}: {len(alone)} files without an image are no samples: {listed(alone)}", file=sys.stderr)
+        rows = {key: row for key, row in rows.items() if key not in alone}
     table = np.zeros(len(rows), ROW)
     for i, (key, row) in enumerate(rows.items()):
         if "image_len" not in row:

@@ -35,6 +35,7 @@ KNOWN = {b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG", b"GIF8": "GIF", b"BM": "BMP
 LUMINANCE = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as Pillow's
 ROWS = 256  # that are converted at a time, so that no copy of a large image in floats is made
 
+CHANNELS = 4  # colour and alpha
 SLACK = 1.25  # a value that is beyond a scale by less than this is cut; beyond, the image is of another kind
 
 Scale = tuple[float, float]
@@ -178,8 +179,8 @@ def image_size(path: Path | str) -> tuple[int, int]:
         return open_gray(path).size
 
     def size() -> tuple[int, int]:
-        image = Image.open(io.BytesIO(_plain_png(bytes(data))), formats=OPENED)
-        return image.size if _orientation(image) < 5 else (image.height, image.width)
+        image = Image.open(io.BytesIO(_plain_png(data)), formats=OPENED)
+        return image.size if _orientation(image, data) < 5 else (image.height, image.width)
 
     return _guarded(data, str(path), size)
 
@@ -219,7 +220,9 @@ def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return np.ascontiguousarray(pixels)
 
 
-def _orientation(image: Image.Image) -> int:
+def _orientation(image: Image.Image, data: bytes) -> int:
+    if data[:4] == b"\x89PNG" and b"eXIf" not in data:
+        return 1  # Pillow would decode the pixels to look behind them
     try:
         return int(image.getexif().get(ORIENTATION, 1))
     except Exception:  # a broken EXIF block is no broken image
@@ -237,16 +240,16 @@ def _open(data: bytes | bytearray, where: str) -> "Image.Image | _Deep":
     image = Image.open(io.BytesIO(data), formats=OPENED)
     refuse_large(image.width, image.height, where)
     if data[:4] == b"\x89PNG" and data[24] == 16 and data[25] in (2, 4, 6):  # Pillow would keep the upper 8 bits
-        return _Deep(one_channel(imagecodecs.png_decode(data)), orientation=_orientation(image))
+        return _Deep(one_channel(imagecodecs.png_decode(data)), orientation=_orientation(image, data))
     if image.format == "JPEG2000":
         values = imagecodecs.jpeg2k_decode(data)
         if values.dtype != np.uint8:
-            return _Deep(one_channel(values), orientation=_orientation(image))
+            return _Deep(one_channel(values), orientation=_orientation(image, data))
     if image.mode.startswith(("I", "F")):
-        return _Deep(np.asarray(image), orientation=_orientation(image))
+        return _Deep(np.asarray(image), orientation=_orientation(image, data))
     gray = image if image.mode == "L" else image.convert("L")
     gray.load()
-    turn = _orientation(image)
+    turn = _orientation(image, data)
     return gray if turn == 1 else Image.fromarray(upright(np.asarray(gray), turn))
 
 
@@ -296,6 +299,8 @@ def _deep_tiff(data: bytes, where: str) -> _Deep | None:
             refuse_large(page.imagewidth, page.imagelength, where)
             if page.dtype is None or page.dtype.itemsize == 1:
                 return None
+            if page.samplesperpixel > CHANNELS or page.imagedepth > 1:
+                raise InputError(f"{where}: has {page.samplesperpixel} values a pixel, an image has {CHANNELS} at most; replace or remove it")
             values = page.asarray()
             if page.axes == "SYX":
                 values = np.moveaxis(values, 0, 2)

@@ -440,7 +440,7 @@ def _labelled(
     if not _indicators(rows, columns):
         found = [_named(row, columns, flag, skipped, notes, skip) for row in rows]
     else:
-        found = [_indicated(row, columns, healthy, flag, skipped) for row in rows]
+        found = [_indicated(row, columns, healthy, flag, skipped, skip) for row in rows]
         assumed = [row for row, findings in zip(rows, found, strict=True) if findings == (NO_FINDING,)]
         if not healthy and assumed:
             flags = [name for name in names if name not in columns.finding and _only_numbers(rows, name)]
@@ -494,11 +494,14 @@ def _named(row: Row, columns: Columns, flag: str, skipped: dict[str, int], notes
                 notes.append(note)
     found = tuple(dict.fromkeys(NO_FINDING if _same(name) == _same(NO_FINDING) else name for name in found))
     if NO_FINDING in found and len(found) > 1:
+        if skip:
+            skipped[f"{NO_FINDING} and something else"] += 1
+            return None
         raise InputError(f"{flag}, row {row.line}: says {NO_FINDING} and something else ({listed(found)}); correct the row")
     return found
 
 
-def _indicated(row: Row, columns: Columns, healthy: str, flag: str, skipped: dict[str, int]) -> tuple[str, ...] | None:
+def _indicated(row: Row, columns: Columns, healthy: str, flag: str, skipped: dict[str, int], skip: bool) -> tuple[str, ...] | None:
     """Findings of columns of 1, 0, -1 (uncertain) and nothing; ``healthy``: the table's own column No Finding, which alone says that an image is."""
     where = f"{flag}, row {row.line}"
     values = {name: _number(row[name], where, name) for name in columns.finding}
@@ -508,6 +511,9 @@ def _indicated(row: Row, columns: Columns, healthy: str, flag: str, skipped: dic
     found = tuple(name for name, value in values.items() if value > 0 and name != healthy)
     well = _number(row[healthy], where, healthy) > 0 if healthy else not found
     if well and set(found) - {SUPPORT_DEVICES}:
+        if skip:
+            skipped[f"{NO_FINDING} and something else"] += 1
+            return None
         raise InputError(f"{where}: says {NO_FINDING} and something else ({listed(found)}); correct the row")
     if not well and not found:
         skipped[f"none of the findings named, and not called {NO_FINDING}"] += 1
@@ -1027,7 +1033,7 @@ def _no_patients(headers: Iterable[Any], notes: list[str]) -> set[str]:
     studies: dict[str, set[str]] = defaultdict(set)
     images: Counter[str] = Counter()
     for header in headers:
-        studies[header.patient.strip()].add(header.study)
+        studies[header.patient.strip()].add(header.study or header.uid)
         images[header.patient.strip()] += 1
     every = len(set().union(*studies.values()))
     nobody = {who for who, of in studies.items() if len(of) > 1 and (ANONYMOUS.fullmatch(who) or (len(of) > every / 2 and len(of) >= 10))}

@@ -20,11 +20,11 @@ import time
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,7 @@ from shards.sample import parse_meta
 from shards.store import Folder, Remote, open_store
 
 MAX_OPEN_FILES = 64
+FETCHERS = 4  # shards of a URL that are fetched ahead at a time
 STALLED = 600.0  # seconds without a batch after which the loader's processes count as stuck
 SHM_REMEDY = "use fewer --workers (0: none) or a smaller --batch, or give the container more (docker run --shm-size 1g)"
 
@@ -349,7 +350,7 @@ class Split(Dataset["Batch | InputError"]):
             raise InputError(WORKER_LOST) from error
         finally:
             if isinstance(ahead, _Ahead):
-                ahead.close()
+                ahead.close(wait=not watch.stalled)  # what is stuck is not waited for
 
     def _ahead(self, plan: "EpochPlan", shares: "Shares") -> "_Ahead | Shares":
         return _Ahead(self, plan, shares) if self.store.remote else shares
@@ -643,7 +644,8 @@ class _Ahead(Sampler[Share]):
 
     def __init__(self, split: Split, plan: EpochPlan, shares: Shares) -> None:
         self.split, self.plan, self.shares = split, plan, shares
-        self.pool: ThreadPoolExecutor | None = None
+        self.threads: list[threading.Thread] = []
+        self.queue: SimpleQueue[int | None] = SimpleQueue()
         self.asked: set[int] = set()
         self.room = split.store.room_ahead() if isinstance(split.store, Remote) else 0
 
@@ -652,21 +654,33 @@ class _Ahead(Sampler[Share]):
 
     def __iter__(self) -> Iterator[Share]:
         # Threads start here, after the loader has forked its workers.
-        self.pool, self.asked = ThreadPoolExecutor(4), set()
+        self.asked = set()
+        self.threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(FETCHERS)]
+        for thread in self.threads:
+            thread.start()
         for start in self.shares.starts():
             room = self.room
             for shard in self.plan.shards_ahead(self.shares.epoch, start):
                 room -= self.split.shards[shard]["bytes"]
                 if shard not in self.asked and room >= 0:
                     self.asked.add(shard)
-                    self.pool.submit(self._fetch, shard)
+                    self.queue.put(shard)
             yield self.shares.share(start)
 
-    def _fetch(self, shard: int) -> None:
-        with suppress(InputError):  # whoever needs the shard tries again and says so
-            self.split.store.shard(self.split.shards[shard])
+    def _serve(self) -> None:
+        """In a thread, which the end of the process does not wait for: fetch what is asked for until nothing more is."""
+        while (shard := self.queue.get()) is not None:
+            with suppress(InputError):  # whoever needs the shard tries again and says so
+                self.split.store.shard(self.split.shards[shard])
 
-    def close(self) -> None:
-        """Wait for the fetches under way, drop the others: nothing of them is left when the next loader forks."""
-        if self.pool is not None:
-            self.pool.shutdown(wait=True, cancel_futures=True)
+    def close(self, *, wait: bool = True) -> None:
+        """Drop what was not begun; with ``wait`` for the fetches under way: nothing of them is left when the next loader forks."""
+        with suppress(Empty):
+            while True:
+                self.queue.get_nowait()
+        for _ in self.threads:
+            self.queue.put(None)
+        if wait:
+            for thread in self.threads:
+                thread.join()
+        self.threads = []

@@ -319,3 +319,20 @@ def test_what_is_no_file_of_weights_is_called_what_it_is(tmp_path, content, word
 def test_folders_that_are_no_run(tmp_path):
     with pytest.raises(InputError, match=r"is a folder without model\.safetensors; name a finished run of this trainer"):
         FocusClassifier("resnet18", 2, pretrained=str(tmp_path), size=64)
+
+
+def test_a_dict_that_holds_itself_is_no_endless_way(tmp_path):
+    content: dict = {}
+    content["model"] = content
+    torch.save(content, tmp_path / "w.pt")
+    with pytest.raises(InputError, match="holds no state dict"):
+        FocusClassifier("resnet18", 2, pretrained=str(tmp_path / "w.pt"), size=64)
+
+
+def test_the_search_takes_maps_of_the_network_and_no_parts_of_blocks():
+    for backbone, size in (("coat_tiny", 64), ("coat_lite_mini", 64), ("pit_ti_224", 64), ("crossvit_tiny_240", 240), ("tnt_s_legacy_patch16_224", 64)):
+        model = FocusClassifier(backbone, 2, pretrained="false", size=size)
+        (layer,) = model.layers
+        assert "crpe" not in layer
+        assert layer != "pos_drop"
+        assert model.map_side < 50

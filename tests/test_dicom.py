@@ -447,3 +447,25 @@ def test_elements_that_are_missing_or_zero(tmp_path):
         **WINDOW,
     )
     assert (load_image(path)[:, :10] == 0).all()
+
+
+@pytest.mark.parametrize("edge", [-32768, -30000, -29000, -1])
+def test_signed_values_of_sixteen_bits_do_not_wrap(tmp_path, edge):
+    pixels = np.where(np.arange(50) < 5, edge, DEEP)
+    image = load_image(made(tmp_path / "x.dcm", pixels, bits=16, signed=True, **WINDOW))
+    assert abs(image[:, 5:].astype(float) - SHOWN[:, 5:]).mean() <= 1
+    assert (image[:, :5] == 0).all()
+
+
+@pytest.mark.parametrize("function", ["LINEAR_EXACT", "SIGMOID"])
+def test_narrow_windows_of_small_values(tmp_path, function):
+    window = {"WindowCenter": 0.1, "WindowWidth": 0.2, "VOILUTFunction": function}
+    path = made(tmp_path / "x.dcm", DEEP, RescaleSlope=0.0001, RescaleIntercept=0, **window)
+    values = DEEP * 0.0001
+    share = np.clip((values - 0.1) / 0.2 + 0.5, 0, 1) if function == "LINEAR_EXACT" else 1 / (1 + np.exp(-4 * (values - 0.1) / 0.2))
+    np.testing.assert_allclose(load_image(path), share * 255, atol=1)
+
+
+def test_one_id_without_studies_names_nobody_either(tmp_path, capsys):
+    main(dicom_set(tmp_path, [""], patient=lambda n: "ANONYMOUS" if n % 5 else f"P{n}", count=10))
+    assert "16 images have the patient ID 'ANONYMOUS', which names nobody" in capsys.readouterr().err

@@ -275,3 +275,9 @@ def test_gray_tiffs_of_any_number_type(kind, compression):
 def test_portable_graymaps(tmp_path):
     (tmp_path / "x.pgm").write_bytes(b"P5 50 60 4095\n" + RAMP.astype(">u2").tobytes())
     assert like(load_image(tmp_path / "x.pgm"), GRAY)
+
+
+def test_tiffs_of_many_channels_are_refused_before_they_are_decoded():
+    data = tiff(np.zeros((50, 50, 40), np.uint16), photometric="minisblack", planarconfig="contig", compression="zlib")
+    with pytest.raises(InputError, match="has 40 values a pixel, an image has 4 at most"):
+        decode_image(data, "x")

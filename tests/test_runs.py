@@ -141,7 +141,7 @@ def test_apples_gpu_is_left_alone(monkeypatch, capsys):
     monkeypatch.setattr(launching, "Accelerator", lambda **options: asked.update(options) or ordinary(**options))
     assert launching.start(0).device.type == "cpu"
     assert asked["cpu"]
-    assert "Apple's GPU is not used" in capsys.readouterr().out
+    assert "GPU is not used" in capsys.readouterr().err
 
 
 def test_threads_are_those_that_the_process_may_use(monkeypatch):
@@ -749,13 +749,14 @@ def test_a_backbone_without_a_map_trains_by_cross_entropy(flags, tmp_path, shard
 # -- commands ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", ["trainer.train", "trainer.train_lungs"])
+@pytest.mark.parametrize("module", ["trainer.train", "trainer.train_lungs", "trainer.evaluate", "trainer.predict", "trainer.report"])
 def test_wrong_settings_are_told_before_torch_is_imported(tmp_path, module):
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
-    command = [sys.executable, "-m", module, "--shards", "x", "--out", "y", "--epochz", "3"]
+    wrong = "--epochz" if "train" in module.partition(".")[2] else "--ouut"
+    command = [sys.executable, "-m", module, "--out", "y", wrong, "3"]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: unknown flag --epochz; did you mean --epochs or")
+    assert done.stderr.startswith(f"error: unknown flag {wrong}; did you mean --")
 
 
 def test_recipes_have_names(tmp_path):
@@ -785,3 +786,43 @@ def test_the_wheel_has_recipes_and_weights(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"launch/recipes/published.yaml", "launch/demo.sh", "trainer/weights/lung_unet.safetensors", "trainer/findings/nih.yaml"} <= names
+
+
+def test_weights_that_are_not_finite_after_the_last_step_are_one_line(flags, tmp_path, monkeypatch):
+    ordinary = loop.Trainer.step
+
+    def spoilt(self, group, lam):
+        sums = ordinary(self, group, lam)
+        if self.state.step == 3:  # the last of the epoch
+            with torch.no_grad():
+                next(self.model.parameters()).fill_(math.nan)
+        return sums
+
+    monkeypatch.setattr(loop.Trainer, "step", spoilt)
+    with pytest.raises(InputError, match="or a weight after them"):
+        loop.build(loop.resolve([*flags, "--epochs", "1"])).train()
+    assert not (tmp_path / "run/model.safetensors").exists()
+
+
+def test_predict_says_that_a_run_has_not_finished(flags, tmp_path, shards, capsys):
+    loop.build(loop.resolve([*flags, "--epochs", "1"])).train()
+    evaluate.main(["--run", str(tmp_path / "run"), "--shards", str(shards), "--workers", "0"])
+    Image.fromarray(Split(shards, "test").image(0)).save(tmp_path / "x.png")
+    predict.main(["--run", str(tmp_path / "run"), str(tmp_path / "x.png")])
+    assert "has not finished: its best model so far is used" in capsys.readouterr().err
+
+
+def test_another_run_s_report_is_never_overwritten(flags, tmp_path, shards):
+    loop.main([*flags, "--epochs", "1"])
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/config.yaml").write_text("")
+    with pytest.raises(InputError, match="is another run's folder"):
+        evaluate.main(["--run", str(tmp_path / "run"), "--shards", str(shards), "--out", str(tmp_path / "theirs"), "--workers", "0"])
+
+
+def test_notes_of_the_start_are_not_among_the_data(monkeypatch, capsys):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    launching.start(0, "fp16")
+    captured = capsys.readouterr()
+    assert not captured.out
+    assert "fp16 needs a GPU" in captured.err

@@ -510,3 +510,41 @@ def test_a_table_is_described_by_size_and_checksum(copied, table):
     (copied / "index.json").write_text(json.dumps(index))
     with pytest.raises(InputError, match="is not an index"):
         Split(copied, "train")
+
+
+def test_files_that_are_no_samples_are_told_and_no_more(tmp_path, capsys):
+    members = {"README": b"hello", "Thumbs.db": b"x", "dataset_info.json": META, "__meta__": b"x", "__A.png": png(1), "__A.json": META}
+    build_index(foreign(tmp_path, members), dataset="x")
+    split = Split(tmp_path, "train")
+    assert [split.key(i) for i in range(len(split))] == ["__A"]
+    assert "1 files without an image are no samples: dataset_info" in capsys.readouterr().err
+
+
+def test_a_server_that_never_answers_does_not_keep_the_process(shards, tmp_path):
+    """Both the loader's process and the threads that fetch ahead are stuck; the run ends with one line all the same."""
+    script = f"""
+import http.server, threading, time
+from functools import partial
+from shards import stream
+from shards.errors import run
+from shards.stream import EpochPlan, Split
+
+class Stuck(http.server.SimpleHTTPRequestHandler):
+    def do_GET(self):
+        if self.path.endswith(".tar"):
+            time.sleep(1000)
+        super().do_GET()
+    def log_message(self, *_):
+        pass
+
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Stuck, directory="{shards}"))
+server.daemon_threads = True
+threading.Thread(target=server.serve_forever, daemon=True).start()
+stream.STALLED = 3
+split = Split(f"http://127.0.0.1:{{server.server_port}}", "train")
+run(lambda: print(len(list(split.batches(EpochPlan(split.shard_sizes()), 0, 0, batch=4, rank=0, world=1, workers=1)))))
+"""
+    environment = os.environ | {"CXR_FOCUS_CACHE": str(tmp_path / "cache"), "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2, done.stderr
+    assert "error: the loader's processes have delivered nothing for 3 s" in done.stderr

@@ -14,6 +14,7 @@ import torch
 import trainer.train as train
 from shards.errors import run
 from shards.stream import EpochPlan
+from trainer import launching
 
 
 def gradients(argv: list[str]) -> tuple[dict[str, torch.Tensor], list[list[int]], torch.Tensor]:
@@ -58,6 +59,7 @@ def main() -> None:
     if what == "apart":
         (Path(folder) / rank).mkdir()
         os.chdir(Path(folder) / rank)
+        launching.SEEN_SECONDS = 2.0
         train.main(argv)
     elif what == "train":
         (Path(folder) / f"rank{rank}.json").write_text(json.dumps(watched(argv)))

@@ -12,6 +12,7 @@ import contextlib
 import difflib
 import math
 import pickle
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -34,6 +35,7 @@ from trainer.losses import TINY, at_least_float32
 PUBLISHED = {"pvt": "pvt_v2_b2_li", "vgg": "vgg16", "resnet": "resnet50"}
 HUB_SECONDS = 5.0
 INPUT = "input"
+INSIDE = re.compile(r"(attn|mlp|drop|crpe|cpe|act|qkv|proj|gate)", re.IGNORECASE)  # parts of blocks, whose outputs are no features of the network
 
 
 class Prediction(NamedTuple):
@@ -151,12 +153,12 @@ class FocusClassifier(nn.Module):
             self.keeps, self.kept = kept
 
     def _candidates(self, trial: torch.Tensor) -> list[str]:
-        """Modules whose output may be a map, blocks and stages before what is in them, the last that is run first."""
+        """Modules whose output may be a map, the last that is run first, so that a block comes before what is in it."""
         run: list[str] = []
 
         def note(name: str) -> Callable[..., None]:
             def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-                if isinstance(output, torch.Tensor) and output.ndim in (3, 4) and output.shape[1:].numel() > 1:
+                if isinstance(output, torch.Tensor) and (output.ndim == 3 or (output.ndim == 4 and _square(output))):
                     run.append(name)
 
             return hook
@@ -167,8 +169,8 @@ class FocusClassifier(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
-        order = list(dict.fromkeys(reversed(run)))
-        return [name for name in order if name.count(".") <= 1] + [name for name in order if name.count(".") > 1]
+        once = [name for name in reversed(run) if run.count(name) == 1]  # what runs several times is a part that others share
+        return [name for name in once if not INSIDE.search(name)] or once
 
     def try_step(self, size: int, images: int, *, cam: bool, mode: str = "train") -> None:
         """One forward and backward in training, as many images as the smallest batch has; nothing of the model is changed.
@@ -178,7 +180,7 @@ class FocusClassifier(nn.Module):
         before = {name: buffer.clone() for name, buffer in self.named_buffers()}
         device = self.mean.device
         try:
-            with self._explained(f"in training with {images} image{'s' if images > 1 else ''}"), torch.random.fork_rng():
+            with self._explained(f"in training with {images} image{'s' if images > 1 else ''}"), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 logits, found = self.train()(
                     torch.rand(images, 1, size, size, device=device), torch.zeros(images, dtype=torch.int64, device=device), cam=cam, mode=mode
@@ -342,6 +344,12 @@ def _to_maps(x: torch.Tensor, net: nn.Module) -> torch.Tensor:
     raise InputError(f"--attention.layer: an output of shape {tuple(x.shape)} is not a feature map; choose another layer")
 
 
+def _square(output: torch.Tensor) -> bool:
+    """Whether [B,C,H,W] or [B,H,W,C] has H = W, as all maps of a square image have, and more than one position."""
+    a, b, c = output.shape[1:]
+    return (b == c and b > 1) or (a == b and a > 1)
+
+
 def _names(layers: str) -> list[str]:
     return [name.strip() for name in layers.split(",") if name.strip()]
 
@@ -494,7 +502,10 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
         raise InputError(f"--pretrained {path}: holds more than tensors ({listed(asked, 3)}) and was not executed; save its state_dict() alone") from error
     except Exception as error:  # torch raises many kinds for damaged files
         raise InputError(f"--pretrained {path}: not safetensors, nor a state dict that loads without executing code ({type(error).__name__})") from error
-    while isinstance(state, dict) and (inner := next((state[w] for w in WRAPPERS if isinstance(state.get(w), dict)), None)) is not None:
+    for _ in range(8):  # of wrappers in wrappers; a dict may hold itself
+        inner = next((state[w] for w in WRAPPERS if isinstance(state.get(w), dict)), None) if isinstance(state, dict) else None
+        if inner is None:
+            break
         state = inner
     tensors = {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, torch.Tensor)} if isinstance(state, dict) else {}
     if not tensors:

@@ -339,6 +339,54 @@ class LungsTrainConfig:
         return found
 
 
+@dataclass
+class EvaluateConfig:
+    """Evaluate a finished run on its own shards or on others."""
+
+    run: str
+    """Run folder of trainer.train."""
+    shards: str
+    """Folder or URL of packed shards with val, or test, or both."""
+    out: str = ""
+    """Folder for the reports; empty: the run folder for its own shards, RUN/evaluate_<dataset> for others."""
+    batch: int = 32
+    """Images per process and forward."""
+    workers: int = 2
+    """Loader processes per process."""
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with the values, each naming its flag."""
+        return [f"--{n} {v}: must be at least {low}" for n, v, low in (("batch", self.batch, 1), ("workers", self.workers, 0)) if v < low]
+
+
+@dataclass
+class PredictConfig:
+    """Predict image files with a finished run. Usage: python -m trainer.predict --run RUN [--out DIR] IMAGE|FOLDER|PATTERN..."""
+
+    run: str
+    """Run folder of trainer.train."""
+    out: str = ""
+    """Folder for the overlays; empty: RUN/predictions."""
+    look_at: str = ""
+    """Finding whose CAM is shown; empty: the predicted one."""
+
+    def problems(self) -> list[str]:
+        """Nothing beyond the types."""
+        return []
+
+
+@dataclass
+class ReportConfig:
+    """Finished runs side by side. Usage: python -m trainer.report --out FILE.html RUN [RUN ...]"""
+
+    out: str
+    """HTML file to write."""
+
+    def problems(self) -> list[str]:
+        """Nothing beyond the types."""
+        return []
+
+
 KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 
 

@@ -3,6 +3,16 @@
 Legend: N images of a split, K classes, S pixels of a side.
 """
 
+if __name__ == "__main__":  # what is wrong with the flags is said before torch is imported, which takes seconds
+    from shards.errors import run as _run
+    from trainer.config import EvaluateConfig as _Config
+    from trainer.config import parse as _parse
+
+    def _check() -> None:
+        _parse(_Config, None, prog="trainer.evaluate")
+
+    _run(_check)
+
 import json
 import math
 import os
@@ -27,7 +37,7 @@ from trainer import __version__
 from trainer.annotations import chosen, lesion_regions
 from trainer.checkpoint import save_weights
 from trainer.classifier import FocusClassifier, evaluating, normalize_cam
-from trainer.config import Config, from_yaml, parse
+from trainer.config import Config, EvaluateConfig, from_yaml, parse
 from trainer.launching import Accelerator, close, set_threads, start, told_everywhere
 from trainer.look import Located
 from trainer.look import look as look_at
@@ -407,26 +417,6 @@ def folder_of(run_folder: Path, dataset: str) -> Path:
     return run_folder / file_name(f"evaluate_{dataset}")
 
 
-@dataclass
-class EvaluateConfig:
-    """Evaluate a finished run on its own shards or on others."""
-
-    run: str
-    """Run folder of trainer.train."""
-    shards: str
-    """Folder or URL of packed shards with val, or test, or both."""
-    out: str = ""
-    """Folder for the reports; empty: the run folder for its own shards, RUN/evaluate_<dataset> for others."""
-    batch: int = 32
-    """Images per process and forward."""
-    workers: int = 2
-    """Loader processes per process."""
-
-    def problems(self) -> list[str]:
-        """Everything that is wrong with the values, each naming its flag."""
-        return [f"--{n} {v}: must be at least {low}" for n, v, low in (("batch", self.batch, 1), ("workers", self.workers, 0)) if v < low]
-
-
 def main(argv: list[str] | None = None) -> None:
     """Evaluate, write the reports, print where they are."""
     options = parse(EvaluateConfig, argv, prog="trainer.evaluate")
@@ -445,7 +435,7 @@ def main(argv: list[str] | None = None) -> None:
     # The run's own shards, if they are still those that it was trained on.
     own = own and all(old.get("images", {}).get(name, split.fingerprint) == split.fingerprint for name, split in splits.items())
     out = Path(options.out) if options.out else path if own else folder_of(path, index["dataset"])
-    if not own:
+    if out.resolve() != path.resolve():
         refuse_to_overwrite(out, path, splits)
     out.mkdir(parents=True, exist_ok=True)
     training = old.get("training", {"unfinished": True, "best_epoch": int(opened.metadata["epoch"]) + 1})
@@ -459,7 +449,11 @@ def main(argv: list[str] | None = None) -> None:
     if segmenter is not None and model.has_map:
         segmenter.to(accelerator.device)
         lungs = {n: LungBoxes(segmenter, config.size, len(s), s.fingerprint) for n, s in splits.items()}
-    known: dict[str, Any] = old if own else {name: old[name] for name in ("iou_threshold", "threshold", "config") if name in old}
+    known: dict[str, Any] = (
+        {"config": asdict(config)} | old
+        if own
+        else {"config": asdict(config)} | {name: old[name] for name in ("iou_threshold", "threshold", "config") if name in old}
+    )
     content = finish(accelerator, model, asked, opened.findings, splits, lungs, training, out, known)
     if accelerator.is_main_process:
         from trainer import report

@@ -2,8 +2,11 @@
 
 import os
 import socket
+import sys
+import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,8 @@ from shards.pack import cores
 
 __all__ = ["Accelerator", "start"]
 
-ON_CPU = "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N --config_file accelerate_config.yaml -m ..."
+ON_CPU = "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N -m ..."
+SEEN_SECONDS = 60.0  # in which all machines must see the run folder
 # What a launcher's configuration may ask for and this trainer does not do: the variable, the values that are fine, what to do.
 REFUSED = (
     ("ACCELERATE_DYNAMO_BACKEND", ("", "no"), "torch.compile cannot take the second derivative that attention needs; launch without --dynamo_backend"),
@@ -50,17 +54,17 @@ def start(seed: int, precision: str = "", **options: Any) -> Accelerator:
             raise InputError(f"the launcher's settings ask for {variable}={os.environ[variable]}: {remedy}")
     cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     if torch.backends.mps.is_available() and not cpu:
-        print("Apple's GPU is not used: it has no float64, in which losses are summed; this runs on the CPU")
+        tell("Apple's GPU is not used: it has no float64, in which losses are summed; this runs on the CPU")
         options["cpu"] = True
     said = os.environ.get("ACCELERATE_MIXED_PRECISION", "")
     if precision and not said:
         alone = precision == "fp16" and not torch.cuda.is_available()
         options["mixed_precision"] = "no" if alone else precision
         if alone:
-            print("the run's fp16 needs a GPU; figures are taken in float32 and may differ in the last digits")
+            tell("the run's fp16 needs a GPU; figures are taken in float32 and may differ in the last digits")
     accelerator = Accelerator(**options)
     if precision and said and said != precision:
-        accelerator.print(f"note: the run has the precision {precision}, the launcher says {said}: figures may differ in the last digits")
+        tell(f"note: the run has the precision {precision}, the launcher says {said}: figures may differ in the last digits")
     kind = str(accelerator.distributed_type).rpartition(".")[2]
     if kind not in ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU", "MULTI_NPU", "MULTI_HPU", "MULTI_MLU", "MULTI_SDAA", "MULTI_MUSA"):
         raise InputError(f"the launcher's settings ask for distributed_type {kind}, which is not supported; launch with --multi_gpu")
@@ -76,12 +80,18 @@ def start(seed: int, precision: str = "", **options: Any) -> Accelerator:
         raise InputError(f"the launcher was asked for several processes and started one: add --multi_gpu. On a machine without GPUs launch with `{ON_CPU}`")
     gpus = torch.cuda.device_count() if accelerator.device.type == "cuda" else 1
     if accelerator.num_processes == 1 and gpus > 1:
-        accelerator.print(f"one of {gpus} GPUs is used; for all of them: accelerate launch --multi_gpu --num_processes {gpus} ...")
+        tell(f"one of {gpus} GPUs is used; for all of them: accelerate launch --multi_gpu --num_processes {gpus} ...")
     if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16":
         raise InputError("fp16 on a CPU trains without loss scaling and diverges; use `accelerate launch --mixed_precision bf16` or `no`")
     set_seed(seed)
     torch.set_float32_matmul_precision("high")
     return accelerator
+
+
+def tell(message: str) -> None:
+    """A note, once, where it is in nobody's way: what `predict` prints is data."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr)
 
 
 def set_threads() -> None:
@@ -105,14 +115,20 @@ def seen_by_all(accelerator: Accelerator, out: Path) -> None:
     """InputError on every process where one does not see the run folder of the main one: several machines need one file system."""
     if accelerator.num_processes == 1:
         return
-    mark = out / ".seen"
+    mark, found = out / ".seen", False
     token = [os.urandom(16).hex()]
     broadcast_object_list(token)
     if accelerator.is_main_process:
         mark.write_text(token[0])
     accelerator.wait_for_everyone()
-    there = mark.is_file() and mark.read_text() == token[0]
-    blind = [name for name in gather_object([None if there else f"process {accelerator.process_index} on {socket.gethostname()}"]) if name]
+    until = time.monotonic() + SEEN_SECONDS
+    while not found and time.monotonic() < until:  # a network's file system may take a while to show what another machine wrote
+        with suppress(OSError):
+            os.listdir(out.parent)
+            found = mark.read_text() == token[0]
+        if not found:
+            time.sleep(0.2)
+    blind = [name for name in gather_object([None if found else f"process {accelerator.process_index} on {socket.gethostname()}"]) if name]
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         mark.unlink(missing_ok=True)

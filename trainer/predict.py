@@ -1,10 +1,21 @@
 """python -m trainer.predict --run RUN IMAGE...: a JSON line and an overlay for each image file."""
 
+if __name__ == "__main__":  # what is wrong with the flags is said before torch is imported, which takes seconds
+    from shards.errors import run as _run
+    from trainer.config import PredictConfig as _Config
+    from trainer.config import parse as _parse
+    from trainer.config import positionals as _positionals
+
+    def _check() -> None:
+        _parse(_Config, _positionals(None)[0], prog="trainer.predict")
+
+    _run(_check)
+
+import contextlib
 import glob
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +27,13 @@ from shards.errors import InputError, listed, nearest, run
 from shards.pixels import IMAGE_SUFFIXES, Frame, fit, load_image
 from shards.sample import clean_key
 from shards.sources import walk
-from trainer.config import parse, positionals
-from trainer.evaluate import open_run
+from trainer.config import PredictConfig, parse, positionals
+from trainer.evaluate import open_run, read_report
 from trainer.launching import set_threads, start
 from trainer.look import look
 from trainer.lungs import LungBoxes
 from trainer.regions import finding_regions, placed
 from trainer.rules import rules_of
-
-
-@dataclass
-class PredictConfig:
-    """Predict image files with a finished run. Usage: python -m trainer.predict --run RUN [--out DIR] IMAGE|FOLDER|PATTERN..."""
-
-    run: str
-    """Run folder of trainer.train."""
-    out: str = ""
-    """Folder for the overlays; empty: RUN/predictions."""
-    look_at: str = ""
-    """Finding whose CAM is shown; empty: the predicted one."""
-
-    def problems(self) -> list[str]:
-        """Nothing beyond the types."""
-        return []
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -53,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("no images named: python -m trainer.predict --run RUN IMAGE...")
     opened = open_run(Path(options.run))
     config, model, segmenter, metadata, rules = opened.config, opened.model, opened.segmenter, opened.metadata, rules_of(opened.findings)
-    if not (Path(options.run) / "report.json").is_file():
+    if unfinished(Path(options.run)):
         print(f"{options.run} has not finished: its best model so far is used, of epoch {int(metadata['epoch']) + 1}", file=sys.stderr)
     findings, size = json.loads(metadata["findings"]), config.size
     if options.look_at and options.look_at not in findings:
@@ -122,6 +117,13 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(line), flush=True)
     if bad:
         raise InputError(f"{len(bad)} of {len(images)} images could not be used: {'; '.join(bad)}")
+
+
+def unfinished(folder: Path) -> bool:
+    """Whether a run has no report of its own end."""
+    with contextlib.suppress(InputError):
+        return bool(read_report(folder).get("training", {"unfinished": True}).get("unfinished"))
+    return True
 
 
 def named(names: Sequence[str]) -> list[Path]:

@@ -3,6 +3,17 @@
 python -m trainer.report --out FILE.html RUN [RUN ...]: several finished runs side by side.
 """
 
+if __name__ == "__main__":  # what is wrong with the flags is said before torch is imported, which takes seconds
+    from shards.errors import run as _run
+    from trainer.config import ReportConfig as _Config
+    from trainer.config import parse as _parse
+    from trainer.config import positionals as _positionals
+
+    def _check() -> None:
+        _parse(_Config, _positionals(None)[0], prog="trainer.report")
+
+    _run(_check)
+
 import base64
 import hashlib
 import html
@@ -28,7 +39,7 @@ from shards.stream import Split
 from trainer.annotations import lesion_regions
 from trainer.checkpoint import read_lines
 from trainer.classifier import FocusClassifier
-from trainer.config import Config, parse, positionals
+from trainer.config import Config, ReportConfig, parse, positionals
 from trainer.launching import Accelerator
 from trainer.look import look
 from trainer.lungs import LungBoxes
@@ -521,18 +532,6 @@ def _by_finding(content: dict[str, Any], split: str) -> str:
         rows = [[what, *("&ndash;" if of[n] is None else f"{of[n]:.3f}" for n in names)] for what, of in points]
         parts.append(html_table([f"{html.escape(content['findings'][1])} from a probability of", *names.values()], rows))
     return "".join(parts)
-
-
-@dataclass
-class ReportConfig:
-    """Finished runs side by side. Usage: python -m trainer.report --out FILE.html RUN [RUN ...]"""
-
-    out: str
-    """HTML file to write."""
-
-    def problems(self) -> list[str]:
-        """Nothing beyond the types."""
-        return []
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -54,7 +54,7 @@ class Tracking:
             mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
             if mode == "online":
                 print("wandb: you are logged in, so scalars, settings and the panel of test radiographs go to its server; --tracker none keeps them here")
-            else:
+            elif mode == "offline":
                 folder = run / "wandb"
                 print(f"wandb: scalars, settings and the panel are logged into {folder} and stay there; `wandb sync {folder}/offline-run-*` sends them")
             settings = wandb.Settings(init_timeout=WANDB_SECONDS, silent=True, **UNSAID)

@@ -250,6 +250,7 @@ class Trainer:
         """Validation, the schedule, the best model, the checkpoint."""
         c, acc, state = self.config, self.accelerator, self.state
         share_buffers(self.model)
+        self.refuse_not_finite()
         outcome = evaluate(acc, self.model, self.splits["val"], self.lungs.get("val"), c, self.rules, look=self.attends)
         figures = validation_figures(outcome, self.balance.value(state.epoch) if self.attends else 1.0, c)
         self.balance.validated(figures["val_loss"])
@@ -257,7 +258,6 @@ class Trainer:
         score = {"accuracy": figures["val_accuracy"], "auc": figures["val_auc"], "loss": -figures["val_loss"], "last": state.epoch}[c.best]
         score = score if math.isfinite(score) else -math.inf
         state.since_best += 1
-        self.refuse_not_finite()
         if score > state.best or state.best_epoch < 0:  # the first epoch's in any case: what its figures lack, weights have
             state.best, state.best_epoch, state.since_best = score, state.epoch, 0
             on_main(acc, lambda: save_model(Path(c.out) / MODEL, self.model, c, stored_as(self.splits["train"]), state.epoch, acc.mixed_precision))
@@ -467,20 +467,30 @@ def build(config: Config) -> Trainer:
     smallest = Shares(EpochPlan(splits["train"].shard_sizes()), 0, 0, batch=config.batch, rank=0, world=world).smallest()
     attends = not config.plain and bool(rules_of(findings) or annotations) and model.has_map
     model.try_step(config.size, min(smallest, 2), cam=attends, mode=config.attention.mode)
+
+    def undo() -> None:
+        """Nothing was trained: the folder goes as it came."""
+        for name in (FINDINGS, "config.yaml", ".lock"):
+            (out / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            out.rmdir()
+
     if not config.resume:
         checkpoint.claim(accelerator, out, {FINDINGS: findings_to_yaml(findings), "config.yaml": to_yaml(config)})
-    seen_by_all(accelerator, out)
+    try:
+        seen_by_all(accelerator, out)
+    except InputError:
+        if accelerator.is_main_process and not config.resume:
+            undo()
+        raise
 
     def begin() -> None:
         try:
             checkpoint.hold(out)
             rehearse(config, index["dataset"], classes, out)
         except InputError:
-            if not config.resume:  # nothing was trained: the folder goes as it came
-                for name in (FINDINGS, "config.yaml", ".lock"):
-                    (out / name).unlink(missing_ok=True)
-                with contextlib.suppress(OSError):
-                    out.rmdir()
+            if not config.resume:
+                undo()
             raise
 
     on_main(accelerator, begin)
@@ -493,6 +503,8 @@ def build(config: Config) -> Trainer:
         accelerator.print(told)
     if not model.has_map:
         accelerator.print(f"{config.backbone} has no feature map: it is trained by cross-entropy, and the report says nothing of where it looks")
+    if model.layers and not config.attention.layer and looks:
+        accelerator.print(f"the CAM is taken at {', '.join(model.layers)}; another layer: --attention.layer")
     if model.map_side == 1:
         accelerator.print(f"note: {config.backbone}'s feature map is 1 x 1 at --size {config.size} and cannot say where it looks; raise --size")
     for name, split in splits.items():
