@@ -340,6 +340,15 @@ def kind_of(data: bytes) -> str:
     return next((name for magic, name in KNOWN.items() if data.startswith(magic)), "")
 
 
+def is_dicom(path: Path) -> bool:
+    """Whether a file is DICOM by its content, as exports without suffixes are."""
+    try:
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
 def _is_dicom(data: bytes, name: str) -> bool:
     return data[128:132] == b"DICM" or (name.lower().endswith(".dcm") and not kind_of(data))
 

@@ -24,6 +24,7 @@ EFFUSION = "Effusion"
 PNEUMOTHORAX = "Pneumothorax"
 SUBCUTANEOUS_EMPHYSEMA = "Subcutaneous Emphysema"
 CARDIOMEGALY = "Cardiomegaly"
+SUPPORT_DEVICES = "Support Devices"  # no disease: CheXpert and MIMIC-CXR have it beside No Finding
 FINDINGS = (NO_FINDING, EFFUSION, PNEUMOTHORAX, SUBCUTANEOUS_EMPHYSEMA)
 
 # The published tasks; class 0 first.

@@ -24,7 +24,7 @@ import numpy as np
 from shards import split
 from shards.errors import InputError, listed, nearest
 from shards.pixels import IMAGE_SUFFIXES, Frame, Scale, fit, image_size, open_gray, open_mask
-from shards.sample import EFFUSION, NO_FINDING, PNEUMOTHORAX, SPLITS, SUBCUTANEOUS_EMPHYSEMA, TASKS, LesionBox, Sample, clean_key
+from shards.sample import EFFUSION, NO_FINDING, PNEUMOTHORAX, SPLITS, SUBCUTANEOUS_EMPHYSEMA, SUPPORT_DEVICES, TASKS, LesionBox, Sample, clean_key
 
 # The published class folders; other names are findings of their own.
 FOLDER_FINDINGS = {
@@ -51,7 +51,6 @@ TABLE_BYTES = 2**31  # of a table, unpacked
 # Names of the four columns of a lesion box, in pixels of the file: corners, or a corner and the sides.
 CORNERS = (("x0", "y0", "x1", "y1"), ("x_min", "y_min", "x_max", "y_max"), ("xmin", "ymin", "xmax", "ymax"), ("x1", "y1", "x2", "y2"))
 SIDES = (("x", "y", "w", "h"), ("x", "y", "width", "height"))
-SUPPORT_DEVICES = "Support Devices"  # no disease: CheXpert and MIMIC-CXR have it beside No Finding
 
 
 Shares = tuple[str, tuple[float, float, float, float]]  # a lesion: its finding, and x0 y0 x1 y1 in shares of the image's sides
@@ -139,13 +138,28 @@ def _lungs(path: str, shape: tuple[int, int]) -> np.ndarray:
 def images_of(folder: Path, skipped: dict[str, int] | None = None) -> Iterator[Path]:
     """Image files of one folder, sorted; other files are counted."""
     for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
+        if hidden(path.name):
+            if skipped is not None and path.is_dir():
+                skipped["a hidden folder"] += 1
             continue
         if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
             yield path
         elif skipped is not None:
-            kind = "a folder inside a class folder" if path.is_dir() else "a DICOM file: see `python -m shards dicom`"
-            skipped[kind if path.is_dir() or path.suffix.lower() == ".dcm" else "not an image file"] += 1
+            if path.is_dir():
+                skipped[f"a folder inside a class folder ({path}, with {_count(path)} images)"] += 1
+            else:
+                skipped["a DICOM file: see `python -m shards dicom`" if path.suffix.lower() == ".dcm" else "not an image file"] += 1
+
+
+def _count(folder: Path) -> int:
+    """Images at any depth of a folder."""
+    return sum(path.suffix.lower() in IMAGE_SUFFIXES for path in walk(folder))
+
+
+def _loose(folder: Path, skipped: dict[str, int]) -> None:
+    """Count the images that lie beside the folders of splits or classes."""
+    if loose := sum(path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES and not hidden(path.name) for path in folder.iterdir()):
+        skipped[f"images in no class folder, in {folder}"] += loose
 
 
 def hidden(name: str) -> bool:
@@ -190,7 +204,11 @@ def class_folders(root: Path, seed: int = 0, shares: Sequence[float] = split.SHA
             folders[name] = folder
     if folders:
         for folder in others:
-            skipped[f"a folder that is no split ({folder.name})"] += 1
+            skipped[f"a folder that is no split ({folder.name}, with {_count(folder)} images)"] += 1
+        for folder in folders.values():
+            _loose(folder, skipped)
+    _loose(root, skipped)
+    if folders:
         found = [(name, folder) for name in SPLITS if name in folders for folder in sorted(p for p in folders[name].iterdir() if p.is_dir())]
     else:
         found = [("", folder) for folder in others]
@@ -444,8 +462,9 @@ def _labelled(
         assumed = [row for row, findings in zip(rows, found, strict=True) if findings == (NO_FINDING,)]
         if not healthy and assumed:
             flags = [name for name in names if name not in columns.finding and _only_numbers(rows, name)]
+            ones = {name: sum(row[name] in ("1", "1.0") for row in assumed) for name in flags}
             ill = sum(any(row[name] in ("1", "1.0") for name in flags) for row in assumed)
-            also = f" ({ill} of them have a 1 in another column: {listed(flags)})" if ill else ""
+            also = f" ({ill} of them have a 1 in another column: {listed(f'{name} {n}' for name, n in ones.items() if n)})" if ill else ""
             notes.append(f"the table has no column {NO_FINDING!r}: its {len(assumed)} rows with none of the findings named are taken as healthy{also}")
     taken = []
     for row, findings in zip(rows, found, strict=True):
@@ -617,7 +636,7 @@ def box_of(row: Row, corners: tuple[str, str, str, str], flag: str) -> tuple[flo
     if all(cell.lower() in NOBODY for cell in cells):
         return None
     try:
-        x0, y0, x1, y1 = (float(cell) for cell in cells)
+        x0, y0, x1, y1 = (float(cell.replace(",", ".")) if cell.count(",") == 1 else float(cell) for cell in cells)  # 20,5 as in half of Europe
     except ValueError as error:
         raise InputError(f"{flag}, row {row.line}: columns {', '.join(corners)} hold no four numbers ({error})") from error
     if corners[2].lower() in ("w", "width"):
@@ -808,7 +827,9 @@ def refuse_missing_class(items: Sequence[Item], declared: Sequence[str] | None, 
     for name in sorted(have, key=SPLITS.index):
         missing = [finding for finding in classes if finding not in have[name]]
         if missing:
-            raise InputError(f"{what}: the {name} split gets no image of {listed(missing)}; give more images, other --ratios or fewer findings")
+            other = [known for known in dict.fromkeys(f for item in items for f in item.findings) if known != missing[0] and _same(known) == _same(missing[0])]
+            spelt = f" (is it {listed(map(repr, other))}, spelt otherwise?)" if other else ""
+            raise InputError(f"{what}: the {name} split gets no image of {listed(missing)}{spelt}; give more images, other --ratios or fewer findings")
 
 
 # -- NIH ChestX-ray14 -------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from shards.errors import WORKER_LOST, InputError, listed, nearest
 from shards.pack import ROW
 from shards.pixels import MAX_PIXELS, Scale, decode_image
-from shards.sample import parse_meta
+from shards.sample import SUPPORT_DEVICES, parse_meta
 from shards.store import Folder, Remote, open_store
 
 MAX_OPEN_FILES = 64
@@ -157,6 +157,7 @@ class Split(Dataset["Batch | InputError"]):
 
     def _class(self, found: Sequence[str]) -> int:
         """The class of an image with these findings; the number of classes where it has none."""
+        found = [name for name in found if name != SUPPORT_DEVICES or name in self.classes]  # a device is no disease, of the ill or the healthy
         of_task = [k for k, name in enumerate(self.classes) if name in found]
         if len(of_task) == 1 and (len(found) == 1 or self.classes[of_task[0]] in self.among):
             return of_task[0]

@@ -546,7 +546,7 @@ def test_hidden_folders_are_no_classes(class_folders, tmp_path, where, capsys):
     picture(class_folders / "train/1Effusion/.ipynb_checkpoints/y.png")
     main(["folder", "--path", str(class_folders), "--out", str(tmp_path / "out"), "--size", "32"])
     assert open_store(tmp_path / "out").index()["findings"] == ["No Finding", "Effusion", "Nodule"]
-    assert f"left out {2 * len(where)}: a hidden folder" in capsys.readouterr().out
+    assert f"left out {2 * len(where) + 1}: a hidden folder" in capsys.readouterr().out
 
 
 def test_class_folders_without_splits_are_dealt(tmp_path, capsys):
@@ -660,7 +660,7 @@ def test_a_table_without_no_finding_says_who_is_taken_as_healthy(tmp_path, capsy
     rows = [f"{i}.png,{('1,0,', '0,1,', '0,0,x')[i % 3]}" for i in range(36)]
     packed_table(tmp_path, "path,Effusion,Pneumonia,note", rows, "--finding-column", "Effusion")
     said = capsys.readouterr().out
-    assert "its 24 rows with none of the findings named are taken as healthy (12 of them have a 1 in another column: Pneumonia)" in said
+    assert "its 24 rows with none of the findings named are taken as healthy (12 of them have a 1 in another column: Pneumonia 12)" in said
 
 
 @pytest.mark.parametrize("word", ["nan", "NaN", "None", "null", "N/A", ""])
@@ -829,3 +829,37 @@ def test_images_whose_rows_disagree_can_be_left_out(tmp_path, capsys):
     out = packed_table(tmp_path, "path,x,y,w,h,finding", rows, "--on-bad", "skip")
     assert sum(len(Split(out, name)) for name in ("train", "val", "test")) == 39
     assert "left out 1: rows of one image that disagree" in capsys.readouterr().out
+
+
+def test_images_beside_the_class_folders_are_counted(class_folders, tmp_path, capsys):
+    picture(class_folders / "loose.png")
+    picture(class_folders / "train/loose.png")
+    picture(class_folders / "train/1Effusion/deep/er/x.png")
+    picture(class_folders / "holdout/1Effusion/x.png")
+    main(["folder", "--path", str(class_folders), "--out", str(tmp_path / "out"), "--size", "32"])
+    said = capsys.readouterr().out
+    assert f"left out 1: images in no class folder, in {class_folders}" in said
+    assert f"left out 1: images in no class folder, in {class_folders}/train" in said
+    assert f"left out 1: a folder inside a class folder ({class_folders}/train/1Effusion/deep, with 1 images)" in said
+    assert "left out 1: a folder that is no split (holdout, with 1 images)" in said
+
+
+def test_another_spelling_is_named_where_a_split_lacks_a_finding(tmp_path):
+    rows = [f"{i}.png,{('No Finding', 'Effusion')[i % 2] if i else 'effusion'}" for i in range(40)]
+    with pytest.raises(InputError, match=r"gets no image of effusion \(is it 'Effusion', spelt otherwise\?\)"):
+        packed_table(tmp_path, "path,finding", rows)
+
+
+def test_decimal_commas_of_spreadsheets(tmp_path):
+    rows = [f"{i}.png;{('No Finding', 'Mass')[i % 2]};{';;;' if i % 2 == 0 else '2,5;3,5;10,0;5,5'}" for i in range(40)]
+    out = packed_table(tmp_path, "path;finding;x;y;w;h", rows)
+    split = Split(out, "train", ("No Finding", "Mass"))
+    boxes = [box.xyxy for i in range(len(split)) for box in split.meta(i)["boxes"]]
+    assert boxes[0] == pytest.approx((2.5 * 16 / 40, 3.5 * 16 / 30, 12.5 * 16 / 40, 9 * 16 / 30))
+
+
+def test_devices_are_no_disease_of_the_ill_or_the_healthy(tmp_path):
+    rows = [f"{i}.png,{('1,,', '1,,1', ',1,', ',1,1')[i % 4]}" for i in range(40)]
+    out = packed_table(tmp_path, "path,No Finding,Effusion,Support Devices", rows, "--finding-column", "No Finding,Effusion,Support Devices")
+    counts = [Split(out, name, ("No Finding", "Effusion")).counts() for name in ("train", "val", "test")]
+    assert sum(c["No Finding"] for c in counts) == sum(c["Effusion"] for c in counts) == 20

@@ -24,7 +24,7 @@ import torch
 
 from shards import atomic
 from shards.errors import InputError, listed, nearest, run
-from shards.pixels import IMAGE_SUFFIXES, Frame, fit, load_image
+from shards.pixels import IMAGE_SUFFIXES, Frame, fit, is_dicom, load_image
 from shards.sample import clean_key
 from shards.sources import walk
 from trainer.config import PredictConfig, parse, positionals
@@ -133,7 +133,10 @@ def named(names: Sequence[str]) -> list[Path]:
     for name in names:
         path = Path(name)
         if path.is_dir():
-            found = [p for p in walk(path) if p.suffix.lower() in (*IMAGE_SUFFIXES, ".dcm")]
+            inside = list(walk(path))
+            found = [p for p in inside if p.suffix.lower() in (*IMAGE_SUFFIXES, ".dcm") or is_dicom(p)]
+            if len(found) < len(inside):
+                print(f"{path}: {len(inside) - len(found)} files that are no images are left out", file=sys.stderr)
         elif path.is_file():
             found = [path]
         else:

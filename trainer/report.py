@@ -85,6 +85,7 @@ def tiles(accelerator: Accelerator, model: FocusClassifier, split: Split, lungs:
     for b, name in enumerate(names):
         guess = int(probability[b].argmax())
         title = f"{short(name)}\npredicted {short(split.classes[guess])} {probability[b, guess]:.2f}"
+        title += "" if cams[b].any() else ", no map"
         box = seen.boxes[b].tolist() if seen.boxes is not None else None
         result.append(Tile(title, seen.images[b, 0].float().cpu().numpy(), cams[b], regions[b], lesions[b], box))
     return result

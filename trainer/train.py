@@ -310,7 +310,7 @@ class Trainer:
             "precision": acc.mixed_precision,
             "optim.lr": c.optim.lr,
             "optim.clip": c.optim.clip,
-        }
+        } | ({"epochs": c.epochs} if c.optim.schedule == "cosine" else {})  # whose rate is a function of the run's length
 
     def restore(self) -> None:
         """Model, optimizer, schedule, scaler, lambda, boxes, position; then the log is cut back to that step."""
@@ -531,7 +531,10 @@ def build(config: Config) -> Trainer:
     fixed = [name for name in classes if name not in (*trainer.inside, NO_FINDING)]
     if config.swap_probability > 0 and trainer.attends and fixed:
         what = f"leaves out {listed(fixed)}" if trainer.swaps else "is off"
-        accelerator.print(f"context swap {what}: the region of {listed(fixed)} is unknown, or reaches beyond the lung box, whose surroundings must then stay")
+        accelerator.print(
+            f"context swap {what}: the region of {listed(fixed)} is unknown, or reaches beyond the lung box, whose surroundings must then stay"
+            + (" (but an image whose lesion boxes are used gets the lungs of a healthy one around them)" if annotations else "")
+        )
     if trainer.swaps and config.batch == 1:
         accelerator.print("context swap does nothing with --batch 1: partners come from the same batch")
     trainer.state.warmup = config.optim.warmup * per_step
