@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test bench lint
+.PHONY: setup demo test slow bench lint
 
 setup: $(READY)
 
@@ -18,6 +18,9 @@ demo: setup
 
 test: lint
 	$(BIN)/python -m pytest -n 2
+
+slow: setup
+	$(BIN)/python -m pytest -n 2 -m slow
 
 lint: setup
 	$(BIN)/ruff check .

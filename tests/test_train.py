@@ -40,7 +40,10 @@ def lines(out: Path) -> list[dict]:
 
 
 # Fifteen runs meet every pair of backbone and task, policy or form.
-@pytest.mark.parametrize(("t", "b"), [(t, b) for t in range(5) for b in range(3)], ids=lambda v: str(v))
+# VGG's 130 million parameters take 25 s a run: one of its five is in the default tier.
+@pytest.mark.parametrize(
+    ("t", "b"), [pytest.param(t, b, marks=[pytest.mark.slow] if b == 1 and t else []) for t in range(5) for b in range(3)], ids=lambda v: str(v)
+)
 def test_every_task_backbone_and_policy_takes_two_steps(flags, t, b):
     policy, form = POLICIES[(t + b) % 5], FORMS[(t + 2 * b) % 4]
     if policy == "balanced" and form == "published":  # it has no gradient to balance
@@ -387,7 +390,7 @@ def launch(*command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
 
 
 @TOGETHER
-@pytest.mark.parametrize("policy", ["ratio", "balanced", "constrained"])
+@pytest.mark.parametrize("policy", ["ratio", "balanced", pytest.param("constrained", marks=pytest.mark.slow)])
 def test_two_processes_train_one_run(flags, tmp_path, policy):
     both = [*flags, "--batch", "4", "--epochs", "2", "--balance.policy", policy, "--save_every", "2"]
     done = launch("--mixed_precision", "bf16", str(ROOT / "tests/two.py"), "train", str(tmp_path), *both)
