@@ -466,7 +466,9 @@ def build(config: Config) -> Trainer:
     annotations = annotated(config, splits["train"])
     smallest = Shares(EpochPlan(splits["train"].shard_sizes()), 0, 0, batch=config.batch, rank=0, world=world).smallest()
     attends = not config.plain and bool(rules_of(findings) or annotations) and model.has_map
-    model.try_step(config.size, min(smallest, 2), cam=attends, mode=config.attention.mode)
+    model.to(accelerator.device)
+    with accelerator.autocast():
+        model.try_step(config.size, min(smallest, 2), cam=attends, mode=config.attention.mode)
 
     def undo() -> None:
         """Nothing was trained: the folder goes as it came."""
