@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from shards.phantom import Phantoms
 from shards.stream import Split
 from trainer import checkpoint, evaluate, launching, predict, report, train_lungs
 from trainer import train as loop
+from trainer.classifier import Prediction
 from trainer.schedule import cosine, one_cycle
 
 
@@ -506,13 +508,10 @@ NAMES = ["No Finding", *(f"A rather long name of a finding, as archives have the
     ],
 )
 def test_names_from_data_stay_names(tmp_path, segmenter, names, dataset):
-    source = Phantoms(5 * len(names) if len(names) > 8 else 60, 0, size=64, findings=("No Finding", "Effusion"))
 
     class Named(Phantoms):
         def __init__(self):
             super().__init__(8 * len(names) if len(names) > 8 else 60, 0, size=64, findings=("No Finding", "Effusion"))
-            from dataclasses import replace
-
             count: dict[str, int] = {}
             self.real = {item.key: item for item in self.items}
             for n, item in enumerate(self.items):
@@ -524,7 +523,6 @@ def test_names_from_data_stay_names(tmp_path, segmenter, names, dataset):
             sample.findings, sample.boxes = item.findings, []
             return sample
 
-    del source
     pack(Named(), tmp_path / "shards", dataset=dataset)
     flags = ["--shards", str(tmp_path / "shards"), "--out", str(tmp_path / "sub/run"), "--lungs.weights", str(segmenter), *SMALL]
     loop.main([*flags, "--task", ",".join(names), "--epochs", "1"])
@@ -690,15 +688,9 @@ def test_a_cam_that_is_zero_everywhere_lies_nowhere(flags, tmp_path, shards, cap
 
     def dead(self, *args, **kwargs):
         logits, cam = ordinary(self, *args, **kwargs)
-        return evaluate.FocusClassifier.forward.__annotations__ and type("P", (tuple,), {})((logits, cam)) if cam is None else _zero(logits, cam)
+        return Prediction(logits, None if cam is None else torch.zeros_like(cam))
 
-    from trainer.classifier import Prediction
-
-    def _zero(logits, cam):
-        return Prediction(logits, torch.zeros_like(cam))
-
-    monkeypatch.setattr(evaluate.FocusClassifier, "forward", lambda self, *a, **k: (lambda p: p if p.cam is None else _zero(*p))(ordinary(self, *a, **k)))
-    del dead
+    monkeypatch.setattr(evaluate.FocusClassifier, "forward", dead)
     monkeypatch.setattr("trainer.cleanup.believable", lambda masks, *_: torch.ones(len(masks), dtype=torch.bool))
     evaluate.main(["--run", str(tmp_path / "run"), "--shards", str(shards), "--workers", "0"])
     place = content_of(tmp_path / "run")["test"]["localization"]["lesion"]["all"]
