@@ -1,7 +1,6 @@
 """python -m shards {phantom,nih,folder,csv,dicom,masks,index,verify}: make shards, and check them."""
 
 import argparse
-import re
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 from shards.errors import CommandParser, InputError, command_line, listed, run
 from shards.pixels import ASPECTS, FORMATS
-from shards.sample import FINDINGS, NO_FINDING
+from shards.sample import FINDINGS, NO_FINDING, spelling
 from shards.split import SHARES
 
 
@@ -270,7 +269,7 @@ def _odd_names(index: dict[str, Any]) -> None:
     counts = {name: sum(entry["findings"][name] for entry in index["splits"].values()) for name in index["findings"]}
     alike: dict[str, list[str]] = defaultdict(list)
     for name in counts:
-        alike[re.sub(r"[\s_-]", "", name).casefold()].append(name)
+        alike[spelling(name)].append(name)
     for names in alike.values():
         if len(names) > 1:
             told = " and ".join(f"{name!r} ({counts[name]})" for name in names)

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from shards.errors import InputError
@@ -43,8 +43,8 @@ def append(path: Path, line: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have the system write a file, or a folder's names, to the disk."""
-    with suppress(OSError):  # some file systems do not sync folders
+    """Have the system write a file, or a folder's names, to the disk. OSError: a file cannot be; some file systems do not sync folders."""
+    with suppress(OSError) if path.is_dir() else nullcontext():
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -36,6 +36,7 @@ import numpy as np
 import webdataset
 from tqdm import tqdm
 
+from shards.atomic import sync
 from shards.errors import InputError, listed, read_json
 from shards.pixels import IMAGE_SUFFIXES, Extent, choose_scales, extent, extent_of, scale_of
 from shards.sample import SPLITS, check_key, encode, parse_meta
@@ -176,10 +177,10 @@ def _set_scales(source: Source, workers: int | None) -> None:
         source.scales = ((0.0, 2.0**source.bits - 1),)
         return
     paths = [item.image for item in source.items if item.image]
-    context = multiprocessing.get_context("forkserver")
     if len(paths) <= SMALL or workers == 1:
         found = [extent(path) for path in paths]
     else:
+        context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["shards.pack"])
         try:
             with ProcessPoolExecutor(workers or cores(), context) as pool:
@@ -332,7 +333,7 @@ class _Packer:
                     "bytes": partial.stat().st_size,
                     "sha256": file_sha256(partial),
                 }
-                _sync(partial)
+                sync(partial)
                 partial.replace(path)
             else:
                 path.unlink(missing_ok=True)
@@ -407,16 +408,8 @@ def _write(path: Path, data: bytes) -> None:
     """Whole or not there, power cut included."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_bytes(data)
-    _sync(partial)
+    sync(partial)
     partial.replace(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # -- the index --------------------------------------------------------------------------------------------------
@@ -467,7 +460,7 @@ def merge(out: Path) -> dict[str, Any]:
     if out.exists():
         out.rmdir()  # refuse_existing made sure that it is empty
     whole.rename(out)
-    _sync(work.parent)
+    sync(work.parent)
     shutil.rmtree(work, ignore_errors=True)
     return index
 
@@ -546,7 +539,7 @@ def _write_index(
         for file, array in ((f"{split}.npy", table), (f"{split}.labels.npy", labels.astype("<u2"))):
             with (root / f".{file}.partial").open("wb") as raw:
                 np.save(raw, array)
-            _sync(root / f".{file}.partial")
+            sync(root / f".{file}.partial")
             (root / f".{file}.partial").replace(root / file)
             splits[split].setdefault("tables", {})[file] = {"bytes": (root / file).stat().st_size, "sha256": file_sha256(root / file)}
     for entry in splits.values():
@@ -580,13 +573,12 @@ def index_tar(path: Path, classes: Sequence[str] | None = None, keys: dict[bytes
                 folder, _, name = member.name.removeprefix("./").rpartition("/")
                 stem, _, suffix = name.partition(".")
                 suffix = suffix.lower()
-                if not stem or (
-                    stem.startswith("__") and name.endswith("__")
-                ):  # `._x.png` of macOS, and webdataset's own entries: no reader takes them for samples
+                # `._x.png` of macOS, and webdataset's own entries: no reader takes them for samples.
+                if not stem or (stem.startswith("__") and name.endswith("__")):
                     continue
                 key = check_key(f"{folder}/{stem}" if folder else stem, str(path))
                 field = _field(suffix)
-                if not field or (field == "json" and not stem):
+                if not field:
                     continue
                 row = rows.setdefault(key, {})
                 if field == "cls":
@@ -619,7 +611,8 @@ def index_tar(path: Path, classes: Sequence[str] | None = None, keys: dict[bytes
     alone = [key for key, row in rows.items() if "image_len" not in row and "mask_len" not in row and key not in classed]
     if alone and len(alone) < len(rows):  # such as dataset_info.json: of no sample
         print(f"note: {path}: {len(alone)} files without an image are no samples: {listed(alone)}", file=sys.stderr)
-        rows = {key: row for key, row in rows.items() if key not in alone}
+        for key in alone:
+            del rows[key]
     table = np.zeros(len(rows), ROW)
     for i, (key, row) in enumerate(rows.items()):
         if "image_len" not in row:

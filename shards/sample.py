@@ -73,6 +73,11 @@ def clean_key(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]+", "_", name).strip("_") or "image"
 
 
+def spelling(name: str) -> str:
+    """What two spellings of one finding have in common: letters, whatever their case, without what stands for a blank."""
+    return re.sub(r"[\s_-]", "", name).casefold()
+
+
 def encode(sample: Sample, form: str = "jpg") -> dict[str, Any]:
     """The members of a sample as ``webdataset.TarWriter`` takes them; ``form`` is one of `FORMATS`."""
     record: dict[str, Any] = {"__key__": check_key(sample.key, "packing"), form: encode_image(sample.image, form)}

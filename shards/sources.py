@@ -24,7 +24,7 @@ import numpy as np
 from shards import split
 from shards.errors import InputError, listed, nearest
 from shards.pixels import IMAGE_SUFFIXES, Frame, Scale, fit, image_size, open_gray, open_mask
-from shards.sample import EFFUSION, NO_FINDING, PNEUMOTHORAX, SPLITS, SUBCUTANEOUS_EMPHYSEMA, SUPPORT_DEVICES, TASKS, LesionBox, Sample, clean_key
+from shards.sample import EFFUSION, NO_FINDING, PNEUMOTHORAX, SPLITS, SUBCUTANEOUS_EMPHYSEMA, SUPPORT_DEVICES, TASKS, LesionBox, Sample, clean_key, spelling
 
 # The published class folders; other names are findings of their own.
 FOLDER_FINDINGS = {
@@ -454,7 +454,7 @@ def _labelled(
     skip: bool,
 ) -> list[tuple[Row, tuple[str, ...]]]:
     """The rows that can be used, each with its findings. InputError: a finding that is not among ``declared``, and what else a cell should not hold."""
-    healthy = next((name for name in names if _same(name) == _same(NO_FINDING)), "")
+    healthy = next((name for name in names if spelling(name) == spelling(NO_FINDING)), "")
     if not _indicators(rows, columns):
         found = [_named(row, columns, flag, skipped, notes, skip) for row in rows]
     else:
@@ -481,11 +481,6 @@ def _labelled(
     return taken
 
 
-def _same(name: str) -> str:
-    """What two spellings of one finding have in common."""
-    return re.sub(r"[\s_-]", "", name).casefold()
-
-
 def _only_numbers(rows: Sequence[Row], name: str) -> bool:
     values = {row[name].lower() for row in rows}
     return {""} != values <= {"0", "1", "-1", "0.0", "1.0", "-1.0", "", "true", "false", "yes", "no"}
@@ -507,11 +502,11 @@ def _named(row: Row, columns: Columns, flag: str, skipped: dict[str, int], notes
         what = f"no finding in column {cell!r}" if not found else f"column {cell!r} holds {row[cell]!r}, which is no finding"
         raise InputError(f"{flag}, row {row.line}: {what}; write {NO_FINDING!r} where there is none, or leave such rows out with --on-bad skip")
     for name in found:
-        if name != NO_FINDING and _same(name) == _same(NO_FINDING):
+        if name != NO_FINDING and spelling(name) == spelling(NO_FINDING):
             note = f"{name!r} is read as {NO_FINDING!r}"
             if note not in notes:
                 notes.append(note)
-    found = tuple(dict.fromkeys(NO_FINDING if _same(name) == _same(NO_FINDING) else name for name in found))
+    found = tuple(dict.fromkeys(NO_FINDING if spelling(name) == spelling(NO_FINDING) else name for name in found))
     if NO_FINDING in found and len(found) > 1:
         if skip:
             skipped[f"{NO_FINDING} and something else"] += 1
@@ -827,7 +822,9 @@ def refuse_missing_class(items: Sequence[Item], declared: Sequence[str] | None, 
     for name in sorted(have, key=SPLITS.index):
         missing = [finding for finding in classes if finding not in have[name]]
         if missing:
-            other = [known for known in dict.fromkeys(f for item in items for f in item.findings) if known != missing[0] and _same(known) == _same(missing[0])]
+            other = [
+                known for known in dict.fromkeys(f for item in items for f in item.findings) if known != missing[0] and spelling(known) == spelling(missing[0])
+            ]
             spelt = f" (is it {listed(map(repr, other))}, spelt otherwise?)" if other else ""
             raise InputError(f"{what}: the {name} split gets no image of {listed(missing)}{spelt}; give more images, other --ratios or fewer findings")
 

@@ -38,7 +38,7 @@ from trainer.annotations import chosen, lesion_regions
 from trainer.checkpoint import save_weights
 from trainer.classifier import FocusClassifier, evaluating, normalize_cam
 from trainer.config import Config, EvaluateConfig, from_yaml, parse
-from trainer.launching import Accelerator, close, set_threads, start, told_everywhere
+from trainer.launching import Accelerator, close, on_main, set_threads, start
 from trainer.look import Located
 from trainer.look import look as look_at
 from trainer.losses import attention_term
@@ -318,16 +318,18 @@ def finish(
     content["config"] = known.get("config") or asdict(config)
     shown = "test" if "test" in splits else "val"
     content[shown]["probe"] = probe(accelerator, model, outcomes[shown], splits[shown], lungs.get(shown), config, rules)
-    problem = ""
-    if accelerator.is_main_process:
+
+    def write() -> None:
         try:
             tiles = report.tiles(accelerator, model, splits[shown], lungs.get(shown), config, rules)
             report.write_run(out, config, content, outcomes, tiles, splits, report.whole(splits, lost))
-        except Exception as error:  # a picture or a name that cannot be made costs the report, not the run, and nobody waits for it
-            problem = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
-    problem = told_everywhere(accelerator, problem)
-    if problem:
-        raise InputError(f"{out}: the report could not be written ({problem}). The model is there: `python -m trainer.evaluate --run RUN` tries again")
+        except Exception as error:  # a picture or a name that cannot be made costs the report, not the run
+            why = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+            raise InputError(
+                f"{out}: the report could not be written ({why}). The model is there: `python -m trainer.evaluate --run RUN` tries again"
+            ) from error
+
+    on_main(accelerator, write)
     return content
 
 

@@ -150,13 +150,8 @@ def on_main(accelerator: Accelerator, action: Callable[[], object]) -> None:
             action()
         except InputError as error:
             problem = str(error)
-    if problem := told_everywhere(accelerator, problem):
-        raise InputError(problem)
-
-
-def told_everywhere(accelerator: Accelerator, problem: str) -> str:
-    """What went wrong on the main process, known to all, so that none waits for it."""
     told = [problem]
     if accelerator.num_processes > 1:
         broadcast_object_list(told)
-    return told[0]
+    if told[0]:
+        raise InputError(told[0])
