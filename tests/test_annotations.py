@@ -8,6 +8,7 @@ from shards.errors import InputError
 from shards.stream import EpochPlan, Split
 from trainer import train as loop
 from trainer.annotations import Annotations, drawn, lesion_boxes, lesion_regions
+from trainer.augment import lung_masks
 
 SMALL = ["--backbone", "resnet18", "--pretrained", "false", "--size", "64", "--batch", "8", "--workers", "0", "--tracker", "none", "--task", "nep"]
 
@@ -62,14 +63,15 @@ def test_which_region_an_image_gets(flags, region):
     split = job.splits["train"]
     batch = next(iter(split.batches(EpochPlan(split.shard_sizes()), 0, 0, batch=20, rank=0, world=1, workers=0)))
     seen = job.prepare(batch, True)
-    anatomy = loop.finding_regions(job.lungs["train"](batch.image, batch.index), [split.classes[k] for k in batch.label.tolist()], 64, job.rules)
+    known = job.lungs["train"](batch.image, batch.index)
+    anatomy = job.regions(batch.label, known.boxes, lung_masks(known.outlines, known.boxes, (64, 64))).weight
     for b, position in enumerate(batch.index.tolist()):
         used = job.annotations is not None and position in job.annotations.boxes
         if used:
-            assert torch.equal(seen.region[b], drawn(job.annotations.boxes[position], (64, 64), 64))
+            assert torch.equal(seen.region[b] > 0, drawn(job.annotations.boxes[position], (64, 64), 64))
         else:
-            assert torch.equal(seen.region[b], anatomy[b] if region != "annotation" else torch.zeros(64, 64, dtype=torch.bool))
-        assert seen.positive[b] == float(seen.region[b].any())
+            assert torch.equal(seen.region[b], anatomy[b] if region != "annotation" else torch.zeros(64, 64))
+        assert seen.positive[b] == float((seen.region[b] > 0).any())
 
 
 def test_annotations_move_with_the_image(flags):

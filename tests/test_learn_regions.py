@@ -7,7 +7,7 @@ from shards.phantom import Phantoms
 from shards.pixels import fit, load_image
 from trainer import learn_regions
 from trainer.learn_regions import main
-from trainer.regions import finding_regions
+from trainer.regions import finding_regions, wider
 from trainer.rules import read_file, read_findings, rules_of
 
 
@@ -36,15 +36,20 @@ def test_one_radiograph_gives_a_rule_that_finds_its_lesion_again(radiograph, tmp
     assert finding.images == "any"
     assert "chest.png" in finding.source
     pixels = fit(load_image(path), 512)
-    boxes, found = learn_regions._lungs(pixels)
+    lung_box, lungs, found = learn_regions._lungs(pixels)
     assert found
-    region = finding_regions(boxes[None], ["Plaque"], 512, {"Plaque": finding.rule})[0]
+    region = finding_regions(lung_box[None], ["Plaque"], 512, {"Plaque": finding.rule}, lungs[None])[0]
     x, y, w, h = (round(v * 512 / side) for v, side in zip(lesion, (400, 300, 400, 300), strict=True))
-    assert region[y : y + h, x : x + w].float().mean() > 0.99
+    # Of a phantom's lesion box three quarters lie in the lungs, the rest on the heart: its place are the lungs, and the rest is left out.
+    assert "72% within" in printed
+    assert "so the region is what the box leaves of that place: within the lungs, dilated 0.04" in printed
+    inside = region[y : y + h, x : x + w]
+    assert inside.float().mean() > 0.7
+    assert (inside == wider(lungs[None], 20)[0, y : y + h, x : x + w]).float().mean() > 0.99, "all of it that is lung"
     assert region.float().mean() < 6 * w * h / 512**2 + 0.2, "no more than the box, its margin and their mirror image"
     # Both sides, for this lesion lies beside the midline.
     assert "mirror image" in printed
-    middle = int(boxes[0] + boxes[2]) // 2
+    middle = int(lung_box[0] + lung_box[2]) // 2
     assert region[:, :middle].any()
     assert region[:, middle:].any()
     assert load_image(out.with_suffix(".png")).shape[1] > 200
@@ -131,7 +136,8 @@ def test_show_prints_and_draws(radiograph, tmp_path, capsys):
     main(["show", "--out", str(tmp_path / "all.png")])
     printed = capsys.readouterr().out
     assert "Cardiomegaly" in printed
-    assert "all but 0 0 1 inf" in printed
+    assert "outside the lungs, dilated 0.02, in -inf -inf inf 1" in printed
+    assert "within the lungs, dilated 0.04, in 0 0 1 0.5 (elsewhere weight 0.1)" in printed
     main(["show", "--findings", "published", "--image", str(radiograph[0]), "--out", str(tmp_path / "deep" / "some.png")])
     printed = capsys.readouterr().out
     assert "Cardiomegaly" not in printed

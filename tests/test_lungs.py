@@ -3,6 +3,7 @@ import math
 import os
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from torchvision.ops import box_iou
 
 from shards.errors import InputError
 from shards.phantom import phantom
-from trainer.lungs import SHIPPED, BoxMemory, LungBoxes, LungSegmenter, UNet, load_segmenter, lung_boxes, main
+from trainer.augment import lung_masks
+from trainer.lungs import GRID, SHIPPED, LungFinder, LungMemory, Lungs, LungSegmenter, UNet, load_segmenter, lung_boxes, main, outlines
 from trainer.paint import negative
 
 
@@ -221,31 +223,75 @@ class Counting(LungSegmenter):
         super().__init__([1] * 5, 16)
         self.seen = 0
 
-    def boxes(self, images, size):
+    def find(self, images, size):
         self.seen += len(images)
         masks = images[:, 0] > 0.5
-        return lung_boxes(masks, size), masks.flatten(1).any(1)
+        boxes = lung_boxes(masks, size)
+        return Lungs(boxes, outlines(masks, boxes, size), masks.flatten(1).any(1))
 
 
-def test_an_image_is_segmented_once_and_the_box_is_right():
+def test_an_image_is_segmented_once_and_its_lungs_are_right():
     images = torch.zeros(4, 1, 20, 20, dtype=torch.uint8)
     for i in range(3):
         images[i, 0, 4 * i : 4 * i + 4, 2:8] = 255  # image 3 has no lungs
     segmenter = Counting()
-    boxes = LungBoxes(segmenter, 10, 4, "shards")
-    first = boxes(images[[0, 3]], torch.tensor([0, 3]))
-    assert first.tolist() == [[1, 0, 4, 2], [0, 0, 10, 10]]
+    finder = LungFinder(segmenter, 10, 4, "shards")
+    first = finder(images[[0, 3]], torch.tensor([0, 3]))
+    assert first.boxes.tolist() == [[1, 0, 4, 2], [0, 0, 10, 10]]
+    assert first.found.tolist() == [True, False]
+    assert first.outlines[0].mean() > 0.8, "a full box, but for its soft edge"
+    assert (first.outlines[1] == 0).all(), "no lungs, no outline"
     for _ in range(3):
-        all_of_them = boxes(images, torch.arange(4))
+        all_of_them = finder(images, torch.arange(4))
     assert segmenter.seen == 4
-    assert all_of_them[2].tolist() == [1, 4, 4, 6]
-    assert boxes.memory.not_found().tolist() == [3]
+    assert all_of_them.boxes[2].tolist() == [1, 4, 4, 6]
+    assert finder.memory.not_found().tolist() == [3]
 
 
 def test_a_memory_of_another_segmenter_is_not_taken():
-    mine, same, other = BoxMemory(3, "a"), BoxMemory(3, "a"), BoxMemory(3, "b")
-    mine.table[1] = 7
+    mine, same, other = LungMemory(3, "a"), LungMemory(3, "a"), LungMemory(3, "b")
+    mine.write(torch.tensor([1]), Lungs(torch.tensor([[1, 2, 3, 4]]), torch.ones(1, *GRID), torch.tensor([True])))
     assert same.load_state_dict(mine.state_dict())
     assert (same.table == mine.table).all()
     assert not other.load_state_dict(mine.state_dict())
-    assert (other.table == -1).all()
+    assert not other.known(torch.arange(3)).any()
+
+
+def phantom_masks(size: int = 256) -> torch.Tensor:
+    """Lungs of eight phantoms, bool [8,size,size]."""
+    rng = np.random.default_rng(4)
+    return torch.from_numpy(np.stack([phantom(str(i), "No Finding", rng, size).mask for i in range(8)])) > 0
+
+
+def test_an_outline_gives_the_mask_back_and_fits_into_150_bytes():
+    masks = phantom_masks()
+    boxes = lung_boxes(masks, 224)
+    memory = LungMemory(8, "x")
+    memory.write(torch.arange(8), Lungs(boxes, outlines(masks, boxes, 224), torch.ones(8, dtype=torch.bool)))
+    assert memory.table.nbytes / 8 <= 150
+    known = memory.read(torch.tensor([3, 0, 7]), torch.device("cpu"))
+    assert torch.equal(known.boxes, boxes[[3, 0, 7]])
+    whole = torch.nn.functional.interpolate(masks[[3, 0, 7], None].float(), (224, 224), mode="bilinear", antialias=True)[:, 0] >= 0.5
+    again = lung_masks(known.outlines, known.boxes, (224, 224))
+    iou = (again & whole).flatten(1).sum(1) / (again | whole).flatten(1).sum(1)
+    assert iou.min() > 0.94, iou
+    # The largest image that there is, and lungs at its edges: coordinates need 16 bits.
+    far = Lungs(torch.tensor([[0, 0, 30000, 30000]]), torch.zeros(1, *GRID), torch.tensor([False]))
+    memory.write(torch.tensor([5]), far)
+    assert memory.read(torch.tensor([5]), torch.device("cpu")).boxes.tolist() == far.boxes.tolist()
+
+
+def test_ten_million_images_are_a_mapped_file(tmp_path):
+    memory = LungMemory(10_000_000, "x", tmp_path)
+    assert isinstance(memory.table, np.memmap)
+    assert list(tmp_path.iterdir()) == [], "the file has no name: it goes with the process"
+    assert not memory.known(torch.tensor([0, 9_999_999])).any()
+    lungs = Lungs(torch.tensor([[1, 2, 3, 4]]), torch.ones(1, *GRID) / 3, torch.tensor([True]))
+    memory.write(torch.tensor([9_999_999]), lungs)
+    again = memory.read(torch.tensor([9_999_999]), torch.device("cpu"))
+    assert all(torch.equal(one, other) for one, other in zip(again, lungs, strict=True))
+    assert int(Path("/proc/self/statm").read_text().split()[1]) * 4096 < 3e9, "what was not written takes no memory"
+    at, rows = memory.take_news()
+    assert at.tolist() == [9_999_999]
+    assert rows.shape == (1, LungMemory.ROW)
+    assert len(memory.take_news()[0]) == 0, "news travel once"

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -53,7 +55,7 @@ def test_every_shape(tmp_path, region, expected):
         ("- Mine", "expected `Name:` lines"),
         ("Mine: 3", "Mine: expected a name with settings under it"),
         ("Mine:\n  regoin: {half: lower}", "Mine: unknown setting regoin; did you mean region"),
-        ("Mine:\n  region: lower", r"Mine: region: expected one of half, quadrant, lung, box, rectangles"),
+        ("Mine:\n  region: lower", r"Mine: region: expected a place or a part of the lung box, such as \{within: lungs\} or \{half: lower\}"),
         ("Mine:\n  region: {half: middle}", "half: middle: expected one of upper, lower, left, right"),
         ("Mine:\n  region: {half: [lower]}", "half: .*expected one of upper, lower, left, right"),
         ("Mine:\n  region: {half: lower, lung: left}", "expected exactly one of .*, got half, lung"),
@@ -61,7 +63,18 @@ def test_every_shape(tmp_path, region, expected):
         ("Mine:\n  region: {half: lower, widen: 0.1}", "unknown setting widen"),
         ("Mine:\n  region: {half: lower, dilate: 2}", "dilate: 2: expected a share"),
         ("Mine:\n  region: {half: lower, dilate: true}", "dilate: True: expected a share"),
-        ("Mine:\n  region: {half: lower, outside: 1}", "outside: 1: expected true or false"),
+        ("Mine:\n  region: {half: lower, outside: 1}", "outside: 1: expected true, false or lungs"),
+        ("Mine:\n  region: {within: lung}", "within: lung: expected lungs"),
+        ("Mine:\n  region: {within: true, half: lower}", "within: True: expected lungs"),
+        ("Mine:\n  region: {within: lungs, between: lungs}", "expected at most one of within, between, outside, rim, got within, between"),
+        ("Mine:\n  region: {wihtin: lungs}", "unknown setting wihtin; did you mean within"),
+        ("Mine:\n  region: {within: lungs, dilate: 0.3}", "dilate: 0.3: expected a share of the image's side, 0 to 0.2"),
+        ("Mine:\n  region: {rim: lungs}", "rim: expected its width beside it, such as dilate: 0.03"),
+        ("Mine:\n  region: {within: lungs, half: lower, elsewhere: 1}", "elsewhere: 1: expected a weight from 0 to below 1"),
+        ("Mine:\n  region: {half: lower, elsewhere: 0.5}", "elsewhere: is the weight of a place beyond its part; give both"),
+        ("Mine:\n  region: {within: lungs, outside: true}", "outside: true takes what is left of a place beyond its part, and this part is all of it"),
+        ("Mine:\n  region: {rim: lungs, dilate: 0.1, rectangles: [[0, 0, 1, 1]], elsewhere: 0.5}", "elsewhere: is the weight .* this part is all of it"),
+        ("Mine:\n  region: {within: lungs, elsewhere: 0.5}", "elsewhere: is the weight of a place beyond its part; give both"),
         ("Mine:\n  region: {box: false}", "box: False: expected true"),
         ("Mine:\n  region: {rectangles: [[0, 0, 0, 1]]}", "left < right, top < bottom; got"),
         ("Mine:\n  region: {rectangles: [0, 0, 1, 1]}", "left < right, top < bottom; got"),
@@ -116,19 +129,50 @@ def test_ready_made_findings_have_sources_and_the_published_ones_are_among_them(
     nih, published = read_findings("nih"), read_findings("published")
     assert len(nih) >= 14
     assert all(finding.source and finding.rule for finding in nih.values())
-    assert {name: nih[name] for name in published} == published
+    assert all(published[name].rule.place == "" and nih[name].rule.place for name in published)
     assert set(published) == {"Effusion", "Pneumothorax", "Subcutaneous Emphysema"}
     assert without_rule(("No Finding", "Effusion", "Cardiomegaly"), rules_of(published)) == ["Cardiomegaly"]
     assert without_rule(("No Finding", "Effusion", "Cardiomegaly"), rules_of(nih)) == []
 
 
 def test_which_regions_lie_inside_the_box():
-    rules = rules_of(read_findings())
-    assert rules["Effusion"].inside()
-    assert rules["Cardiomegaly"].inside()
-    assert not rules["Subcutaneous Emphysema"].inside(1.0)
-    assert not rules["Pleural_Thickening"].inside()
-    assert rules["Pleural_Thickening"].inside(0.05)
+    boxed, nih = rules_of(read_findings("published")), rules_of(read_findings())
+    assert boxed["Effusion"].inside()
+    assert not boxed["Subcutaneous Emphysema"].inside(1.0)
+    assert not Rule(((-0.05, 0, 1, 1),)).inside()
+    assert Rule(((-0.05, 0, 1, 1),)).inside(0.05)
+    # The swap keeps a place of the lungs, however wide; what lies outside of them it cannot.
+    assert all(nih[name].inside() for name in ("Effusion", "Pneumothorax", "Cardiomegaly", "Pleural_Thickening"))
+    assert not nih["Subcutaneous Emphysema"].inside(1.0)
+
+
+@pytest.mark.parametrize("place", ["", "within", "between", "outside", "rim"])
+def test_every_rule_that_is_accepted_reads_back(tmp_path, place):
+    """A run keeps its rules as a file of its own: what could not be read back would end it."""
+    parts = [
+        "half: lower",
+        "quadrant: upper left",
+        "lung: left",
+        "box: true",
+        "rectangles: [[0, 0, 1, 1]]",
+        "rectangles: [[-.inf, 0.2, 0.3, .inf], [0.5, 0, 1, 1]]",
+        "",
+    ]
+    accepted = 0
+    for part, dilate, elsewhere, outside in itertools.product(parts, (0, 0.05), (0, 0.25), (False, True)):
+        settings = [f"{place}: lungs"] if place else []
+        settings += [part] if part else []
+        settings += [f"dilate: {dilate}"] if dilate else []
+        settings += [f"elsewhere: {elsewhere}"] if elsewhere else []
+        settings += ["outside: true"] if outside and place != "outside" else []
+        try:
+            found = read_findings(written(tmp_path, f"Mine:\n  region: {{{', '.join(settings)}}}\n"))
+        except InputError:
+            continue
+        accepted += 1
+        text = to_yaml({"Mine": found["Mine"]})  # with six digits
+        assert to_yaml({"Mine": read_findings(written(tmp_path, text))["Mine"]}) == text, settings
+    assert accepted >= 12
 
 
 def test_findings_of_a_file_reach_the_samples(tmp_path):

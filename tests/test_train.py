@@ -15,10 +15,12 @@ from PIL import Image
 from shards.errors import InputError
 from shards.pack import pack
 from shards.phantom import Phantoms
-from shards.stream import Split
+from shards.stream import EpochPlan, Split
 from trainer import evaluate, launching, predict, report
 from trainer import train as loop
-from trainer.augment import SWAPS, draw
+from trainer.augment import SWAPS, augment, draw
+from trainer.lungs import LungSegmenter
+from trainer.regions import wider
 from trainer.tracking import Tracking
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +35,12 @@ SMALL = ["--backbone", "resnet18", "--pretrained", "false", "--size", "64", "--b
 def flags(shards, segmenter, tmp_path):
     """Flags of a small run into tmp_path/run."""
     return ["--shards", str(shards), "--out", str(tmp_path / "run"), "--lungs.weights", str(segmenter), *SMALL]
+
+
+def seeing(flags: list[str]) -> list[str]:
+    """The flags with the segmenter of the package, which finds the lungs of phantoms; the untrained one finds none."""
+    at = flags.index("--lungs.weights")
+    return flags[:at] + flags[at + 2 :]
 
 
 def lines(out: Path) -> list[dict]:
@@ -171,11 +179,11 @@ def test_lambda_one_calls_neither_cam_nor_segmenter(shards, tmp_path, monkeypatc
     assert all(line["attention"] is None for line in lines(tmp_path / "run") if "ce" in line)
 
 
-def test_remembered_boxes_are_not_segmented_again(flags, monkeypatch):
+def test_remembered_lungs_are_not_segmented_again(flags, monkeypatch):
     job = loop.build(loop.resolve([*flags, "--epochs", "3"]))
     images = []
-    ordinary = loop.LungBoxes.__call__.__globals__["LungSegmenter"].boxes
-    monkeypatch.setattr("trainer.lungs.LungSegmenter.boxes", lambda self, x, size: images.append(len(x)) or ordinary(self, x, size))
+    ordinary = LungSegmenter.find
+    monkeypatch.setattr("trainer.lungs.LungSegmenter.find", lambda self, x, size: images.append(len(x)) or ordinary(self, x, size))
     job.train()
     assert sum(images) == len(job.splits["train"]) + len(job.splits["val"])
 
@@ -187,8 +195,8 @@ class Interrupted(Exception):
 # In the first epoch of 4 steps, in the second.
 @pytest.mark.parametrize(("stop", "policy"), [(2, "ratio"), (6, "balanced"), (6, "constrained")])
 def test_an_interrupted_run_goes_on_to_the_same_bits(flags, tmp_path, monkeypatch, stop, policy):
-    # Cosine and the adaptive lambda carry state from step to step; augmentation and context swap are random; some boxes are not found yet.
-    flags = [*flags, "--epochs", "2", "--balance.policy", policy, "--optim.name", "adamw", "--optim.schedule", "cosine", "--optim.lr", "1e-3"]
+    # Cosine and the adaptive lambda carry state from step to step; augmentation and context swap are random; some lungs are not found yet.
+    flags = [*seeing(flags), "--epochs", "2", "--balance.policy", policy, "--optim.name", "adamw", "--optim.schedule", "cosine", "--optim.lr", "1e-3"]
     flags += ["--augment.rotate", "5", "--augment.noise", "0.05", "--save_every", "1"]
     whole = flags.copy()
     whole[whole.index("--out") + 1] = str(tmp_path / "whole")
@@ -217,7 +225,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(flags, tmp_path, monkeypatc
         assert torch.equal(value, other["model"][name]), name
     assert str(one["balance"]) == str(other["balance"])
     assert one["balance"] != loop.Balance(policy).state_dict()
-    assert all(torch.equal(one["boxes"][n]["table"], other["boxes"][n]["table"]) for n in ("train", "val"))
+    known = [loop.checkpoint.load(tmp_path / name / "checkpoints/lungs.pt") for name in ("whole", "run")]
+    assert all(torch.equal(known[0][n]["table"], known[1][n]["table"]) and (known[0][n]["table"][:, 8] > 0).all() for n in ("train", "val"))
     assert (one["state"]["best"], one["state"]["best_epoch"]) == (other["state"]["best"], other["state"]["best_epoch"])
     logs = [[{k: v for k, v in line.items() if k != "images_per_s"} for line in lines(tmp_path / name)] for name in ("whole", "run")]
     assert logs[0] == logs[1]
@@ -272,8 +281,7 @@ def test_a_finished_run_is_left_as_it_is(flags, tmp_path, capsys):
 
 
 def test_training_swaps_surroundings_and_says_how_many(flags, tmp_path):
-    at = flags.index("--lungs.weights")
-    own = flags[:at] + flags[at + 2 :]  # the segmenter of the package, which finds the lungs of phantoms
+    own = seeing(flags)
     loop.build(loop.resolve([*own, "--batch", "16", "--epochs", "2"])).train()
     shares = [line["swapped"] for line in lines(tmp_path / "run") if "ce" in line]  # of two steps of 15 images an epoch
     want = np.mean([(draw(0, epoch, range(30))[:, SWAPS.start] < 0.75).float().mean() for epoch in (0, 1)])
@@ -314,6 +322,87 @@ def test_findings_belong_to_the_run(flags, tmp_path, shards):
     kept.write_text("Effusion:\n  region: {half: upper}\n")
     with pytest.raises(InputError, match="made with"):
         loop.build(loop.resolve(["--out", str(tmp_path / "run"), "--resume", "--epochs", "3"]))
+
+
+def test_regions_follow_the_lungs(flags, tmp_path, shards):
+    """The default: what is expected is cut to the lungs' outline in training and evaluation, and figures of the box stay comparable."""
+    flags = [*seeing(flags), "--augment.rotate", "10", "--augment.shift", "0.1", "--epochs", "1", "--swap.probability", "0"]
+    job = loop.build(loop.resolve(flags))
+    split = job.splits["train"]
+    batch = next(iter(split.batches(EpochPlan(split.shard_sizes()), 0, 0, batch=20, rank=0, world=1, workers=0)))
+    seen = job.prepare(batch, True)
+    ill = batch.label > 0
+    truth = torch.stack([torch.from_numpy(split.mask(p)) for p in batch.index.tolist()]) > 0
+    draws = draw(job.config.seed, 0, batch.index)
+    lungs = augment(batch.image.float() / 255, draws, job.config.augment, masks=truth).masks
+    region = seen.region > 0
+    assert region[ill].flatten(1).any(1).all()
+    assert not region[~ill].any()
+    inside = (region & wider(lungs, 4)).flatten(1).sum(1) / region.flatten(1).sum(1).clamp(min=1)
+    assert inside[ill].min() > 0.8, "the region lies in the true lungs, wherever augmentation has moved them"
+    middle = region[ill][:, 40:56, 28:36].float().mean()  # below the middle of the chest: the heart and the spine
+    assert middle < 0.5 * region[ill][:, 40:56, 14:22].float().mean()
+    loop.main([*flags[: flags.index("--out")], *flags[flags.index("--out") + 2 :], "--out", str(tmp_path / "whole")])
+    report = json.loads((tmp_path / "whole/report.json").read_text())
+    place = report["test"]["localization"]
+    assert report["regions_replaced"] == {"val": 0, "test": 0}
+    assert place["expected"]["all"]["images"] == place["expected_box"]["all"]["images"] > 0
+    assert place["expected"]["all"]["energy"] != place["expected_box"]["all"]["energy"]
+    line = json.loads((tmp_path / "whole/predictions_test.jsonl").read_text().splitlines()[-1])
+    assert ("expected" in line) == ("expected_box" in line) == (line["label"] != "No Finding")
+
+
+def test_where_no_lungs_are_found_the_box_stands_in_and_is_counted(flags, tmp_path, capsys):
+    loop.main([*flags, "--epochs", "1"])  # the untrained segmenter finds none
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    positives = report["test"]["per_class"][1]["support"]
+    assert report["regions_replaced"]["test"] == positives > 0
+    place = report["test"]["localization"]
+    assert place["expected_box"]["all"]["images"] == positives
+    (text,) = (tmp_path / "run").glob("resnet18_*.txt")
+    assert f"Expected regions replaced by their part of the lung box (test): {positives}" in text.read_text()
+    assert f"its part of the lung box stands in: {report['regions_replaced']['val']} in val, {positives} in test" in (tmp_path / "run/report.html").read_text()
+
+
+def test_rules_of_the_lung_box_draw_no_outline(flags, tmp_path, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("an outline was drawn")
+
+    monkeypatch.setattr("trainer.augment.lung_masks", never)
+    monkeypatch.setattr("trainer.look.lung_masks", never)
+    job = loop.build(loop.resolve([*seeing(flags), "--findings", "published", "--epochs", "1"]))
+    job.train()
+    assert not job.regions.uses_lungs
+    report = evaluate.evaluate(job.accelerator, job.model, job.splits["test"], job.lungs["test"], job.config, job.rules)
+    assert report.expected_box.isnan().all()
+
+
+def test_a_run_of_an_earlier_version_keeps_its_rules(flags, tmp_path, monkeypatch, capsys):
+    """What is ready-made may change; a run that was begun with it goes on with what it was begun with."""
+    flags = seeing(flags)
+    with monkeypatch.context() as earlier:
+        earlier.setattr("trainer.rules.DEFAULT", "published")
+        loop.build(loop.resolve([*flags, "--epochs", "1"])).train()
+    (tmp_path / "run/checkpoints/lungs.pt").unlink()  # it kept boxes alone, in last.pt
+    capsys.readouterr()
+    job = loop.build(loop.resolve(["--out", str(tmp_path / "run"), "--resume", "--epochs", "2"]))
+    assert "note: the run keeps the rules of its own findings.yaml; the ready-made findings now say others" in capsys.readouterr().out
+    assert job.rules["Effusion"].place == ""
+    job.train()
+    (tmp_path / "mine.yaml").write_text("Effusion: {region: {within: lungs}}")
+    with pytest.raises(InputError, match="other rules of its findings"):
+        loop.build(loop.resolve(["--out", str(tmp_path / "run"), "--resume", "--findings", str(tmp_path / "mine.yaml")]))
+
+
+def test_lungs_that_cannot_be_recalled_are_looked_for_again(flags, tmp_path, capsys):
+    loop.build(loop.resolve([*flags, "--epochs", "1"])).train()
+    path = tmp_path / "run/checkpoints/lungs.pt"
+    path.write_bytes(path.read_bytes()[:100])
+    capsys.readouterr()
+    job = loop.build(loop.resolve(["--out", str(tmp_path / "run"), "--resume", "--epochs", "2"]))
+    assert f"{path} is damaged: the lungs of all images are looked for again" in capsys.readouterr().out
+    job.train()
+    assert (loop.checkpoint.load(path)["train"]["table"][:, 8] > 0).all()
 
 
 def test_the_probes_of_a_run_are_reported(flags, tmp_path):
@@ -392,7 +481,7 @@ def launch(*command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
 @TOGETHER
 @pytest.mark.parametrize("policy", ["ratio", "balanced", pytest.param("constrained", marks=pytest.mark.slow)])
 def test_two_processes_train_one_run(flags, tmp_path, policy):
-    both = [*flags, "--batch", "4", "--epochs", "2", "--balance.policy", policy, "--save_every", "2"]
+    both = [*seeing(flags), "--batch", "4", "--epochs", "2", "--balance.policy", policy, "--save_every", "2"]
     done = launch("--mixed_precision", "bf16", str(ROOT / "tests/two.py"), "train", str(tmp_path), *both)
     assert done.returncode == 0, done.stderr
     ranks = [json.loads((tmp_path / f"rank{r}.json").read_text()) for r in (0, 1)]
@@ -404,8 +493,10 @@ def test_two_processes_train_one_run(flags, tmp_path, policy):
     assert len(set(ranks[0]["lambda"])) > (1 if policy == "constrained" else 2)
     assert done.stdout.count("report: ") == 1
     assert (tmp_path / "run/report.json").is_file()
-    state = loop.checkpoint.load(tmp_path / "run/checkpoints/last.pt")
-    assert (state["boxes"]["train"]["table"][:, 4] >= 0).all(), "each process knows the boxes that the other found"
+    lungs = loop.checkpoint.load(tmp_path / "run/checkpoints/lungs.pt")
+    assert (lungs["train"]["table"][:, 8] == 2).all(), "each process knows the lungs that the other found"
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert report["regions_replaced"] == {"val": 0, "test": 0}
 
     # One process goes on with what two have begun.
     job = loop.build(loop.resolve(["--out", str(tmp_path / "run"), "--resume", "--epochs", "3"]))
@@ -417,8 +508,22 @@ def test_two_processes_train_one_run(flags, tmp_path, policy):
 @TOGETHER
 @pytest.mark.parametrize("form", ["energy", "published"])
 def test_two_processes_have_the_gradient_of_one(flags, tmp_path, form):
-    # LayerNorm, float64, unequal positives on the processes and in the micro-batches.
-    flags = [*flags, "--backbone", "pvt_v2_b0", "--optim.clip", "0", "--attention.form", form, "--swap.probability", "0"]
+    # LayerNorm, float64, unequal positives on the processes and in the micro-batches; regions in the shape of the lungs, moved with the images.
+    flags = [
+        *seeing(flags),
+        "--augment.rotate",
+        "5",
+        "--augment.shift",
+        "0.05",
+        "--backbone",
+        "pvt_v2_b0",
+        "--optim.clip",
+        "0",
+        "--attention.form",
+        form,
+        "--swap.probability",
+        "0",
+    ]
     flags += ["--balance.policy", "balanced"] if form == "energy" else ["--balance.lam", "0.3"]
     done = launch("--mixed_precision", "no", str(ROOT / "tests/two.py"), "gradients", str(tmp_path), *flags, "--batch", "3", "--accumulate", "5")
     assert done.returncode == 0, done.stderr

@@ -36,12 +36,12 @@ def lesion_regions(split: Split, index: torch.Tensor, stored: Sequence[int], siz
 
 
 def chosen(expected: torch.Tensor, lesions: torch.Tensor, how: str) -> torch.Tensor:
-    """The regions bool [B,S,S] that attention follows by ``--attention.region``: anatomy, annotation or both."""
+    """The regions float [B,S,S] that attention follows by ``--attention.region``: anatomy, annotation or both; ``lesions`` is bool [B,S,S]."""
     if how == "anatomy":
         return expected
     if how == "annotation":
-        return lesions
-    return torch.where(lesions.flatten(1).any(1)[:, None, None], lesions, expected)
+        return lesions.to(expected.dtype)
+    return torch.where(lesions.flatten(1).any(1)[:, None, None], lesions.to(expected.dtype), expected)
 
 
 class Annotations:

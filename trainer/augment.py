@@ -1,6 +1,7 @@
-"""One sampled transform for an image and what belongs to it (box, mask), on the device. Hides Kornia.
+"""One sampled transform for an image and what belongs to it (box, outline, mask), on the device. Hides Kornia.
 
-Legend: images float [B,1,H,W] in [0,1]; boxes int64 [B,4] x0 y0 x1 y1, ends exclusive, pixels of these images.
+Legend: images float [B,1,H,W] in [0,1]; boxes int64 [B,4] x0 y0 x1 y1, ends exclusive, pixels of these images; outlines float [B,h,w]: grids over
+the boxes.
 
 Random numbers are a function of (seed, epoch, position of the sample), so an image is transformed alike whichever
 process, batch or loader worker it comes through.
@@ -26,6 +27,7 @@ class Augmented(NamedTuple):
     images: torch.Tensor
     boxes: torch.Tensor | None
     masks: torch.Tensor | None
+    lungs: torch.Tensor | None
 
 
 def resize(images: torch.Tensor, size: int) -> torch.Tensor:
@@ -49,10 +51,12 @@ def augment(
     *,
     boxes: torch.Tensor | None = None,
     masks: torch.Tensor | None = None,
+    outlines: torch.Tensor | None = None,
 ) -> Augmented:
-    """Transform images float [B,1,H,W], boxes int64 [B,4] and masks bool [B,H,W] by the same sampled maps.
+    """Transform images float [B,1,H,W], boxes int64 [B,4], masks bool [B,H,W] and the outlines in the boxes by the same sampled maps.
 
-    A box becomes the rectangle around its transformed corners, cut at the image. What comes in from outside is black.
+    A box becomes the rectangle around its transformed corners, cut at the image; an outline becomes a mask bool [B,H,W] of what it says is
+    lung, drawn once, at its final place. What comes in from outside is black.
     """
     d = draws.to(images.device)
     signed = 2 * d - 1
@@ -66,7 +70,9 @@ def augment(
     mirror[flipped, 0, 0], mirror[flipped, 0, 2] = -1.0, width - 1.0
     matrix = matrix @ mirror
 
-    if strength.shift or strength.scale or strength.rotate or strength.flip:
+    moves = bool(strength.shift or strength.scale or strength.rotate or strength.flip)
+    lungs = lung_masks(outlines, boxes, (height, width), matrix if moves else None) if outlines is not None and boxes is not None else None
+    if moves:
         size = (height, width)
         warp = kornia.geometry.transform.warp_affine
         images = warp(images, matrix[:, :2], size, align_corners=True)
@@ -74,7 +80,32 @@ def augment(
             masks = warp(masks[:, None].float(), matrix[:, :2], size, align_corners=True)[:, 0] >= 0.5
         if boxes is not None:
             boxes = _move_boxes(boxes, matrix, width, height)
-    return Augmented(_expose(images, d, signed, strength), boxes, masks)
+    return Augmented(_expose(images, d, signed, strength), boxes, masks, lungs)
+
+
+def lung_masks(outlines: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int], matrix: torch.Tensor | None = None) -> torch.Tensor:
+    """Grids over boxes as masks of images of size (height, width): where the share of lung, between the cells bilinear, is a half or more.
+
+    Args:
+        matrix: [B,3,3] that then moves the image, in its pixels.
+    """
+    extent = boxes[:, 2:] - boxes[:, :2]
+    step = torch.stack([extent[:, 0] / outlines.shape[2], extent[:, 1] / outlines.shape[1]], 1)  # of a cell, in pixels
+    first = boxes[:, :2] + step / 2 - 0.5  # its middle, of the first one
+    if matrix is None:  # rows and columns apart, which is much less than a pixel at a time
+        across, down = (_tent(first[:, k, None], step[:, k, None], outlines.shape[2 - k], size[1 - k]) for k in (0, 1))
+        with torch.autocast(boxes.device.type, enabled=False):
+            return down @ outlines @ across.transpose(1, 2) >= 0.5
+    at = torch.zeros(len(boxes), 3, 3, device=boxes.device)
+    at[:, 0, 0], at[:, 1, 1], at[:, 2, 2] = step[:, 0], step[:, 1], 1.0
+    at[:, :2, 2] = first
+    return kornia.geometry.transform.warp_affine(outlines[:, None], (matrix @ at)[:, :2], size, align_corners=True)[:, 0] >= 0.5
+
+
+def _tent(first: torch.Tensor, step: torch.Tensor, cells: int, pixels: int) -> torch.Tensor:
+    """How much of each cell a pixel has by linear interpolation, nothing beyond the outer cells: float [B,pixels,cells]; first, step [B,1] in pixels."""
+    place = (torch.arange(pixels, device=first.device) - first) / step
+    return (1 - (place[:, :, None] - torch.arange(cells, device=first.device)).abs()).clamp(min=0)
 
 
 def _move_boxes(boxes: torch.Tensor, matrix: torch.Tensor, width: int, height: int) -> torch.Tensor:

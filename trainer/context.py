@@ -24,10 +24,14 @@ class Swapped(NamedTuple):
     lenders: list[int]
 
 
-def kept_box(boxes: torch.Tensor, size: int, dilate: float, feather: float) -> torch.Tensor:
-    """How much of each pixel stays: 1 in the dilated box, falling to 0 over ``feather`` x size pixels outside: float [B,S,S]."""
+def kept_box(boxes: torch.Tensor, size: int, dilate: float, feather: float, reach: float = 0.0) -> torch.Tensor:
+    """How much of each pixel stays: 1 in the dilated box, falling to 0 over ``feather`` x size pixels outside: float [B,S,S].
+
+    Args:
+        dilate: in shares of the box's sides, but at least ``reach``, in shares of the image's.
+    """
     low, high = boxes[:, :2].float(), boxes[:, 2:].float()
-    margin = dilate * (high - low)
+    margin = (dilate * (high - low)).clamp(min=reach * size)
     low, high = low - margin, high + margin
     at = torch.arange(size, device=boxes.device) + 0.5
     width = max(feather * size, 1e-6)
@@ -39,9 +43,9 @@ def kept_box(boxes: torch.Tensor, size: int, dilate: float, feather: float) -> t
     return ramp(1)[:, :, None] * ramp(0)[:, None, :]
 
 
-def under(boxes: torch.Tensor, size: int, dilate: float, feather: float) -> list[list[bool]]:
+def under(boxes: torch.Tensor, size: int, dilate: float, feather: float, reach: float = 0.0) -> list[list[bool]]:
     """[b][k]: whether box k lies under what is kept of image b, its seam included."""
-    margin = (dilate * (boxes[:, 2:] - boxes[:, :2])).repeat(1, 2) + feather * size
+    margin = (dilate * (boxes[:, 2:] - boxes[:, :2])).clamp(min=reach * size).repeat(1, 2) + feather * size
     outward = boxes.float() + margin * torch.tensor([-1.0, -1.0, 1.0, 1.0], device=boxes.device)
     beyond = (boxes[None, :, :2] < outward[:, None, :2]) | (boxes[None, :, 2:] > outward[:, None, 2:])
     return (~beyond.any(2)).tolist()
@@ -82,6 +86,7 @@ def swap_context(
     *,
     lesions: torch.Tensor | None = None,
     healthy: Sequence[bool] = (),
+    reach: float = 0.0,
 ) -> Swapped:
     """Images [B,1,S,S] whose surroundings come, with ``settings.probability``, from another image of the batch.
 
@@ -93,11 +98,12 @@ def swap_context(
 
     Args:
         draws: float [B,2] on the CPU, whether and with whom.
+        reach: how far beyond the lung box a region may lie, in shares of the image's side: every kept box reaches so far, also of who has no region.
     """
     assert settings.probability is not None
     every, size = range(len(images)), images.shape[-1]
-    kept = kept_box(boxes, size, settings.dilate, settings.feather)
-    fits = under(boxes, size, settings.dilate, settings.feather)
+    kept = kept_box(boxes, size, settings.dilate, settings.feather, reach)
+    fits = under(boxes, size, settings.dilate, settings.feather, reach)
     lender = list(every)
     if lesions is not None:
         marked, around = lesions.flatten(1).any(1), kept_mask(lesions, settings.feather / 2)

@@ -42,7 +42,7 @@ from trainer.launching import Accelerator, close, on_main, set_threads, start
 from trainer.look import Located
 from trainer.look import look as look_at
 from trainer.losses import attention_term
-from trainer.lungs import LungBoxes, LungSegmenter, load_segmenter
+from trainer.lungs import LungFinder, LungSegmenter, load_segmenter
 from trainer.metrics import (
     LOCALIZATION,
     THRESHOLDS,
@@ -60,7 +60,7 @@ from trainer.metrics import (
     without_dead,
 )
 from trainer.probe import blurred, probed, random_twin
-from trainer.regions import finding_regions, placed
+from trainer.regions import PUBLISHED, Regions, placed
 from trainer.rules import Finding, Rule, read_file, read_findings, rules_of, task_findings, to_yaml
 
 MODEL, LUNGS, FINDINGS = "model.safetensors", "lungs.safetensors", "findings.yaml"
@@ -71,20 +71,23 @@ class Outcome:
     """What was measured for every image of a split, in its order, on every process.
 
     logits float [N,K]; labels int64 [N]; term float [N], the attention term of the trained form, NaN without a region;
-    expected, lesion float [N,21], columns of `metrics.localize` against the expected region and against lesion boxes, NaN
-    where there is no such ground truth; similarity float [N], rank correlation with the CAM of a twin, NaN without one.
+    expected, expected_box, lesion float [N,21], columns of `metrics.localize` against the expected region (where its weight is a half or more), against
+    what it was as a part of the lung box (the published region, else the rule's own part), and against lesion boxes, NaN where there is no such ground truth;
+    replaced bool [N], whether that part stands in for the region; similarity float [N], rank correlation with the CAM of a twin, NaN without one.
     """
 
     logits: torch.Tensor
     labels: torch.Tensor
     term: torch.Tensor
     expected: torch.Tensor
+    expected_box: torch.Tensor
     lesion: torch.Tensor
     similarity: torch.Tensor
+    replaced: torch.Tensor
 
     def tables(self) -> dict[str, torch.Tensor]:
-        """The two kinds of localization, which are never mixed."""
-        return {"expected": self.expected, "lesion": self.lesion}
+        """The kinds of localization, which are never mixed; ``expected_box`` has figures only where a rule follows the lungs' outline."""
+        return {"expected": self.expected, "expected_box": self.expected_box, "lesion": self.lesion}
 
     def thresholds(self) -> dict[str, int | None]:
         """For each kind which of `metrics.THRESHOLDS` gives the best mean IoU here."""
@@ -113,6 +116,8 @@ class Outcome:
             columns = list(range(len(LOCALIZATION))) + ([] if at is None else [len(LOCALIZATION) + at])
             known = measured(table)
             each = {name: summarize(table[known & (self.labels == k)][:, columns], names) for k, name in enumerate(findings)}
+            if kind == "expected_box" and not known.any():
+                continue
             figures["localization"][kind] = {"all": summarize(table[known][:, columns], names)} | {n: f for n, f in each.items() if f}
             if at is not None and known.any():
                 figures["localization"][kind]["all"]["iou_threshold"] = THRESHOLDS[at]
@@ -124,7 +129,7 @@ def evaluate(
     accelerator: Accelerator,
     model: FocusClassifier,
     split: Split,
-    lungs: LungBoxes | None,
+    lungs: LungFinder | None,
     config: Config,
     rules: Mapping[str, Rule],
     *,
@@ -144,9 +149,13 @@ def evaluate(
     """
     device, size, findings = accelerator.device, config.size, split.classes
     columns = len(LOCALIZATION) + len(THRESHOLDS)
-    # What is measured of an image, in the columns of one table: figures, and for each whether there are any.
-    widths = {"logits": len(findings), "count": 1, "expected": columns, "lesion": columns, "similarity": 1, "term": 1}
-    table = torch.zeros(len(split), sum(widths.values()) + 4, dtype=torch.float64)
+    regions = Regions(findings, rules, size, device)
+    # What figures can be compared by that were measured before regions followed the lungs' outline: the published region, else the rule's part of the box.
+    boxed = Regions(findings, {name: PUBLISHED.get(name, rule) for name, rule in rules.items()}, size, device)
+    # What is measured of an image, in the columns of one table: figures, and for each of ``optional`` whether there are any.
+    optional = {"expected": columns, "expected_box": columns, "lesion": columns, "similarity": 1, "term": 1, "replaced": 1}
+    widths = {"logits": len(findings), "count": 1, **optional}
+    table = torch.zeros(len(split), sum(widths.values()) + len(optional), dtype=torch.float64)
     plan = EpochPlan(split.shard_sizes(), shuffle=False)
     rank, world = accelerator.process_index, accelerator.num_processes
     training = model.training
@@ -156,15 +165,15 @@ def evaluate(
     def change(located: Located) -> torch.Tensor:
         """The images, blurred in or outside the regions of findings of the task."""
         assert located.boxes is not None
-        region = finding_regions(located.boxes, probed(names, batch.index, findings, rules), size, rules)
+        whose = torch.tensor(probed(batch.label.tolist(), batch.index, findings, rules))
+        region = regions(whose, located.boxes, located.lungs).region
         return blurred(located.images, region if blur == "inside" else ~region)
 
     for batch in split.batches(plan, 0, 0, batch=config.batch, rank=rank, world=world, workers=config.workers, pinned=device.type == "cuda"):
         raw, labels = batch.image.to(device, non_blocking=True), batch.label.to(device, non_blocking=True)
-        names = [findings[k] for k in batch.label.tolist()]
         lungs_of = lungs if looks or blur else None
         changed = change if blur and lungs_of is not None else None
-        seen = look_at(accelerator, model, raw, batch.index, labels, names, lungs_of, rules, size, cam=looks, change=changed)
+        seen = look_at(accelerator, model, raw, batch.index, labels, lungs_of, regions, batch.label, cam=looks, change=changed)
         # Each part of the table, and whether the image has it.
         parts = {"logits": seen.logits, "count": torch.ones(len(raw), 1, device=device)}
         known = {}
@@ -172,9 +181,15 @@ def evaluate(
             assert seen.cam is not None
             assert seen.raw_cam is not None
             lesions = lesion_regions(split, batch.index, raw.shape[-2:], size).to(device)
-            for kind, region in (("expected", seen.region), ("lesion", lesions)):
+            weight = seen.expected.weight if seen.expected is not None else torch.zeros_like(seen.images[:, 0])
+            kinds = {"expected": seen.region, "lesion": lesions}
+            if seen.boxes is not None and regions.uses_lungs:
+                kinds["expected_box"] = boxed(batch.label, seen.boxes, None).region
+            for kind, region in kinds.items():
                 parts[kind] = without_dead(localize(seen.cam, region, config.attention.threshold), seen.cam)
                 known[kind] = placed(region)
+            if seen.expected is not None:
+                known["replaced"] = seen.expected.replaced
             if twin is not None:
                 with accelerator.autocast():
                     other = twin(seen.images, labels, cam=True).cam
@@ -187,19 +202,27 @@ def evaluate(
                     predicted = model(seen.images, None, cam=True).cam
                 assert predicted is not None
                 cam = normalize_cam(predicted, size)
-            region = chosen(seen.region, lesions, config.attention.region)
-            parts["term"] = attention_term(cam, region, config.attention.threshold, config.attention.form)[:, None]
-            known["term"] = placed(region)
+            weight = chosen(weight, lesions, config.attention.region)
+            parts["term"] = attention_term(cam, weight, config.attention.threshold, config.attention.form)[:, None]
+            known["term"] = placed(weight)
         row = [parts[name].float() if name in parts else torch.zeros(len(raw), width, device=device) for name, width in widths.items()]
-        row += [known[name][:, None].float() if name in known else torch.zeros(len(raw), 1, device=device) for name in list(widths)[2:]]
+        row += [known[name][:, None].float() if name in known else torch.zeros(len(raw), 1, device=device) for name in optional]
         table[batch.index] += torch.where(batch.weight[:, None] > 0, torch.cat(row, 1).cpu().double(), 0.0)
     model.train(training)
     table = accelerator.reduce(table.to(device), "sum").cpu()
-    columns_of = dict(zip([*widths, *(f"has {name}" for name in list(widths)[2:])], table.split([*widths.values(), 1, 1, 1, 1], 1), strict=True))
+    columns_of = dict(zip([*widths, *(f"has {name}" for name in optional)], table.split([*widths.values(), *[1] * len(optional)], 1), strict=True))
     assert (columns_of["count"] == 1).all(), "every image is evaluated exactly once"
-    expected, lesion, similarity, term = (torch.where(columns_of[f"has {name}"] > 0, columns_of[name], torch.nan) for name in list(widths)[2:])
-    labels_of = torch.from_numpy(split.labels.astype(np.int64))
-    return Outcome(columns_of["logits"].float(), labels_of, term[:, 0], expected, lesion, similarity[:, 0])
+    of = {name: torch.where(columns_of[f"has {name}"] > 0, columns_of[name], torch.nan) for name in optional}
+    return Outcome(
+        columns_of["logits"].float(),
+        torch.from_numpy(split.labels.astype(np.int64)),
+        of["term"][:, 0],
+        of["expected"],
+        of["expected_box"],
+        of["lesion"],
+        of["similarity"][:, 0],
+        ~of["replaced"][:, 0].isnan(),
+    )
 
 
 def _grays(cam: torch.Tensor) -> torch.Tensor:
@@ -284,7 +307,7 @@ def finish(
     config: Config,
     findings: Mapping[str, Finding],
     splits: dict[str, Split],
-    lungs: dict[str, LungBoxes],
+    lungs: dict[str, LungFinder],
     training: dict[str, Any],
     out: Path,
     known: Mapping[str, Any] | None = None,
@@ -303,13 +326,15 @@ def finish(
     for name in outcomes:
         if name in lungs:
             lungs[name].share(accelerator)
-    lost = {name: boxes.memory.not_found().tolist() for name, boxes in lungs.items()}
+    lost = {name: finder.memory.not_found().tolist() for name, finder in lungs.items()}
     content: dict[str, Any] = {"findings": classes, "dataset": next(iter(splits.values())).dataset, "training": training}
     content["images"] = known.get("images", {}) | {name: split.fingerprint for name, split in splits.items()}
     content["regions"] = to_yaml(findings)
     content["written"] = f"cxr-focus {__version__}, {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}"
     without = {name: [splits[name].key(p) for p in positions] for name, positions in lost.items()}
     content["lungs_not_found"] = known.get("lungs_not_found", {}) | without
+    replaced = {name: int(outcome.replaced.sum()) for name, outcome in outcomes.items()}
+    content["regions_replaced"] = known.get("regions_replaced", {}) | replaced
     thresholds = outcomes["val"].thresholds() if "val" in outcomes else known.get("iou_threshold")
     point = outcomes["val"].operating_point() if "val" in outcomes else known.get("threshold")
     content["iou_threshold"], content["threshold"] = thresholds, point
@@ -334,7 +359,7 @@ def finish(
 
 
 def probe(
-    accelerator: Accelerator, model: FocusClassifier, seen: Outcome, split: Split, lungs: LungBoxes | None, config: Config, rules: Mapping[str, Rule]
+    accelerator: Accelerator, model: FocusClassifier, seen: Outcome, split: Split, lungs: LungFinder | None, config: Config, rules: Mapping[str, Rule]
 ) -> dict[str, Any] | None:
     """Two tests that a localization figure cannot pass by chance; None where no finding has an expected region.
 
@@ -450,7 +475,7 @@ def main(argv: list[str] | None = None) -> None:
     lungs = {}
     if segmenter is not None and model.has_map:
         segmenter.to(accelerator.device)
-        lungs = {n: LungBoxes(segmenter, config.size, len(s), s.fingerprint) for n, s in splits.items()}
+        lungs = {n: LungFinder(segmenter, config.size, len(s), s.fingerprint) for n, s in splits.items()}
     known: dict[str, Any] = (
         {"config": asdict(config)} | old
         if own

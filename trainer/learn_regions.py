@@ -6,6 +6,7 @@ Hides the drawing and the arithmetic between pixels of a file and shares of a lu
 import argparse
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,17 @@ from shards import atomic
 from shards.errors import CommandParser, InputError, command_line, listed
 from shards.pixels import fit, load_image
 from shards.sample import EFFUSION, NO_FINDING
+from trainer.augment import lung_masks
 from trainer.config import Swap
 from trainer.lungs import load_segmenter
-from trainer.regions import finding_regions
-from trainer.report import BOX, LESION, REGION
-from trainer.rules import LIMIT, Finding, Rectangle, Rule, read_file, read_findings, to_yaml
+from trainer.regions import Regions, between, wider
+from trainer.report import LESION, LUNGS, REGION
+from trainer.rules import BOX, LIMIT, Finding, Rectangle, Rule, read_file, read_findings, to_yaml
 
 SIZE = 512
 BEYOND = Swap.dilate  # how far beyond the lung box a region may reach, in shares of its sides, to count as inside
+DILATE = 0.04  # of the lungs, or of what is between them, in shares of the image's side: disease at the pleura is not seen as lung
+MOST = 2 / 3  # share of a lesion that a place must hold to be its place; radiologists' boxes hold more than the lesion
 SHOW = """examples:
   python -m trainer.regions show                                        # the ready-made findings on a synthetic radiograph
   python -m trainer.regions show --findings mine.yaml --image CHEST.png --out mine.png"""
@@ -67,12 +71,12 @@ def show(name: str, image: Path | None, out: Path) -> None:
         pixels, what = phantom("phantom", EFFUSION, np.random.default_rng(5), SIZE).image, "a synthetic radiograph"
     else:
         pixels, what = fit(load_image(image), SIZE), str(image)
-    box, found = _lungs(pixels)
+    box, lungs, found = _lungs(pixels)
     width = max(map(len, findings))
-    print(f"{'':{width}}  images  region in shares of the lung box: left top right bottom")
+    print(f"{'':{width}}  images  region; numbers are shares of the lung box: left top right bottom")
     for finding, entry in findings.items():
         print(f"{finding:{width}}  {entry.images:6}  {_words(entry.rule)}" + (f"  ({entry.source})" if entry.source else ""))
-    _drawn(pixels, box, {n: f for n, f in findings.items() if f.rule is not None}).savefig(out, dpi=110)
+    _drawn(pixels, box, lungs, {n: f for n, f in findings.items() if f.rule is not None}).savefig(out, dpi=110)
     lost = "" if found else "; no lungs were found in it, so the whole image stands in for their box"
     print(f"wrote {out}: drawn on {what}{lost}")
 
@@ -86,7 +90,7 @@ def learn(a: argparse.Namespace) -> None:
     lesions = [_box(text, width, height) for text in a.box]
     out, picture = _targets(a.finding, a.out)  # after the box, so that a wrong one leaves no new folder
     pixels = fit(image, SIZE)
-    box, found = _lungs(pixels)
+    box, lungs, found = _lungs(pixels)
     if not found:
         raise InputError(f"{a.image}: no believable pair of lungs is seen in it, so a place cannot be told relative to them; take another radiograph")
     rectangles: list[Rectangle] = []
@@ -102,14 +106,24 @@ def learn(a: argparse.Namespace) -> None:
         if beside and not a.one_sided:
             rectangles.append((round(1 - right, 2), top, round(1 - left, 2), bottom))
             print("the box lies beside the midline: its mirror image belongs to the region, too (--one-sided leaves it out)")
-    rule = Rule(tuple(dict.fromkeys(rectangles)))
+    held = _held(lesions, lungs)
+    shares = ", ".join(f"{share:.0%} {where}" for where, share in held.items())
+    print(f"of the lesion's area lies {shares} (within and between are {DILATE:g} of the image's side wider than seen, so they overlap)")
+    place = _place(held)
+    rule = Rule(tuple(dict.fromkeys(rectangles)), place=place, dilate=DILATE if place in ("within", "between") else 0.0)
+    if place:
+        print(f"so the region is what the box leaves of that place: {_words(rule)}")
+    else:
+        print(f"none of them holds {MOST:.0%} of it, so the region is a part of the lung box, whatever the lungs' outline")
     finding = Finding(rule, a.images, f"learned from one annotated radiograph ({a.image.name}), margin {a.margin:g}")
     before = out.read_text().rstrip("\n") + "\n" if out.is_file() else ""
     atomic.write(out, before + to_yaml({a.finding: finding}))
-    _drawn(pixels, box, {a.finding: finding}, [tuple(v * SIZE for v in b) for b in lesions]).savefig(picture, dpi=110)
-    print(f"{a.finding}: {_words(rule)}")
+    _drawn(pixels, box, lungs, {a.finding: finding}, [tuple(v * SIZE for v in b) for b in lesions]).savefig(picture, dpi=110)
+    if not place:
+        print(f"{a.finding}: {_words(rule)}")
     if not rule.inside(BEYOND):
-        print("the lesion reaches beyond the lung box, and so does the region: context swap will leave images of this finding as they are")
+        where = "lies outside the lungs" if place else "reaches beyond the lung box"
+        print(f"the lesion {where}, and so does the region: context swap will leave images of this finding as they are")
     ready = read_findings()
     other = [name for name in ready if name != a.finding and name.casefold() == a.finding.casefold()]
     if other:
@@ -164,18 +178,43 @@ def _grown(relative: list[float], margin: float) -> Rectangle:
     return left, top, right, bottom
 
 
-def _lungs(pixels: np.ndarray) -> tuple[torch.Tensor, bool]:
-    """Box int64 [4] of a uint8 [SIZE,SIZE] image and whether lungs were found, by the shipped segmenter."""
+def _lungs(pixels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """Box int64 [4] and mask bool [SIZE,SIZE] of the lungs of a uint8 [SIZE,SIZE] image, as training sees them, and whether they were found.
+
+    By the shipped segmenter.
+    """
     with torch.no_grad():
-        boxes, found = load_segmenter().boxes(torch.from_numpy(pixels.copy())[None, None].float() / 255, SIZE)
-    return boxes[0], bool(found[0])
+        boxes, outlines, found = load_segmenter().find(torch.from_numpy(pixels.copy())[None, None].float() / 255, SIZE)
+    return boxes[0], lung_masks(outlines, boxes, (SIZE, SIZE))[0], bool(found[0])
+
+
+def _held(lesions: Sequence[tuple[float, ...]], lungs: torch.Tensor) -> dict[str, float]:
+    """How much of the lesions' area each place holds, in words of `rules.PLACES`. Within and between are wider than seen, so they overlap."""
+    lesion = torch.zeros_like(lungs)
+    for left, top, right, bottom in lesions:
+        lesion[math.floor(top * SIZE) : math.ceil(bottom * SIZE), math.floor(left * SIZE) : math.ceil(right * SIZE)] = True
+    reach = round(DILATE * SIZE)
+    within, middle = wider(lungs[None], reach)[0], wider(between(lungs[None]), reach)[0]
+    places = {"within": within, "between": middle, "outside": ~within & ~middle}
+    return {name: float((lesion & place).sum() / lesion.sum()) for name, place in places.items()}
+
+
+def _place(held: dict[str, float]) -> str:
+    """The place that holds the lesion: the one that holds most, the lungs where it is nearly as much; none where that is too little."""
+    name = max(held, key=lambda place: held[place] + 0.05 * (place == "within"))
+    return name if held[name] >= MOST else ""
 
 
 def _words(rule: Rule | None) -> str:
     if rule is None:
         return "none: classification only"
     told = listed((" ".join(f"{v:g}" for v in r) for r in rule.rectangles), 4)
-    return f"all but {told}" if rule.outside else told
+    told = f"all but {told}" if rule.outside else told
+    if not rule.place:
+        return told
+    place = {"within": "within the lungs", "between": "between the lungs", "outside": "outside the lungs", "rim": "at the lungs' rim"}[rule.place]
+    part = "" if rule.rectangles == BOX and not rule.outside else f", in {told}" + (f" (elsewhere weight {rule.elsewhere:g})" if rule.elsewhere else "")
+    return place + (f", dilated {rule.dilate:g}" if rule.dilate else "") + part
 
 
 def _writable(path: Path, kinds: tuple[str, ...]) -> Path:
@@ -189,24 +228,27 @@ def _writable(path: Path, kinds: tuple[str, ...]) -> Path:
     return path
 
 
-def _drawn(pixels: np.ndarray, box: torch.Tensor, findings: dict[str, Finding], lesions: list[Any] | None = None) -> Figure:
-    """One panel a finding: lung box cyan, region green, annotated boxes red."""
+def _drawn(pixels: np.ndarray, box: torch.Tensor, lungs: torch.Tensor, findings: dict[str, Finding], lesions: list[Any] | None = None) -> Figure:
+    """One panel a finding: lungs cyan, their box dotted, region green (the paler, the less its weight), annotated boxes red."""
     rules = {name: finding.rule for name, finding in findings.items() if finding.rule is not None}
     columns = min(4, len(rules))
     rows = math.ceil(len(rules) / columns)
     figure = Figure(figsize=(max(4.2, 3.1 * columns), 3.4 * rows + 0.4), layout="constrained")
-    regions = finding_regions(box.repeat(len(rules), 1), list(rules), SIZE, rules).numpy()
+    count = len(rules)
+    weights = Regions(list(rules), rules, SIZE)(torch.arange(count), box.repeat(count, 1), lungs.repeat(count, 1, 1)).weight.numpy()
     x0, y0, x1, y1 = box.tolist()
     axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
-    for ax, name, region in zip(axes.flat, rules, regions, strict=False):
+    for ax, name, weight in zip(axes.flat, rules, weights, strict=False):
         ax.imshow(pixels, cmap="gray", vmin=0, vmax=255)
-        ax.imshow(np.where(region[..., None], [0.49, 0.99, 0.0, 0.25], 0.0))
-        ax.contour(region, levels=[0.5], colors=[REGION], linewidths=1.2)
-        ax.plot(np.array([x0, x1, x1, x0, x0]) - 0.5, np.array([y0, y0, y1, y1, y0]) - 0.5, color=BOX, lw=1)
+        ax.imshow(np.concatenate([np.broadcast_to([0.49, 0.99, 0.0], (*weight.shape, 3)), 0.3 * weight[..., None]], 2))
+        ax.plot(np.array([x0, x1, x1, x0, x0]) - 0.5, np.array([y0, y0, y1, y1, y0]) - 0.5, color=LUNGS, lw=0.8, ls=":")
+        for mask, colour in ((lungs.numpy(), LUNGS), (weight >= 0.5, REGION)):
+            if mask.any():
+                ax.contour(mask, levels=[0.5], colors=[colour], linewidths=1.0)
         for left, top, right, bottom in lesions or []:
             ax.plot([left, right, right, left, left], [top, top, bottom, bottom, top], color=LESION, lw=1)
         ax.set_title(name, fontsize=10)
-    figure.supxlabel("cyan: lung box   green: expected region" + ("   red: annotated" if lesions else ""), fontsize=8)
+    figure.supxlabel("cyan: lungs, dotted their box   green: expected region" + ("   red: annotated" if lesions else ""), fontsize=8)
     return figure

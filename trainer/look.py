@@ -1,45 +1,59 @@
 """The way of an image, written once: raw -> resized -> lungs -> expected region -> logits and CAM. Training, evaluation, panels and predict go it.
 
-Legend: raw uint8 [B,1,H,W], as stored; images float [B,1,S,S] in [0,1]; boxes int64 [B,4]; region bool [B,S,S]; cam float [B,S,S] in [0,1].
+Legend: raw uint8 [B,1,H,W], as stored; images float [B,1,S,S] in [0,1]; boxes int64 [B,4]; lungs bool [B,S,S]; cam float [B,S,S] in [0,1].
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from trainer.augment import resize
+from trainer.augment import lung_masks, resize
 from trainer.classifier import FocusClassifier, normalize_cam
 from trainer.launching import Accelerator
-from trainer.lungs import LungBoxes
-from trainer.regions import finding_regions
-from trainer.rules import Rule
+from trainer.lungs import LungFinder
+from trainer.regions import Expected, Regions
 
 
 @dataclass
 class Located:
-    """A batch on the device with its lungs. boxes None: nobody looked; found bool [B] on the CPU: whether there are lungs, else the box is the whole image."""
+    """A batch on the device with its lungs. boxes, outlines None: nobody looked; found bool [B] on the CPU: false where the whole image is the box."""
 
     images: torch.Tensor
     boxes: torch.Tensor | None
-    found: list[bool]
+    outlines: torch.Tensor | None
+    found: torch.Tensor
+
+    @property
+    def lungs(self) -> torch.Tensor | None:
+        """Their masks, lung_masks anew each time."""
+        if self.boxes is None or self.outlines is None:
+            return None
+        return lung_masks(self.outlines, self.boxes, (self.images.shape[-2], self.images.shape[-1]))
 
 
 @dataclass
 class Seen(Located):
-    """What a model makes of a batch: region is empty without boxes and for findings without a rule; raw_cam [B,h,w] as the model gives it."""
+    """What a model makes of a batch: expected is None without boxes; raw_cam [B,h,w] is as the model gives it."""
 
-    region: torch.Tensor
+    expected: Expected | None
     logits: torch.Tensor
     cam: torch.Tensor | None
     raw_cam: torch.Tensor | None
 
+    @property
+    def region(self) -> torch.Tensor:
+        """Where the finding is expected: bool [B,S,S], empty where nothing is expected."""
+        return self.expected.region if self.expected is not None else torch.zeros_like(self.images[:, 0], dtype=torch.bool)
 
-def locate(accelerator: Accelerator, raw: torch.Tensor, index: torch.Tensor, lungs: LungBoxes | None, size: int) -> Located:
-    """Resize a batch that is on the device, and find its lungs, once an image; ``index`` int64 [B] on the CPU: positions in ``lungs``."""
+
+def locate(accelerator: Accelerator, raw: torch.Tensor, index: torch.Tensor, finder: LungFinder | None, size: int) -> Located:
+    """Resize a batch that is on the device, and find its lungs, once an image; ``index`` int64 [B] on the CPU: positions in the finder's split."""
+    if finder is None:
+        return Located(resize(raw, size), None, None, torch.zeros(len(raw), dtype=torch.bool))
     with accelerator.autocast():
-        boxes = lungs(raw, index) if lungs is not None else None
-    return Located(resize(raw, size), boxes, lungs.found(index) if lungs is not None else [False] * len(raw))
+        boxes, outlines, found = finder(raw, index)
+    return Located(resize(raw, size), boxes, outlines, found)
 
 
 @torch.no_grad()
@@ -49,10 +63,9 @@ def look(
     raw: torch.Tensor,
     index: torch.Tensor,
     classes: torch.Tensor | None,
-    names: Sequence[str] | None,
-    lungs: LungBoxes | None,
-    rules: Mapping[str, Rule],
-    size: int,
+    finder: LungFinder | None,
+    regions: Regions,
+    expect: torch.Tensor | None,
     *,
     cam: bool = True,
     change: Callable[[Located], torch.Tensor] | None = None,
@@ -62,17 +75,19 @@ def look(
     Args:
         raw: on the device; index: see `locate`.
         classes: int64 [B], whose CAM is taken; None: the predicted ones.
-        names: the findings whose regions are expected; None: nothing is.
-        lungs: None: nothing is known of a region.
+        finder: None: nothing is known of a region.
+        regions: where findings are expected.
+        expect: int64 [B], the finding of ``regions`` that is expected; None: that whose CAM is taken.
         cam: take CAMs, where the model has a map.
         change: what becomes of the images before the model sees them.
     """
-    located = locate(accelerator, raw, index, lungs, size)
+    located = locate(accelerator, raw, index, finder, regions.size)
     images = located.images if change is None else change(located)
     with accelerator.autocast():
-        logits, found = model(images, classes, cam=cam and model.has_map)
-    if located.boxes is not None and names is not None:
-        region = finding_regions(located.boxes, names, size, rules)
-    else:
-        region = torch.zeros(len(raw), size, size, dtype=torch.bool, device=raw.device)
-    return Seen(images, located.boxes, located.found, region, logits, None if found is None else normalize_cam(found, size), found)
+        logits, raw_cam = model(images, classes, cam=cam and model.has_map)
+    expected = None
+    if located.boxes is not None:
+        expect = expect if expect is not None else classes if classes is not None else logits.argmax(1)
+        expected = regions(expect, located.boxes, located.lungs if regions.uses_lungs else None)
+    seen_cam = None if raw_cam is None else normalize_cam(raw_cam, regions.size)
+    return Seen(images, located.boxes, located.outlines, located.found, expected, logits, seen_cam, raw_cam)

@@ -1,7 +1,7 @@
 """Classification and attention terms. Losses come as (sum, count), so that processes can be added before dividing.
 
 Legend: logits float [B,K]; labels int64 [B]; weight float [B], 0 for stand-ins; cam float [B,S,S] in [0,1];
-region bool [B,S,S]; term float [B] in [0,1].
+region bool, or weights float in [0,1], [B,S,S]; term float [B] in [0,1].
 """
 
 import torch
@@ -27,7 +27,7 @@ def attention_term(cam: torch.Tensor, region: torch.Tensor, threshold: float, fo
 
     Args:
         cam: [B,S,S] in [0,1], any float type; computed in at least float32.
-        region: bool [B,S,S].
+        region: bool [B,S,S], or weights float [B,S,S] in [0,1]: sums below then count each place by its weight.
         threshold: in [0,1].
         form: ``published``: 1 - share of the region with cam > threshold (Wu et al. 2026; its gradient is zero);
             ``coverage``: the same with sigmoid((cam - threshold) / 0.1) for the comparison;
@@ -45,12 +45,12 @@ def attention_term(cam: torch.Tensor, region: torch.Tensor, threshold: float, fo
     if form == "published":
         hot = (cam > threshold).to(cam.dtype)
         # "+ 0 * total" keeps the term in the graph: its gradient is zero, not missing.
-        term = 1 - (hot * inside).sum((1, 2)) / area.clamp(min=1) + 0 * total
+        term = 1 - (hot * inside).sum((1, 2)) / area.clamp(min=TINY) + 0 * total
     elif form == "coverage":
         soft = torch.sigmoid((cam - threshold) / SHARPNESS)
         alive = (total > TINY)[:, None, None]
         soft = torch.where(alive, soft, soft.detach())
-        term = 1 - (soft * inside).sum((1, 2)) / area.clamp(min=1)
+        term = 1 - (soft * inside).sum((1, 2)) / area.clamp(min=TINY)
     elif form in ("energy", "lift"):
         alive = total > TINY
         share = (cam * inside).sum((1, 2)) / torch.where(alive, total, 1.0)

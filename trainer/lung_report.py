@@ -21,7 +21,7 @@ from shards.stream import EpochPlan, Split
 from trainer.launching import Accelerator
 from trainer.lungs import LungSegmenter, lung_boxes
 from trainer.metrics import bootstrap
-from trainer.report import BOX, REGION, STYLE, html_table, png
+from trainer.report import LUNGS, REGION, STYLE, html_table, png
 
 EDGES = ("left", "top", "right", "bottom")
 COLUMNS = ("dice", "iou", "box_iou", *EDGES, "fallback", "surface")
@@ -112,7 +112,7 @@ def draw_lungs(axes: Any, image: np.ndarray, found: np.ndarray, truth: np.ndarra
 
     axes.imshow(image, cmap="gray", vmin=0, vmax=255)
     size = len(image)
-    for mask, colour in ((truth, REGION), (found, BOX)):
+    for mask, colour in ((truth, REGION), (found, LUNGS)):
         if mask is None:
             continue
         if mask.any():

@@ -31,8 +31,8 @@ from trainer.config import PredictConfig, parse, positionals
 from trainer.evaluate import open_run, read_report
 from trainer.launching import set_threads, start
 from trainer.look import look
-from trainer.lungs import LungBoxes
-from trainer.regions import finding_regions, placed
+from trainer.lungs import LungFinder
+from trainer.regions import Regions, placed
 from trainer.rules import rules_of
 
 
@@ -58,7 +58,8 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = start(config.seed, opened.precision)
     device = accelerator.device
     model.to(device)
-    lungs = LungBoxes(segmenter.to(device), size, len(images), "") if segmenter is not None else None
+    finder = LungFinder(segmenter.to(device), size, len(images), "") if segmenter is not None else None
+    regions = Regions(findings, rules, size, device)
     stored = json.loads(metadata.get("stored", "{}")) or {"size": int(metadata["stored_size"])}
     side, aspect = int(stored["size"]), str(stored.get("aspect", "stretch"))
     scales = [(float(low), float(high)) for low, high in stored.get("scales", ())]
@@ -81,25 +82,25 @@ def main(argv: list[str] | None = None) -> None:
         raw = torch.from_numpy(fit(image, side, aspect).copy())[None, None].to(device)  # as packed for training
         index = torch.tensor([number])
         wanted = torch.tensor([findings.index(options.look_at)], device=device) if options.look_at else None
-        seen = look(accelerator, model, raw, index, wanted, None, lungs, rules, size)
+        seen = look(accelerator, model, raw, index, wanted, finder, regions, None)
         probability = torch.softmax(seen.logits[0].float(), 0).tolist()
         predicted = findings[int(np.argmax(probability))]
         shown = options.look_at or predicted
-        found = seen.found[0]
+        found, outlined = bool(seen.found[0]), seen.lungs
         box = seen.boxes[0] if seen.boxes is not None and found else None
-        region = finding_regions(box[None], [shown], size, rules)[0].cpu() if box is not None else torch.zeros(size, size, dtype=torch.bool)
+        region = seen.region[0].cpu() if found else torch.zeros(size, size, dtype=torch.bool)
         cam = seen.cam[0].float().cpu() if seen.cam is not None else torch.zeros(size, size)
         line: dict[str, Any] = {"image": str(path), "predicted": predicted}
         line["probability"] = {name: round(p, 6) for name, p in zip(findings, probability, strict=True)}
         line["cam_of"] = shown if seen.cam is not None else None
-        if lungs is not None:
+        if finder is not None:
             # In pixels of the file, so that it can be drawn on the original.
             share = Frame.of(image.shape, side, aspect).share((box * (side / size)).tolist()) if box is not None else None
             line["lung_box"] = [round(v * s) for v, s in zip(share, image.shape[::-1] * 2, strict=True)] if share is not None else None
             if shown in rules:
                 energy = float((cam * region).sum()) / float(cam.sum()) if cam.sum() > 0 and placed(region[None]) else None
                 line["energy_in_region"] = round(energy, 6) if energy is not None else None
-        lost = lungs is not None and not found
+        lost = finder is not None and not found
         if lost:
             print(f"warning: no lungs were found in {path}: is it a frontal chest radiograph? Its figures mean little", file=sys.stderr)
         if seen.cam is not None and not cam.any():
@@ -111,7 +112,8 @@ def main(argv: list[str] | None = None) -> None:
         overlay = out / f"{name}.png"
         title = f"{report.printable(path.name)}\n{predicted} {max(probability):.2f}, CAM of {shown}{', no lungs found' if lost else ''}"
         pixels = seen.images[0, 0].float().cpu().numpy()
-        tile = report.Tile(title, pixels, cam.numpy(), region.numpy(), np.zeros((size, size), bool), box.tolist() if box is not None else None)
+        lungs = outlined[0].cpu().numpy() if found and outlined is not None else np.zeros((size, size), bool)
+        tile = report.Tile(title, pixels, cam.numpy(), region.numpy(), np.zeros((size, size), bool), lungs)
         atomic.write(overlay, report.png(report.panel([tile], cam_of=shown), dpi=150))
         line["overlay"] = str(overlay)
         print(json.dumps(line), flush=True)

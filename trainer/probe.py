@@ -3,7 +3,7 @@
 Legend: images float [B,1,S,S] in [0,1]; region bool [B,S,S].
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -11,7 +11,6 @@ from shards.sample import NO_FINDING
 from trainer.classifier import FocusClassifier
 from trainer.config import Config
 from trainer.context import blend, kept_mask
-from trainer.rules import Rule
 
 SIGMA = 1 / 14  # of the blur, in shares of the side: 16 pixels at 224, wider than ribs and vessels
 SEAM = 0.02  # width of the transition, in shares of the side
@@ -29,10 +28,15 @@ def blurred(images: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
     return blend(smooth, soft, images)
 
 
-def probed(names: Sequence[str], index: torch.Tensor, findings: Sequence[str], rules: Mapping[str, Rule]) -> list[str]:
-    """Whose region is blurred in each image: its own finding's; where it has none, one of the task's findings in turn, so that blur is no sign of disease."""
-    known = [name for name in findings if name in rules and name != NO_FINDING]
-    return [name if name in rules or not known else known[position % len(known)] for name, position in zip(names, index.tolist(), strict=True)]
+def probed(labels: Sequence[int], index: torch.Tensor, findings: Sequence[str], rules: Collection[str]) -> list[int]:
+    """Whose region is blurred in each image: its own finding's; where it has none, one of the task's findings in turn, so that blur is no sign of disease.
+
+    Args:
+        labels: of the images, numbers of ``findings``, as what is returned.
+        rules: the findings that have a region.
+    """
+    known = [k for k, name in enumerate(findings) if name in rules and name != NO_FINDING]
+    return [k if findings[k] in rules or not known else known[position % len(known)] for k, position in zip(labels, index.tolist(), strict=True)]
 
 
 def random_twin(model: FocusClassifier, config: Config) -> FocusClassifier:

@@ -1,53 +1,179 @@
-"""Where a finding is expected, given the lung box. Hides the geometry; the rules are data (`trainer.rules`).
+"""Where a finding is expected, given the lungs. Hides the geometry; the rules are data (`trainer.rules`).
 
-Legend: boxes int64 [B,4] x0 y0 x1 y1, ends exclusive; regions bool [B,S,S].
+Legend: boxes int64 [B,4] x0 y0 x1 y1, ends exclusive; lungs bool [B,S,S]; regions bool [B,S,S], or weights float [B,S,S] in [0,1].
 
 python -m trainer.regions show | learn: the rules drawn on a radiograph; a rule from one annotated radiograph.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
 from shards.errors import run
 from shards.sample import TASKS
-from trainer.rules import Rule, read_findings, rules_of, task_findings, without_rule
+from trainer.cleanup import ends
+from trainer.rules import BOX, Rectangle, Rule, read_findings, rules_of, task_findings, without_rule
 
-__all__ = ["PUBLISHED", "TASKS", "Rule", "finding_regions", "task_findings", "without_rule"]
+__all__ = ["PUBLISHED", "TASKS", "Expected", "Regions", "Rule", "finding_regions", "task_findings", "without_rule"]
 
 PUBLISHED = rules_of(read_findings("published"))
+INF = float("inf")
 
 
-def finding_regions(boxes: torch.Tensor, findings: Sequence[str], size: int, rules: Mapping[str, Rule] = PUBLISHED) -> torch.Tensor:
-    """The expected region of ``findings[b]`` in a lung box: boxes int64 [B,4] -> bool [B,size,size].
+class Expected(NamedTuple):
+    """weight float [B,S,S] in [0,1], 0 where the finding is not expected; replaced bool [B]: the place was unknown or empty, the part of the box stands in."""
 
-    Empty for No Finding and for a finding without a rule. For Effusion, with y, h of the box: rows round(y + h/2) .. y+h.
+    weight: torch.Tensor
+    replaced: torch.Tensor
+
+    @property
+    def region(self) -> torch.Tensor:
+        """Where figures say that the finding is expected: bool [B,S,S], a weight of a half or more."""
+        return self.weight >= 0.5
+
+
+class Regions:
+    """The rules of some findings as tables on a device: made once, used at every step.
+
+    Args:
+        names: of the findings that a batch's numbers refer to. One without a rule, as No Finding, has an empty region.
+        rules: by finding.
+        size: S, pixels of a side.
+    """
+
+    def __init__(self, names: Sequence[str], rules: Mapping[str, Rule], size: int, device: torch.device | str = "cpu") -> None:
+        own = [rules.get(name, Rule()) for name in names]
+        self.size, self.device = size, torch.device(device)
+        self.parts = _Rectangles([_part(rule) for rule in own], size, self.device)
+        self.uses_lungs = any(rule.place for rule in own)
+        # By finding: its place and how many pixels wider than seen that is; a rim has at least one.
+        self.places = [(rule.place, max(round(rule.dilate * size), int(rule.place == "rim"))) for rule in own]
+        self.has_place = torch.tensor([bool(rule.place) for rule in own], device=self.device)
+        self.beyond = torch.tensor([rule.place == "outside" for rule in own], device=self.device)
+        self.elsewhere = torch.tensor([rule.elsewhere for rule in own], device=self.device)
+        self.box = _Rectangles([Rule(BOX)], size, self.device)
+
+    def __call__(self, labels: torch.Tensor, boxes: torch.Tensor, lungs: torch.Tensor | None) -> Expected:
+        """Where finding ``labels[b]`` is expected: labels int64 [B], on the CPU if nobody shall wait; lungs bool [B,S,S], empty where there are none.
+
+        ``lungs`` None: nobody knows them, and parts of the box stand in.
+        """
+        numbers = labels.tolist()
+        labels = labels.to(self.device, non_blocking=True)
+        parts = self.parts(labels, boxes)
+        if not self.uses_lungs:
+            return Expected(parts.float(), torch.zeros(len(numbers), dtype=torch.bool, device=self.device))
+        has_place = self.has_place[labels]
+        # Of a place inside the lung box its part of the box stands in, of one outside what its part has beyond the box.
+        boxed = self.box(torch.zeros_like(labels), boxes)
+        stand_in = torch.where(has_place[:, None, None], parts & (boxed ^ self.beyond[labels][:, None, None]), parts).float()
+        if lungs is None:
+            return Expected(stand_in, has_place)
+        place = torch.zeros_like(parts)
+        for name, reach in {self.places[k] for k in numbers if self.places[k][0]}:
+            those = torch.tensor([b for b, k in enumerate(numbers) if self.places[k] == (name, reach)]).to(self.device, non_blocking=True)
+            place = place.index_copy(0, those, _place(lungs[those], name, reach))
+        weight = place * torch.where(parts, 1.0, self.elsewhere[labels][:, None, None])
+        gone = has_place & ~(lungs.flatten(1).any(1) & (weight > 0).flatten(1).any(1))
+        return Expected(torch.where((has_place & ~gone)[:, None, None], weight, stand_in), gone)
+
+
+class _Rectangles:
+    """Rules without a place as tables; called with labels [B] and boxes [B,4], gives bool [B,S,S]."""
+
+    def __init__(self, rules: Sequence[Rule], size: int, device: torch.device) -> None:
+        count = max([1, *(len(rule.rectangles) for rule in rules)])
+        edges = torch.zeros(len(rules), count, 4, dtype=torch.float64)
+        for k, rule in enumerate(rules):
+            if rule.rectangles:
+                edges[k, : len(rule.rectangles)] = torch.tensor(rule.rectangles, dtype=torch.float64)
+        self.size = size
+        self.edges = edges.to(device, torch.float32)  # exact for pixels, and MPS has no other
+        self.outside = torch.tensor([rule.outside for rule in rules], device=device)
+
+    def __call__(self, labels: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+        origin, extent = boxes[:, :2].repeat(1, 2)[:, None].float(), (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)[:, None].float()
+        pixels = torch.round((origin + self.edges[labels] * extent).clamp(0, self.size))
+        at = torch.arange(self.size, device=boxes.device)
+        columns = (at >= pixels[..., 0, None]) & (at < pixels[..., 2, None])
+        rows = (at >= pixels[..., 1, None]) & (at < pixels[..., 3, None])
+        inside = (rows[..., :, None] & columns[..., None, :]).any(1)
+        return inside ^ self.outside[labels][:, None, None]
+
+
+def _part(rule: Rule) -> Rule:
+    """The rectangles of a rule, or what they leave of its place: the whole box leaves all of it, and an edge on the box's edge cuts nothing inside it."""
+    if not rule.place:
+        return rule
+    if rule.rectangles == BOX:
+        return Rule(((-INF, -INF, INF, INF),), rule.outside)
+    return Rule(rule.rectangles if rule.place == "outside" else tuple(map(_open, rule.rectangles)), rule.outside)
+
+
+def _open(r: Rectangle) -> Rectangle:
+    left, top, right, bottom = r
+    return -INF if left <= 0 else left, -INF if top <= 0 else top, INF if right >= 1 else right, INF if bottom >= 1 else bottom
+
+
+def _place(lungs: torch.Tensor, name: str, reach: int) -> torch.Tensor:
+    """One of `PLACES` of lungs bool [B,S,S], ``reach`` pixels wider than seen: bool [B,S,S]."""
+    if name == "within":
+        return wider(lungs, reach)
+    if name == "outside":
+        return ~wider(lungs | between(lungs), reach)
+    if name == "rim":
+        return wider(lungs, reach) & wider(~lungs, reach)
+    return wider(between(lungs), reach)
+
+
+def between(lungs: torch.Tensor) -> torch.Tensor:
+    """What has one lung to its left in its row and the other to its right, and is none: bool [B,S,S] -> bool [B,S,S].
+
+    The lungs are parted at the emptiest column of the middle, as clean-up does, so that the hollow of one lung's base is not between the two.
+    """
+    columns = lungs.sum(1)
+    at = torch.arange(lungs.shape[2], device=lungs.device)
+    first, last = ends(columns > 0)
+    middle = (at >= (first + 0.3 * (last - first))[:, None]) & (at < (first + 0.7 * (last - first))[:, None])
+    side = at < torch.where(middle, columns, lungs.shape[1] + 1).argmin(1, keepdim=True)
+    one, other = (lungs & side[:, None]).float(), (lungs & ~side[:, None]).float()
+    return ~lungs & (one.cumsum(2) > 0) & (other.flip(2).cumsum(2).flip(2) > 0)
+
+
+def wider(masks: torch.Tensor, reach: int) -> torch.Tensor:
+    """Masks bool [B,S,S], dilated by ``reach`` pixels to each side, corners included."""
+    if reach == 0:
+        return masks
+    for dim in (1, 2):  # first down, then across; by running counts, whose cost does not grow with the reach
+        count = masks.cumsum(dim, dtype=torch.float32)
+        last = count.narrow(dim, -1, 1)
+        count = torch.cat([torch.zeros_like(last)] * (reach + 1) + [count] + [last] * reach, dim)
+        size = masks.shape[dim]
+        masks = count.narrow(dim, 2 * reach + 1, size) > count.narrow(dim, 0, size)
+    return masks
+
+
+def finding_regions(
+    boxes: torch.Tensor, findings: Sequence[str], size: int, rules: Mapping[str, Rule] = PUBLISHED, lungs: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The expected region of ``findings[b]``: boxes int64 [B,4] -> bool [B,size,size], true where its weight is a half or more.
+
+    Empty for No Finding and for a finding without a rule. For Effusion as published, with y, h of the box: rows round(y + h/2) .. y+h.
 
     Args:
         rules: by finding; without it the three of Wu et al. (DMKD 2026).
+        lungs: masks bool [B,size,size] for rules that follow the lungs' outline; without them, their part of the lung box stands in.
     """
-    chosen = [rules.get(name, Rule()) for name in findings]
-    count = max([1, *(len(rule.rectangles) for rule in chosen)])
-    edges = torch.zeros(len(chosen), count, 4, dtype=torch.float64)
-    for b, rule in enumerate(chosen):
-        if rule.rectangles:
-            edges[b, : len(rule.rectangles)] = torch.tensor(rule.rectangles, dtype=torch.float64)
-    outside = torch.tensor([rule.outside for rule in chosen], device=boxes.device)
-    edges = edges.to(boxes.device, torch.float32)  # float32: exact for pixels, and MPS has no other
-
-    origin, extent = boxes[:, None, [0, 1, 0, 1]].float(), (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)[:, None].float()
-    pixels = torch.round((origin + edges * extent).clamp(0, size))
-    at = torch.arange(size, device=boxes.device)
-    columns = (at >= pixels[..., 0, None]) & (at < pixels[..., 2, None])
-    rows = (at >= pixels[..., 1, None]) & (at < pixels[..., 3, None])
-    inside = (rows[..., :, None] & columns[..., None, :]).any(1)
-    return inside ^ outside[:, None, None]
+    names = list(dict.fromkeys(findings))
+    labels = torch.tensor([names.index(name) for name in findings], dtype=torch.int64)
+    return Regions(names, rules, size, boxes.device)(labels, boxes, lungs).region
 
 
 def placed(region: torch.Tensor) -> torch.Tensor:
-    """Which regions [B,S,S] say something about where to look: bool [B], false for nowhere and for everywhere (the lungs of an image without)."""
+    """Which regions, bool or weights [B,S,S], say something about where to look: bool [B], false for nowhere and for everywhere (an image without lungs)."""
     flat = region.flatten(1)
-    return flat.any(1) & ~flat.all(1)
+    return (flat > 0).any(1) & (flat < 1).any(1)
 
 
 if __name__ == "__main__":

@@ -42,8 +42,9 @@ from trainer.classifier import FocusClassifier
 from trainer.config import Config, ReportConfig, parse, positionals
 from trainer.launching import Accelerator
 from trainer.look import look
-from trainer.lungs import LungBoxes
+from trainer.lungs import LungFinder
 from trainer.metrics import LOCALIZATION, measured
+from trainer.regions import Regions
 from trainer.rules import Rule
 
 if TYPE_CHECKING:
@@ -52,22 +53,22 @@ if TYPE_CHECKING:
 matplotlib.rcParams["text.parse_math"] = False  # a name with two dollars is no formula
 TILES = 12
 LONGEST = 200  # bytes of a file name that is made of others' names; file systems take 255
-BOX, REGION, LESION = "#00e5ff", "#7CFC00", "#ff4040"
+LUNGS, REGION, LESION = "#00e5ff", "#7CFC00", "#ff4040"
 
 
 @dataclass
 class Tile:
-    """One image of a panel: image and cam float [S,S] in [0,1]; region and lesion bool [S,S]; box x0 y0 x1 y1 or None."""
+    """One image of a panel: image and cam float [S,S] in [0,1]; region, lesion and lungs bool [S,S]."""
 
     title: str
     image: np.ndarray
     cam: np.ndarray
     region: np.ndarray
     lesion: np.ndarray
-    box: list[int] | None
+    lungs: np.ndarray
 
 
-def tiles(accelerator: Accelerator, model: FocusClassifier, split: Split, lungs: LungBoxes | None, config: Config, rules: Mapping[str, Rule]) -> list[Tile]:
+def tiles(accelerator: Accelerator, model: FocusClassifier, split: Split, lungs: LungFinder | None, config: Config, rules: Mapping[str, Rule]) -> list[Tile]:
     """Up to 12 images of a split, the first ones of each class in turn, with the CAM of their label's class."""
     per_class = [np.flatnonzero(split.labels == k) for k in range(len(split.classes))]
     chosen = [c[i] for i in range(max(map(len, per_class))) for c in reversed(per_class) if i < len(c)][:TILES]
@@ -76,24 +77,25 @@ def tiles(accelerator: Accelerator, model: FocusClassifier, split: Split, lungs:
     labels = torch.as_tensor(split.labels[chosen].astype(np.int64)).to(device)
     names = [split.classes[k] for k in labels.tolist()]
     training = model.training
-    seen = look(accelerator, model.eval(), raw, index, labels, names, lungs, rules, size)
+    seen = look(accelerator, model.eval(), raw, index, labels, lungs, Regions(split.classes, rules, size, device), labels)
     model.train(training)
     cams = seen.cam.cpu().numpy() if seen.cam is not None else np.zeros((len(raw), size, size), np.float32)
     probability = torch.softmax(seen.logits.float(), 1).cpu()
     regions, lesions = seen.region.cpu().numpy(), lesion_regions(split, index, raw.shape[-2:], size).numpy()
+    outlines = seen.lungs
+    outlined = outlines.cpu().numpy() if outlines is not None else np.zeros_like(regions)
     result = []
     for b, name in enumerate(names):
         guess = int(probability[b].argmax())
         title = f"{short(name)}\npredicted {short(split.classes[guess])} {probability[b, guess]:.2f}"
         title += "" if cams[b].any() else ", no map"
-        box = seen.boxes[b].tolist() if seen.boxes is not None else None
-        result.append(Tile(title, seen.images[b, 0].float().cpu().numpy(), cams[b], regions[b], lesions[b], box))
+        result.append(Tile(title, seen.images[b, 0].float().cpu().numpy(), cams[b], regions[b], lesions[b], outlined[b]))
     return result
 
 
 def panel(shown: list[Tile], columns: int = 4, cam_of: str = "the label's class") -> Figure:
-    """Each image beside itself with its CAM; lung box cyan, expected region green, lesion boxes red, as far as there are any."""
-    drawn = (("cyan: lung box", any(t.box for t in shown)), ("green: expected region", any(t.region.any() for t in shown)))
+    """Each image beside itself with its CAM; the outlines of lungs cyan, of the expected region green, of lesion boxes red, as far as there are any."""
+    drawn = (("cyan: lungs", any(t.lungs.any() for t in shown)), ("green: expected region", any(t.region.any() for t in shown)))
     words = [word for word, there in (*drawn, ("red: lesion box", any(t.lesion.any() for t in shown))) if there]
     legend = "   ".join([*words, f"right half: Grad-CAM of {cam_of}"])
     columns = min(columns, len(shown))
@@ -131,10 +133,7 @@ def draw(ax: Any, tile: Tile) -> None:
     alpha = 0.65 * tile.cam[..., None]
     ax.imshow(np.concatenate([gray, (1 - alpha) * gray + alpha * heat], 1), vmin=0, vmax=1)
     for shift in (0, size):
-        if tile.box is not None:
-            x0, y0, x1, y1 = tile.box
-            ax.plot(np.array([x0, x1, x1, x0, x0]) + shift - 0.5, np.array([y0, y0, y1, y1, y0]) - 0.5, color=BOX, lw=0.8)
-        for mask, colour in ((tile.region, REGION), (tile.lesion, LESION)):
+        for mask, colour in ((tile.lungs, LUNGS), (tile.region, REGION), (tile.lesion, LESION)):
             if mask.any():
                 ax.contour(np.arange(size) + shift, np.arange(size), mask, levels=[0.5], colors=[colour], linewidths=0.9)
     ax.set_title(tile.title, fontsize=8)
@@ -207,7 +206,7 @@ def rehearse(config: Config, dataset: str, findings: tuple[str, ...], out: Path)
     """What is drawn and written at the end, tried with these names at the start. InputError: it cannot be."""
     nothing = np.zeros((8, 8), np.float32)
     try:
-        png(panel([Tile(short(name), nothing, nothing, nothing > 1, nothing > 1, None) for name in findings][:TILES]))
+        png(panel([Tile(short(name), nothing, nothing, *[nothing > 1] * 3) for name in findings][:TILES]))
         png(curves([], {}, list(findings)))
         if not (name := out / text_name(config, dataset)).exists():
             atomic.write(name, "")
@@ -245,6 +244,8 @@ def text_report(content: dict[str, Any]) -> str:
                 )
                 lines.append(f"At the threshold {at['threshold']:.4f}, chosen on val: {', '.join(told)}")
         for kind, what in KINDS.items():
+            if kind not in figures["localization"]:
+                continue
             found = figures["localization"][kind]["all"]
             if found is None:
                 lines.append(f"Localization, {what}: no ground truth")
@@ -261,6 +262,7 @@ def text_report(content: dict[str, Any]) -> str:
             lines += [f"  {words}: {value:.4f} [{low:.4f}, {high:.4f}]" for words, (value, (low, high)) in known.items()]
     for split, keys in content["lungs_not_found"].items():
         lines.append(f"No lungs found, whole image used ({split}): {len(keys)}")
+    lines += [f"Expected regions replaced by their part of the lung box ({split}): {n}" for split, n in content.get("regions_replaced", {}).items()]
     return "\n".join(lines) + "\n"
 
 
@@ -269,7 +271,7 @@ def _without_map(found: dict[str, Any]) -> str:
     return f", {found['without_map']} of them without a map: no energy, pointing misses" if found.get("without_map") else ""
 
 
-KINDS = {"expected": "expected region", "lesion": "lesion boxes"}
+KINDS = {"expected": "expected region", "expected_box": "part of the lung box, as published or as the rule has it", "lesion": "lesion boxes"}
 LOCALIZATION_WORDS = {
     "energy": "CAM energy inside",
     "lift": "CAM energy inside minus area",
@@ -355,7 +357,8 @@ def finite(value: Any) -> Any:
 PROBES = ("AUC lost, outside blurred", "AUC lost, region blurred", "energy, random weights", "likeness to random weights")
 SUMMARY = ("accuracy", "AUC", "energy in region", "lift over area", "pointing hit", "energy in lesion", "pointing at lesion", *PROBES)
 MEANING = {
-    "energy in region": "share of the CAM's sum that lies in the region where the finding is expected (green), mean over the images of a finding",
+    "energy in region": "share of the CAM's sum that lies in the region where the finding is expected (green; where its weight is a half or more), "
+    "mean over the images of a finding",
     "lift over area": "that share minus the region's share of the image: 0 is no better than a map that is the same everywhere",
     "pointing hit": "share of those images whose CAM has its peak in the region",
     "energy in lesion": "as above, in the lesion boxes (red) of the image's own finding, on images that have some",
@@ -491,6 +494,9 @@ def _training(content: dict[str, Any]) -> str:
         told.append(f"{t['minutes']:.1f} minutes on {t['processes']} x {t['device']}, {t['precision']}")
         told += [f"{change['what']} {change['from']} up to step {change['step']}, then {change['to']}" for change in t.get("changes", ())]
     told.append(f"no lungs found, whole image used: {lost or 'nowhere'}" if content["lungs_not_found"] else "without a lung segmenter")
+    replaced = ", ".join(f"{n} in {split}" for split, n in content.get("regions_replaced", {}).items() if n)
+    if replaced:
+        told.append(f"the outline of the lungs left nothing of the region, or was unknown, and its part of the lung box stands in: {replaced}")
     return "; ".join(told) + f". {content.get('written', '')}"
 
 
@@ -521,7 +527,7 @@ def _by_finding(content: dict[str, Any], split: str) -> str:
     parts += [
         _localization(place[kind]["all"], f"{what}, {place[kind]['all']['images']} images{_without_map(place[kind]['all'])}")
         for kind, what in KINDS.items()
-        if place[kind]["all"]
+        if place.get(kind, {}).get("all")
     ]
     confusion = [[html.escape(name), *map(str, line)] for name, line in zip(content["findings"], figures["confusion"], strict=True)]
     parts.append(html_table(["is \\ predicted", *map(html.escape, content["findings"])], confusion))

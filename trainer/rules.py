@@ -3,12 +3,13 @@
 A file of findings is YAML, name -> settings:
 
     Effusion:
-      region: {half: lower}          # or quadrant, lung, box, rectangles; with dilate and outside
+      region: {within: lungs, dilate: 0.04, half: lower}
       images: only                   # only: images with no other label; any: whatever else they show
-      source: Wu et al. 2026
+      source: where that is known from
 
-Coordinates are those of the lung box as it appears in the image: 0 is its left or top edge, 1 its right or bottom edge. The
-patient's right lung lies on the image's left.
+A region is a place, a part of the lung box, or the part of a place. Places follow the lungs' outline: ``within`` it, ``between`` the two lungs,
+``outside`` of all that, at their ``rim``. Parts are half, quadrant, lung, box or rectangles in coordinates of the lung box as it appears in the
+image: 0 is its left or top edge, 1 its right or bottom edge. The patient's right lung lies on the image's left.
 """
 
 import math
@@ -28,23 +29,40 @@ LIMIT = 3.0  # lung boxes from the edge: beyond it a number is no share of the b
 Rectangle = tuple[float, float, float, float]
 
 HALVES: dict[str, Rectangle] = {"upper": (0, 0, 1, 0.5), "lower": (0, 0.5, 1, 1), "left": (0, 0, 0.5, 1), "right": (0.5, 0, 1, 1)}
-SHAPES = ("half", "quadrant", "lung", "box", "rectangles")
+PARTS = ("half", "quadrant", "lung", "box", "rectangles")
+PLACES = ("within", "between", "outside", "rim")
+FURTHEST = 0.2  # dilation of a place, in shares of the image's side
+BOX: tuple[Rectangle, ...] = ((0.0, 0.0, 1.0, 1.0),)
 LUNGS = {"right": HALVES["left"], "left": HALVES["right"]}  # the patient's
 QUADRANTS = {f"{v} {h}": (HALVES[h][0], HALVES[v][1], HALVES[h][2], HALVES[v][3]) for v in ("upper", "lower") for h in ("left", "right")}
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Rectangles left, top, right, bottom in lung-box coordinates; the region is their union, or with ``outside`` all but it.
+    """Where a finding is expected, given the lungs.
 
+    Without a ``place``: the union of rectangles left, top, right, bottom in lung-box coordinates, or with ``outside`` all but it.
     Edges are rounded half to even to pixels and cut at the image; infinity is the image's own edge.
+
+    With a ``place``, the part of it that the rectangles leave. ``within``: the lungs; ``between``: what has a lung on either side of it in its row, and
+    is none (mediastinum, heart); ``outside``: neither of the two; ``rim``: what is at most ``dilate`` from the lungs' outline. An edge on the lung box's
+    edge cuts nothing of a place inside the box, so that a dilated one is whole.
+
+    Attributes:
+        dilate: by how much the lungs (within), the space between them, or both together (outside) are wider than seen, in shares of the image's side.
+        elsewhere: the weight in [0, 1) of the place beyond the rectangles; what they leave has weight 1.
     """
 
     rectangles: tuple[Rectangle, ...] = ()
     outside: bool = False
+    place: str = ""
+    dilate: float = 0.0
+    elsewhere: float = 0.0
 
     def inside(self, margin: float = 0.0) -> bool:
-        """Whether the region lies in the box, dilated by ``margin`` of its sides."""
+        """Whether the region lies in the lung box, dilated by ``margin`` of its sides, or is a place of the lungs, which the swap keeps however wide it is."""
+        if self.place:
+            return self.place != "outside"
         return not self.outside and all(-margin - 1e-9 <= v <= 1 + margin + 1e-9 for r in self.rectangles for v in r)
 
 
@@ -106,32 +124,54 @@ def _finding(entry: dict[str, Any], where: str, ready: Finding | None) -> Findin
 
 
 def _rule(region: Any, where: str) -> Rule:
+    known = (*PARTS, *PLACES, "dilate", "elsewhere")
     if not isinstance(region, dict):
-        raise InputError(f"{where}: region: expected one of {', '.join(SHAPES)}, such as {{half: lower}}")
-    shapes = [key for key in region if key in SHAPES]
+        raise InputError(f"{where}: region: expected a place or a part of the lung box, such as {{within: lungs}} or {{half: lower}}")
     for key in region:
-        if key not in (*SHAPES, "dilate", "outside"):
-            raise InputError(f"{where}: region: unknown setting {key}; {nearest(str(key), (*SHAPES, 'dilate', 'outside'))}")
-    if len(shapes) != 1:
-        raise InputError(f"{where}: region: expected exactly one of {', '.join(SHAPES)}, got {listed(shapes) or 'none'}")
-    (shape,), outside, dilate = shapes, region.get("outside", False), region.get("dilate", 0)
-    if not isinstance(outside, bool):
-        raise InputError(f"{where}: region: outside: {outside}: expected true or false")
-    if not _number(dilate) or not 0 <= dilate <= 1:
-        raise InputError(f"{where}: region: dilate: {dilate}: expected a share of the box's sides, 0 to 1")
-    value = region[shape]
-    if shape == "rectangles":
-        rectangles = _rectangles(value, where)
-    elif shape == "box":
+        if key not in known:
+            raise InputError(f"{where}: region: unknown setting {key}; {nearest(str(key), known)}")
+    parts = [key for key in region if key in PARTS]
+    places = [key for key in region if key in PLACES and not (key == "outside" and isinstance(region[key], bool))]
+    outside = region.get("outside") is True
+    for place in places:
+        if region[place] != "lungs":
+            raise InputError(f"{where}: region: {place}: {region[place]}: expected {'true, false or ' if place == 'outside' else ''}lungs")
+    if len(places) > 1:
+        raise InputError(f"{where}: region: expected at most one of {', '.join(PLACES)}, got {listed(places)}")
+    if len(parts) != 1 and not (places and not parts):
+        raise InputError(f"{where}: region: expected exactly one of {', '.join(PARTS)}, got {listed(parts) or 'none'}")
+    place, part = places[0] if places else "", parts[0] if parts else "box"
+    dilate, elsewhere = region.get("dilate", 0), region.get("elsewhere", 0)
+    most, of = (FURTHEST, "the image's side") if place else (1, "the box's sides")
+    if not _number(dilate) or not 0 <= dilate <= most:
+        raise InputError(f"{where}: region: dilate: {dilate}: expected a share of {of}, 0 to {most:g}")
+    if place == "rim" and dilate == 0:
+        raise InputError(f"{where}: region: rim: expected its width beside it, such as dilate: 0.03")
+    if not _number(elsewhere) or not 0 <= elsewhere < 1:
+        raise InputError(f"{where}: region: elsewhere: {elsewhere}: expected a weight from 0 to below 1")
+    if elsewhere and not (place and parts and part != "box"):
+        raise InputError(f"{where}: region: elsewhere: is the weight of a place beyond its part; give both, such as {{within: lungs, half: upper}}")
+    rectangles = tuple(_part(part, region.get(part, True), where))
+    if place and rectangles == BOX and (elsewhere or outside):
+        what = "elsewhere: is the weight" if elsewhere else "outside: true takes what is left"
+        raise InputError(f"{where}: region: {what} of a place beyond its part, and this part is all of it; name a narrower one, such as half: upper")
+    if place:
+        return Rule(rectangles, outside, place, float(dilate), float(elsewhere))
+    return Rule(tuple((r[0] - dilate, r[1] - dilate, r[2] + dilate, r[3] + dilate) for r in rectangles), outside)
+
+
+def _part(part: str, value: Any, where: str) -> Sequence[Rectangle]:
+    """The rectangles of a part of the lung box."""
+    if part == "rectangles":
+        return _rectangles(value, where)
+    if part == "box":
         if value is not True:
             raise InputError(f"{where}: region: box: {value}: expected true")
-        rectangles = [(0.0, 0.0, 1.0, 1.0)]
-    else:
-        choices = {"half": HALVES, "quadrant": QUADRANTS, "lung": LUNGS}[shape]
-        if not isinstance(value, str) or value not in choices:
-            raise InputError(f"{where}: region: {shape}: {value}: expected one of {', '.join(choices)}")
-        rectangles = [choices[value]]
-    return Rule(tuple((r[0] - dilate, r[1] - dilate, r[2] + dilate, r[3] + dilate) for r in rectangles), outside)
+        return BOX
+    choices = {"half": HALVES, "quadrant": QUADRANTS, "lung": LUNGS}[part]
+    if not isinstance(value, str) or value not in choices:
+        raise InputError(f"{where}: region: {part}: {value}: expected one of {', '.join(choices)}")
+    return [choices[value]]
 
 
 def _rectangles(value: Any, where: str) -> list[Rectangle]:
@@ -157,12 +197,19 @@ def to_yaml(findings: Findings) -> str:
     for name, finding in findings.items():
         entry: dict[str, Any] = {"region": None}
         if finding.rule is not None:
-            entry["region"] = {"rectangles": [[float(f"{v:.6g}") for v in r] for r in finding.rule.rectangles]}
-            if finding.rule.outside:
-                entry["region"]["outside"] = True
+            entry["region"] = _region(finding.rule)
         entry |= {"images": finding.images} | ({"source": finding.source} if finding.source else {})
         content[name] = entry
     return yaml.safe_dump(content, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120)
+
+
+def _region(rule: Rule) -> dict[str, Any]:
+    """A rule as `_rule` reads it."""
+    place: dict[str, Any] = {rule.place: "lungs"} if rule.place else {}
+    place |= {name: value for name in ("dilate", "elsewhere") if (value := getattr(rule, name))}
+    if not (rule.place and rule.rectangles == BOX):
+        place["rectangles"] = [[float(f"{v:.6g}") for v in r] for r in rule.rectangles]
+    return place | ({"outside": True} if rule.outside else {})
 
 
 def rules_of(findings: Findings) -> dict[str, Rule]:

@@ -39,14 +39,14 @@ from trainer.annotations import Annotations, chosen
 from trainer.augment import SWAPS, augment, draw
 from trainer.balance import Balance
 from trainer.classifier import FocusClassifier, normalize_cam
-from trainer.config import Config, OptimConfig, flat, resolve, to_yaml
+from trainer.config import Config, OptimConfig, flat, from_yaml, resolve, to_yaml
 from trainer.context import swap_context
 from trainer.evaluate import FINDINGS, LUNGS, MODEL, Outcome, among, evaluate, finish, open_run, read_report, run_findings, save_model
 from trainer.launching import Accelerator, close, on_main, seed_step, seen_by_all, set_threads, share_buffers, start
 from trainer.look import locate
 from trainer.losses import attention, attention_term, classification
-from trainer.lungs import LungBoxes, load_segmenter
-from trainer.regions import finding_regions, placed
+from trainer.lungs import LungFinder, load_segmenter
+from trainer.regions import Regions, placed
 from trainer.rules import Finding, Rule, read_findings, rules_of, task_findings, without_rule
 from trainer.rules import to_yaml as findings_to_yaml
 from trainer.schedule import Schedule
@@ -71,7 +71,7 @@ class State:
 
 @dataclass
 class Prepared:
-    """A micro-batch on the device: images float [B,1,S,S]; labels int64 [B]; region bool [B,S,S]; weight, positive float [B]."""
+    """A micro-batch on the device: images float [B,1,S,S]; labels int64 [B]; region float [B,S,S] in [0,1]; weight, positive float [B]."""
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -92,7 +92,7 @@ class Trainer:
     optimizer: Any
     schedule: Schedule
     balance: Balance
-    lungs: dict[str, LungBoxes]
+    lungs: dict[str, LungFinder]
     tracking: Tracking
     findings: dict[str, Finding]  # of the task
     annotations: Annotations | None  # lesion boxes that are used as regions
@@ -102,12 +102,14 @@ class Trainer:
     def __post_init__(self) -> None:
         c = self.config
         self.rules: dict[str, Rule] = rules_of(self.findings)
+        self.regions = Regions(self.splits["train"].classes, self.rules, c.size, self.accelerator.device)
         self.attends = not c.plain and bool(self.rules or self.annotations)
         self.logged = _Logged(self.accelerator.device)
         self.model.keeps = self.balance.follows_gradients
         self.swap = replace(c.swap, probability=c.swap_probability)
-        # Whose disease shows inside the lung box, so that what lies outside may be exchanged. No Finding shows nowhere.
+        # Whose region lies inside the lung box, so that what lies outside may be exchanged. No Finding shows nowhere.
         self.inside = {name for name, rule in self.rules.items() if rule.inside(c.swap.dilate)}
+        self.reach = max((self.rules[name].dilate for name in self.inside), default=0.0)
         if self.inside:
             self.inside.add(NO_FINDING)
         self.swapped = np.zeros(2, int)  # images that got other surroundings, and all, of this process since the last line of the log
@@ -156,7 +158,7 @@ class Trainer:
                         self.save()
                         clock = time.monotonic()
 
-                # Once an epoch: share the boxes, validate, keep the best, save.
+                # Once an epoch: share the lungs, validate, keep the best, save.
                 self.end_epoch(bar)
 
     def step(self, group: list[Batch], lam: float) -> torch.Tensor:
@@ -203,17 +205,18 @@ class Trainer:
         located = locate(self.accelerator, raw, batch.index, self.lungs["train"] if attend or self.swaps else None, c.size)
         lesions = self.annotations.regions(batch.index, raw.shape[-2:], c.size).to(device) if self.annotations else None
         draws = draw(c.seed, self.state.epoch, batch.index)
-        images, boxes, lesions = augment(located.images, draws, c.augment, boxes=located.boxes, masks=lesions)
+        outlines = located.outlines if attend and self.regions.uses_lungs else None
+        images, boxes, lesions, lungs = augment(located.images, draws, c.augment, boxes=located.boxes, masks=lesions, outlines=outlines)
         if boxes is None:
-            nothing = torch.zeros(len(images), 1, 1, dtype=torch.bool, device=device)
+            nothing = torch.zeros(len(images), 1, 1, device=device)
             return Prepared(images, labels, nothing, weight, torch.zeros_like(weight))
-        names = [findings[k] for k in batch.label.tolist()]
-        region = finding_regions(boxes, names, c.size, self.rules)
+        region = self.regions(batch.label, boxes, lungs).weight
         if lesions is not None:
             region = chosen(region, lesions, c.attention.region)
         if self.swaps:
-            inside, healthy = ([f and name in kind for f, name in zip(located.found, names, strict=True)] for kind in (self.inside, {NO_FINDING}))
-            images, lenders = swap_context(images, boxes, inside, draws[:, SWAPS], self.swap, lesions=lesions, healthy=healthy)
+            names = [findings[k] for k in batch.label.tolist()]
+            inside, healthy = ([f and name in kind for f, name in zip(located.found.tolist(), names, strict=True)] for kind in (self.inside, {NO_FINDING}))
+            images, lenders = swap_context(images, boxes, inside, draws[:, SWAPS], self.swap, lesions=lesions, healthy=healthy, reach=self.reach)
             self.swapped += np.array([sum(lender != b for b, lender in enumerate(lenders)), len(lenders)])
         return Prepared(images, labels, region, weight, weight * placed(region))
 
@@ -275,15 +278,17 @@ class Trainer:
             raise InputError(NOT_FINITE.format(step=self.state.step))
 
     def save(self) -> None:
-        """The checkpoint that `--resume` goes on from. Every process takes part: boxes are shared first."""
+        """The checkpoint that `--resume` goes on from. Every process takes part: lungs are shared first."""
         self.refuse_not_finite()
-        for boxes in self.lungs.values():
-            boxes.share(self.accelerator)
+        for finder in self.lungs.values():
+            finder.share(self.accelerator)
         logged = self.accelerator.reduce(self.logged.sums.clone(), "sum").tolist()
         scaler = self.accelerator.scaler
-        path = Path(self.config.out) / "checkpoints" / "last.pt"
+        folder = Path(self.config.out) / "checkpoints"
 
         def write() -> None:
+            if not all(finder.memory.saved for finder in self.lungs.values()):  # after the first epoch all are
+                checkpoint.save(folder / "lungs.pt", {name: finder.memory.state_dict() for name, finder in self.lungs.items()})
             content = {
                 "identity": self.identity,
                 "launch": self.launch(),
@@ -293,14 +298,28 @@ class Trainer:
                 "schedule": self.schedule.state_dict(),
                 "scaler": scaler.state_dict() if scaler is not None else None,
                 "balance": self.balance.state_dict(),
-                "boxes": {name: boxes.memory.state_dict() for name, boxes in self.lungs.items()},
                 "logged": logged,
                 "swapped": self.swapped.tolist(),
             }
-            checkpoint.save(path, content)
+            checkpoint.save(folder / "last.pt", content)
 
         on_main(self.accelerator, write)
+        for finder in self.lungs.values():
+            finder.memory.saved = True
         self.accelerator.wait_for_everyone()
+
+    def recall_lungs(self, path: Path) -> None:
+        """The lungs that the run has found; what does not fit is looked for again, which is said."""
+        if not path.is_file():
+            return  # cross-entropy alone looks for none, and earlier versions kept boxes alone
+        try:
+            remembered = checkpoint.load(path)
+        except InputError:
+            self.accelerator.print(f"{path} is damaged: the lungs of all images are looked for again")
+            return
+        for name, finder in self.lungs.items():
+            if name not in remembered or not finder.memory.load_state_dict(remembered[name]):
+                self.accelerator.print(f"the lungs of the {name} images are looked for again: these are not the images that were segmented before")
 
     def launch(self) -> dict[str, Any]:
         """How the run is carried out: it may change, but not unsaid."""
@@ -313,7 +332,7 @@ class Trainer:
         } | ({"epochs": c.epochs} if c.optim.schedule == "cosine" else {})  # whose rate is a function of the run's length
 
     def restore(self) -> None:
-        """Model, optimizer, schedule, scaler, lambda, boxes, position; then the log is cut back to that step."""
+        """Model, optimizer, schedule, scaler, lambda, lungs, position; then the log is cut back to that step."""
         out = Path(self.config.out)
         path = out / "checkpoints" / "last.pt"
         if not path.is_file():
@@ -330,9 +349,7 @@ class Trainer:
         if content["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(content["scaler"])
         self.balance.load_state_dict(content["balance"])
-        for name, boxes in self.lungs.items():
-            if name in content["boxes"] and not boxes.memory.load_state_dict(content["boxes"][name]):
-                self.accelerator.print(f"the {name} images are not those that were segmented before; their boxes are found again")
+        self.recall_lungs(path.with_name("lungs.pt"))
         self.state = State(**content["state"])
         was = content["launch"]
         for name, value in self.launch().items():
@@ -512,6 +529,8 @@ def build(config: Config) -> Trainer:
     for name, split in splits.items():
         left = f"; {split.left_out} others left out (of none of the task's classes, or of several)" if split.left_out else ""
         accelerator.print(f"{name}: {', '.join(f'{n} {finding}' for finding, n in split.counts().items())}{left}")
+    if config.resume and findings_changed(config, findings):
+        accelerator.print(f"note: the run keeps the rules of its own {FINDINGS}; {config.findings or 'the ready-made findings'} now say others")
     if annotations:
         accelerator.print(f"{annotations.known} of {total} training images have lesion boxes of their finding, {len(annotations.boxes)} are used as regions")
     unplaced = without_rule(classes, rules_of(findings))
@@ -523,7 +542,7 @@ def build(config: Config) -> Trainer:
 
     segmenter.to(accelerator.device).to(memory_format=torch.channels_last)
     key = segmenter.fingerprint()
-    lungs = {name: LungBoxes(segmenter, config.size, len(s), s.fingerprint, key) for name, s in splits.items()}
+    lungs = {name: LungFinder(segmenter, config.size, len(s), s.fingerprint, key, out) for name, s in splits.items()}
     raw, schedule = make_optimizer(model, config.optim)
     net, optimizer = accelerator.prepare(model, raw)
     balance = Balance(**asdict(config.balance))
@@ -550,12 +569,18 @@ def build(config: Config) -> Trainer:
 
 
 def findings_of(config: Config) -> dict[str, Finding]:
-    """The findings of the task as --findings says; of a resumed run whose file is gone, its own copy."""
-    gone = config.findings.endswith((".yaml", ".yml")) and not os.path.isfile(config.findings)
-    if config.resume and gone:
+    """The findings of the task as --findings says; a resumed run that is told no others keeps its own copy, whatever has become of its file or ours."""
+    own = Path(config.out) / FINDINGS
+    if config.resume and own.is_file() and from_yaml(Config, own.with_name("config.yaml")).findings == config.findings:
         return run_findings(Path(config.out), config)
-    classes = task_findings(config.task)
-    return {name: finding for name, finding in read_findings(config.findings).items() if name in classes}
+    return {name: finding for name, finding in read_findings(config.findings).items() if name in task_findings(config.task)}
+
+
+def findings_changed(config: Config, findings: dict[str, Finding]) -> bool:
+    """Whether --findings, as it reads now, gives other rules than the run has."""
+    with contextlib.suppress(InputError):  # the file is gone
+        return any(finding != findings.get(name) for name, finding in read_findings(config.findings).items() if name in task_findings(config.task))
+    return False
 
 
 def annotated(config: Config, split: Split) -> Annotations | None:
