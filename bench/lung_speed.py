@@ -18,7 +18,7 @@ from step import processor, publish, quartiles
 
 from shards.phantom import phantom
 from trainer.classifier import FocusClassifier
-from trainer.lungs import PUBLISHED_CHANNELS, PUBLISHED_SIZE, LungBoxes, LungSegmenter, load_segmenter
+from trainer.lungs import PUBLISHED_CHANNELS, PUBLISHED_SIZE, LungFinder, LungSegmenter, load_segmenter
 
 
 def main() -> None:
@@ -41,19 +41,19 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), 1e-5)
     pixels = torch.nn.functional.interpolate(images.float() / 255, (224, 224), mode="bilinear").contiguous(memory_format=torch.channels_last)
     labels = torch.arange(a.batch, device=device) % 2
-    index, remembered = torch.arange(a.batch), LungBoxes(ours, 224, a.batch, "x")
+    index, remembered = torch.arange(a.batch), LungFinder(ours, 224, a.batch, "x")
 
     def autocast(on: bool) -> contextlib.AbstractContextManager:
         return torch.autocast(device.type, torch.bfloat16) if on else contextlib.nullcontext()
 
     @torch.no_grad()
-    def boxes(segmenter: LungSegmenter, some: torch.Tensor, bf16: bool = False) -> None:
+    def find(segmenter: LungSegmenter, some: torch.Tensor, bf16: bool = False) -> None:
         with autocast(bf16):
-            segmenter.boxes(some.float() / 255, 224)
+            segmenter.find(some.float() / 255, 224)
 
     def singly(segmenter: LungSegmenter, count: int) -> None:
         for i in range(count):
-            boxes(segmenter, images[i : i + 1])
+            find(segmenter, images[i : i + 1])
 
     def step() -> None:
         with autocast(True):
@@ -69,12 +69,12 @@ def main() -> None:
     look_up()
     few = min(2, a.batch)
     work: dict[str, tuple[Callable[[], None], int]] = {
-        "ours, float32": (lambda: boxes(ours, images), a.batch),
+        "ours, float32": (lambda: find(ours, images), a.batch),
         "ours, float32, one at a time": (lambda: singly(ours, a.batch), a.batch),
-        "ours, bf16": (lambda: boxes(ours, images, True), a.batch),
+        "ours, bf16": (lambda: find(ours, images, True), a.batch),
         "ours, remembered": (look_up, a.batch),
         "published, float32, one at a time": (lambda: singly(published, few), few),
-        "published, float32, batched": (lambda: boxes(published, images[:few]), few),
+        "published, float32, batched": (lambda: find(published, images[:few]), few),
         f"{a.backbone}: cross-entropy step, bf16": (step, a.batch),
     }
     seconds: dict[str, list[float]] = {name: [] for name in work}

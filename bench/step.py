@@ -23,11 +23,12 @@ from trainer.train import Trainer, build
 
 
 def processor() -> str:
-    """The processor's name and what of it counts here."""
+    """The processor's name and what of it counts here, and the GPU's if there is one."""
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.is_file() else ""
     name = next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")), platform.processor())
-    return f"{name}{', AMX' if 'amx_bf16' in text else ''}, {torch.get_num_threads()} threads"
+    gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    return f"{gpu}{name}{', AMX' if 'amx_bf16' in text else ''}, {torch.get_num_threads()} threads"
 
 
 def step(trainer: Trainer, batch: Batch, lam: float) -> float:
@@ -77,12 +78,12 @@ def main() -> None:
         split = trainer.splits["train"]
         batch = next(iter(split.batches(EpochPlan(split.shard_sizes()), 0, 0, batch=a.batch, rank=0, world=1, workers=0)))
         memory = trainer.lungs["train"].memory
-        times: dict[str, list[float]] = {"cross-entropy": [], "cross-entropy again": [], "remembered boxes": [], "new boxes": []}
+        times: dict[str, list[float]] = {"cross-entropy": [], "cross-entropy again": [], "remembered lungs": [], "new lungs": []}
         for turn in range(a.pairs + 2):
             order = list(times)
             for name in order if turn % 2 else order[::-1]:
-                if name == "new boxes":
-                    memory.table.fill_(-1)
+                if name == "new lungs":
+                    memory.table[:] = 0
                 seconds = step(trainer, batch, 1.0 if name.startswith("cross") else 0.5)
                 if turn >= 2:  # the first two warm up
                     times[name].append(seconds)
