@@ -19,6 +19,7 @@ from shards.pack import pack
 from shards.phantom import Phantoms
 from shards.stream import Batch, EpochPlan
 from trainer.config import AttentionConfig, Config
+from trainer.regions import PUBLISHED, Regions
 from trainer.train import Trainer, build
 
 
@@ -78,10 +79,13 @@ def main() -> None:
         split = trainer.splits["train"]
         batch = next(iter(split.batches(EpochPlan(split.shard_sizes()), 0, 0, batch=a.batch, rank=0, world=1, workers=0)))
         memory = trainer.lungs["train"].memory
-        times: dict[str, list[float]] = {"cross-entropy": [], "cross-entropy again": [], "remembered lungs": [], "new lungs": []}
+        shaped, boxed = trainer.regions, Regions(split.classes, PUBLISHED, a.size, trainer.accelerator.device)
+        names = ("cross-entropy", "cross-entropy again", "remembered, parts of the lung box", "remembered lungs", "new lungs")
+        times: dict[str, list[float]] = {name: [] for name in names}
         for turn in range(a.pairs + 2):
             order = list(times)
             for name in order if turn % 2 else order[::-1]:
+                trainer.regions = boxed if "box" in name else shaped
                 if name == "new lungs":
                     memory.table[:] = 0
                 seconds = step(trainer, batch, 1.0 if name.startswith("cross") else 0.5)

@@ -28,10 +28,10 @@ def kept_box(boxes: torch.Tensor, size: int, dilate: float, feather: float, reac
     """How much of each pixel stays: 1 in the dilated box, falling to 0 over ``feather`` x size pixels outside: float [B,S,S].
 
     Args:
-        dilate: in shares of the box's sides, but at least ``reach``, in shares of the image's.
+        dilate: in shares of the box's sides, but at least so much that the seam ends ``reach`` beyond the box, in shares of the image's side.
     """
     low, high = boxes[:, :2].float(), boxes[:, 2:].float()
-    margin = (dilate * (high - low)).clamp(min=reach * size)
+    margin = (dilate * (high - low)).clamp(min=max(0.0, reach - feather) * size)
     low, high = low - margin, high + margin
     at = torch.arange(size, device=boxes.device) + 0.5
     width = max(feather * size, 1e-6)
@@ -45,7 +45,7 @@ def kept_box(boxes: torch.Tensor, size: int, dilate: float, feather: float, reac
 
 def under(boxes: torch.Tensor, size: int, dilate: float, feather: float, reach: float = 0.0) -> list[list[bool]]:
     """[b][k]: whether box k lies under what is kept of image b, its seam included."""
-    margin = (dilate * (boxes[:, 2:] - boxes[:, :2])).clamp(min=reach * size).repeat(1, 2) + feather * size
+    margin = (dilate * (boxes[:, 2:] - boxes[:, :2])).clamp(min=max(0.0, reach - feather) * size).repeat(1, 2) + feather * size
     outward = boxes.float() + margin * torch.tensor([-1.0, -1.0, 1.0, 1.0], device=boxes.device)
     beyond = (boxes[None, :, :2] < outward[:, None, :2]) | (boxes[None, :, 2:] > outward[:, None, 2:])
     return (~beyond.any(2)).tolist()
@@ -98,7 +98,7 @@ def swap_context(
 
     Args:
         draws: float [B,2] on the CPU, whether and with whom.
-        reach: how far beyond the lung box a region may lie, in shares of the image's side: every kept box reaches so far, also of who has no region.
+        reach: how far beyond the lung box a region may lie, in shares of the image's side: every kept box with its seam reaches so far, also of who has none.
     """
     assert settings.probability is not None
     every, size = range(len(images)), images.shape[-1]
