@@ -210,8 +210,10 @@ class Cache:
             for entry in os.scandir(self.root):
                 try:
                     stat = entry.stat()
-                except OSError:
-                    continue  # another process has just removed or renamed it
+                except OSError:  # another process has just removed or renamed it
+                    if entry.name.endswith(".hold"):
+                        return False  # what it held may be a file now that this listing lacks: look again
+                    continue
                 held = entry.name.endswith((".hold", ".part"))
                 if held and (time.time() - stat.st_mtime > LEFTOVER or (entry.name.endswith(".hold") and _gone(entry.name))):
                     os.unlink(entry.path)  # of a process that was killed

@@ -300,3 +300,23 @@ def test_a_file_url_whose_file_is_too_large(shards, tmp_path, monkeypatch, name)
         file.truncate(10**9)
     with pytest.raises(InputError, match="has more than the"):
         Split(f"file://{tmp_path}/copy", "train")
+
+
+def test_a_hold_that_ends_while_the_cache_is_listed_is_not_lost(tmp_path, monkeypatch):
+    """Its bytes are those of a file that the listing was too early for: counted neither as hold nor as file, the cache would outgrow its bound."""
+    cache = Cache(tmp_path, 100)
+    ends = tmp_path / f"{os.getpid()}-1.hold"
+    ends.write_bytes(b"x" * 60)
+    listed = os.scandir
+
+    def scandir(path):
+        entries = list(listed(path))
+        if ends.exists():
+            ends.unlink()
+            (tmp_path / ("a" * 64)).write_bytes(b"x" * 60)
+        return entries
+
+    monkeypatch.setattr("shards.store.os.scandir", scandir)
+    assert not cache._made_room(60, tmp_path / "mine.hold"), "look again"
+    assert cache._made_room(60, tmp_path / "mine.hold")
+    assert not (tmp_path / ("a" * 64)).exists(), "what was used longest ago has gone"
