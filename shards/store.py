@@ -207,7 +207,9 @@ class Cache:
     def _made_room(self, size: int, hold: Path) -> bool:
         with self._locked("room.lock"):
             files, used = [], 0
-            for entry in os.scandir(self.root):
+            with os.scandir(self.root) as listing:
+                entries = list(listing)
+            for entry in entries:
                 try:
                     stat = entry.stat()
                 except OSError:  # another process has just removed or renamed it

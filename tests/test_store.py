@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -309,12 +310,14 @@ def test_a_hold_that_ends_while_the_cache_is_listed_is_not_lost(tmp_path, monkey
     ends.write_bytes(b"x" * 60)
     listed = os.scandir
 
+    @contextmanager
     def scandir(path):
-        entries = list(listed(path))
+        with listed(path) as listing:
+            entries = list(listing)
         if ends.exists():
             ends.unlink()
             (tmp_path / ("a" * 64)).write_bytes(b"x" * 60)
-        return entries
+        yield entries
 
     monkeypatch.setattr("shards.store.os.scandir", scandir)
     assert not cache._made_room(60, tmp_path / "mine.hold"), "look again"
