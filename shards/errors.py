@@ -4,6 +4,7 @@ import argparse
 import difflib
 import errno
 import json
+import math
 import os
 import sys
 import time
@@ -80,6 +81,15 @@ def read_json(source: Path | bytes, where: str = "") -> Any:
     except (ValueError, RecursionError) as error:
         why = str(error) if isinstance(error, ValueError) else "nested too deeply"
         raise InputError(f"{where or str(source)}: is not JSON ({why}); it is damaged, restore it") from error
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class CommandParser(argparse.ArgumentParser):

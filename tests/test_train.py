@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import two
+from curves import ROOT, launch
 from PIL import Image
 
 from shards.errors import InputError
@@ -23,7 +24,6 @@ from trainer.lungs import LungSegmenter
 from trainer.regions import wider
 from trainer.tracking import Tracking
 
-ROOT = Path(__file__).parents[1]
 TASKS = ("ne", "np", "ns", "nep", "neps")
 BACKBONES = ("pvt", "vgg", "resnet")
 POLICIES = ("fixed", "published", "ratio", "balanced", "constrained")
@@ -469,13 +469,6 @@ def test_fp16_on_a_cpu_is_refused(monkeypatch):
 
 
 TOGETHER = pytest.mark.xdist_group("processes")  # one after the other: they meet at the same port
-
-
-def launch(*command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    """Two processes on the CPU, one thread each."""
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_config.yaml"), "--multi_gpu"]
-    return subprocess.run([*start, "--num_processes", "2", *command], env=environment, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
 @TOGETHER

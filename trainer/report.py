@@ -34,7 +34,7 @@ from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 
 from shards import atomic
-from shards.errors import InputError, read_json, run
+from shards.errors import InputError, finite, read_json, run
 from shards.stream import Split
 from trainer.annotations import lesion_regions
 from trainer.checkpoint import read_lines
@@ -343,15 +343,6 @@ def _predictions(outcome: "Outcome", split: Split) -> str:
                 line[kind] = {n: round(v, 6) for n, v in zip(LOCALIZATION, table[i].tolist(), strict=False)}  # the rest: IoU by threshold
         lines.append(json.dumps(finite(line)) + "\n")
     return "".join(lines)
-
-
-def finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
-    if isinstance(value, dict):
-        return {name: finite(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 PROBES = ("AUC lost, outside blurred", "AUC lost, region blurred", "energy, random weights", "likeness to random weights")

@@ -30,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 from shards import atomic
-from shards.errors import InputError, listed, run
+from shards.errors import InputError, finite, listed, run
 from shards.sample import NO_FINDING
 from shards.store import open_store
 from shards.stream import Batch, EpochPlan, Shares, Split
@@ -246,7 +246,7 @@ class Trainer:
     def write(self, line: dict[str, Any]) -> None:
         """Append to metrics.jsonl and send to the tracker, on the main process."""
         if self.accelerator.is_main_process:
-            atomic.append(Path(self.config.out) / "metrics.jsonl", json.dumps(line))
+            atomic.append(Path(self.config.out) / "metrics.jsonl", json.dumps(finite(line)))
             self.tracking.log({k: v for k, v in line.items() if k != "step"}, line["step"])
 
     def end_epoch(self, bar: Any) -> None:
