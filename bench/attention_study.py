@@ -34,10 +34,12 @@ import torch
 from scipy import stats
 from step import processor, quartiles
 
+from shards.dataset import Split
+from shards.loader import Loader
 from shards.pack import pack
 from shards.phantom import Phantoms
+from shards.plan import EpochPlan
 from shards.store import open_store
-from shards.stream import EpochPlan, Split
 from trainer.config import Config, parse
 from trainer.evaluate import evaluate
 from trainer.lungs import LungFinder, load_segmenter
@@ -176,7 +178,7 @@ class Data:
         for name, part in (("train", "train"), ("train", "val"), ("says nothing", "test")):
             split = Split(open_store(self.root / name), part, CLASSES)
             finder = LungFinder(segmenter, SIZE, len(split), split.fingerprint)
-            for batch in split.batches(EpochPlan(split.shard_sizes(), shuffle=False), 0, 0, batch=25, rank=0, world=1, workers=0):
+            for batch in Loader(split, EpochPlan(split.shard_sizes(), shuffle=False), batch=25, workers=0).batches(0):
                 finder(batch.image, batch.index)
             torch.save((split.rows.tolist(), torch.from_numpy(finder.memory.table)), partial / f"{part}.pt")
         partial.rename(self.root / "lungs")
@@ -332,7 +334,7 @@ def cost(work: Path, turns: int) -> str:
             trainers[arm] = trained(work / "cost", data, spec)
             trainers[arm].net.train()
         split = trainers["cross-entropy"].splits["train"]
-        batch = next(iter(split.batches(EpochPlan(split.shard_sizes()), 0, 0, batch=16, rank=0, world=1, workers=0)))
+        batch = next(iter(Loader(split, EpochPlan(split.shard_sizes()), batch=16, workers=0).batches(0)))
         times: dict[str, list[float]] = {arm: [] for arm in trainers}
         rng = np.random.default_rng(0)
         for turn in range(turns + 2):

@@ -19,7 +19,7 @@ import torch
 from matplotlib.figure import Figure
 
 from shards.pixels import fit, load_image
-from shards.sources import image_masks
+from shards.sources.folders import image_masks
 from trainer import cleanup, lung_report
 from trainer.lungs import LungSegmenter, load_segmenter, lung_boxes
 from trainer.paint import collapse, gas, negative, opacity, sides

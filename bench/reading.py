@@ -23,11 +23,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from shards.dataset import Split
+from shards.loader import Loader
 from shards.pack import pack
 from shards.phantom import Phantoms
 from shards.pixels import encode_image
-from shards.sources import Item, Source
-from shards.stream import EpochPlan, Split
+from shards.plan import EpochPlan
+from shards.sources.item import Item, Source
 
 BATCH = 32
 
@@ -98,7 +100,7 @@ def main() -> None:
         payload = [split._member(int(p), "image") for p in order]
 
         def ours() -> int:
-            return sum(len(b.index) for b in split.batches(plan, 0, 0, batch=BATCH, rank=0, world=1, workers=0))
+            return sum(len(b.index) for b in Loader(split, plan, batch=BATCH, workers=0).batches(0))
 
         def bare() -> int:
             for data in payload:
@@ -175,13 +177,15 @@ def measure_memory(root: str) -> list[float]:
 
     code = """
 import sys, torch, numpy
-from shards.stream import EpochPlan, Split
+from shards.dataset import Split
+from shards.loader import Loader
+from shards.plan import EpochPlan
 def private():
     return sum(int(line.split()[1]) for line in open('/proc/self/smaps_rollup') if line.startswith('Private')) / 1000
 before = private()
 split = Split(sys.argv[1], 'train'); plan = EpochPlan(split.shard_sizes(), 0); out = []
 for epoch in range(4):
-    for _ in split.batches(plan, epoch, 0, batch=32, rank=0, world=1, workers=0): pass
+    for _ in Loader(split, plan, batch=32, workers=0).batches(epoch): pass
     out.append(private() - before)
 print(*out)
 """

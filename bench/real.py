@@ -36,7 +36,7 @@ from PIL import Image, ImageDraw, ImageFont
 from sklearn.metrics import roc_auc_score
 from step import processor
 
-from shards.stream import Split
+from shards.dataset import Split
 from trainer.annotations import lesion_boxes, lesion_regions
 
 HERE = Path(__file__).parent

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 
+from shards.loader import Batch, Loader
 from shards.pack import pack
 from shards.phantom import Phantoms
-from shards.stream import Batch, EpochPlan
+from shards.plan import EpochPlan
 from trainer.config import AttentionConfig, Config
 from trainer.regions import PUBLISHED, Regions
 from trainer.train import Trainer, build
@@ -77,7 +78,7 @@ def main() -> None:
         trainer = build(config)
         trainer.net.train()
         split = trainer.splits["train"]
-        batch = next(iter(split.batches(EpochPlan(split.shard_sizes()), 0, 0, batch=a.batch, rank=0, world=1, workers=0)))
+        batch = next(iter(Loader(split, EpochPlan(split.shard_sizes()), batch=a.batch, workers=0).batches(0)))
         memory = trainer.lungs["train"].memory
         shaped, boxed = trainer.regions, Regions(split.classes, PUBLISHED, a.size, trainer.accelerator.device)
         names = ("cross-entropy", "cross-entropy again", "remembered, parts of the lung box", "remembered lungs", "new lungs")

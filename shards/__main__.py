@@ -6,10 +6,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from shards.deal import SHARES
 from shards.errors import CommandParser, InputError, command_line, listed, run
 from shards.pixels import ASPECTS, FORMATS
 from shards.sample import FINDINGS, NO_FINDING, spelling
-from shards.split import SHARES
 
 
 def parser() -> tuple[CommandParser, dict[str, CommandParser]]:
@@ -111,7 +111,7 @@ def _phantom(a: argparse.Namespace) -> None:
 
 
 def _nih(a: argparse.Namespace) -> None:
-    from shards.sources import nih
+    from shards.sources.nih import nih
 
     source = nih(
         a.images,
@@ -129,13 +129,13 @@ def _nih(a: argparse.Namespace) -> None:
 
 
 def _folder(a: argparse.Namespace) -> None:
-    from shards.sources import class_folders
+    from shards.sources.folders import class_folders
 
     _pack(a, class_folders(a.path, a.seed, _shares(a)), a.path.resolve().name)
 
 
 def _columns(a: argparse.Namespace) -> Any:
-    from shards.sources import Columns
+    from shards.sources.labels import Columns
 
     if not a.separator:
         raise InputError("--separator: must not be empty; leave it out where a cell holds one finding")
@@ -143,7 +143,7 @@ def _columns(a: argparse.Namespace) -> Any:
 
 
 def _csv(a: argparse.Namespace) -> None:
-    from shards.sources import table
+    from shards.sources.tables import table
 
     declared = _names(a.findings) if a.findings else None
     images = a.images or a.csv.parent
@@ -154,7 +154,7 @@ def _csv(a: argparse.Namespace) -> None:
 
 
 def _dicom(a: argparse.Namespace) -> None:
-    from shards.sources import dicom
+    from shards.sources.dicom import dicom
 
     try:
         salt = a.salt_file.read_bytes().strip()
@@ -168,7 +168,7 @@ def _dicom(a: argparse.Namespace) -> None:
 
 
 def _masks(a: argparse.Namespace) -> None:
-    from shards.sources import image_masks
+    from shards.sources.folders import image_masks
 
     if not 0 < a.val_share < 1:
         raise InputError(f"--val-share {a.val_share}: a share lies between 0 and 1")
@@ -279,7 +279,8 @@ def _odd_names(index: dict[str, Any]) -> None:
 
 
 def _index(a: argparse.Namespace) -> None:
-    from shards.pack import build_index, merge
+    from shards.index import build_index
+    from shards.pack import merge
 
     if a.merge:
         _made(merge(a.dir), a.dir)

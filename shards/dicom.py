@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from shards.errors import InputError
-from shards.pixels import SLACK, Extent, kind_of, one_channel, refuse_large, scale_of, to_gray
+from shards.gray import SLACK, Extent, kind_of, one_channel, refuse_large, scale_of, to_gray
 
 UNREADABLE = "a DICOM file whose header cannot be read"
 MISNAMED = "is named .dcm, but its content is that of a"

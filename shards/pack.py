@@ -1,10 +1,5 @@
 """Items -> tar shards + index: in parallel, the same bytes for the same input, and to be interrupted at any moment.
 
-    DIR/index.json           what is here: findings, counts, shards with their sizes and checksums
-    DIR/<split>/000000.tar   ordinary WebDataset shards
-    DIR/<split>.npy          one row a sample: where its members lie
-    DIR/<split>.labels.npy   one number a sample: its set of findings, as in ``labels`` of index.json
-
 Shards are made in ``DIR.partial/shards``, each under a temporary name until it is whole; a note in ``DIR.partial/notes`` says
 from what it was made. Run again, finished shards whose input is still the same are kept. The index comes last, then that
 folder gets the name DIR, which is whole or not there.
@@ -13,20 +8,17 @@ folder gets the name DIR, which is whole or not there.
 import fcntl
 import hashlib
 import json
-import math
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 import sys
-import tarfile
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
@@ -36,18 +28,19 @@ import numpy as np
 import webdataset
 from tqdm import tqdm
 
+from shards import atomic
 from shards.atomic import sync
+from shards.cores import cores
 from shards.errors import InputError, listed, read_json
-from shards.pixels import IMAGE_SUFFIXES, Extent, choose_scales, extent, extent_of, scale_of
-from shards.sample import SPLITS, check_key, encode, parse_meta
-from shards.sources import Source, hidden, split_of_folder
+from shards.files import file_sha256
+from shards.gray import choose_scales, scale_of
+from shards.index import ROW, VERSION, index_tar, write_index
+from shards.pixels import extent
+from shards.sample import SPLITS, check_key, encode
+from shards.sources.item import Source
 
-VERSION = 2
 SHARDS, NOTES = "shards", "notes"  # in the working folder
 SMALL = 400  # items below which starting processes costs more than it saves
-
-# One row a sample. Members are (offset of the data in the tar, bytes); a length of 0 says that there is none.
-ROW = np.dtype([("image_at", "<u8"), ("image_len", "<u4"), ("json_at", "<u8"), ("json_len", "<u4"), ("mask_at", "<u8"), ("mask_len", "<u4")])
 
 
 @dataclass(frozen=True)
@@ -231,7 +224,7 @@ def _agree(work: Path, plan: str, part: tuple[int, int] | None) -> None:
     if path.is_file() and path.read_text() != plan:
         print(f"note: {work} was begun with other settings or files; finished shards that do not fit are made again", file=sys.stderr)
     if not path.is_file() or path.read_text() != plan:
-        _write(path, plan.encode())
+        atomic.write(path, plan)
 
 
 def _kept(work: Path) -> str:
@@ -337,7 +330,7 @@ class _Packer:
                 partial.replace(path)
             else:
                 path.unlink(missing_ok=True)
-            _write(note, json.dumps(done).encode())
+            atomic.write(note, json.dumps(done))
             return done
         finally:
             partial.unlink(missing_ok=True)
@@ -381,40 +374,6 @@ def _work(job: Job) -> dict[str, Any]:
     return _packer.shard(job, tick)
 
 
-def cores() -> int:
-    """Cores that this process may use: those it is bound to, and no more than its control group's share (containers, SLURM)."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min([count, *(math.ceil(share) for share in _cgroup_shares())]))
-
-
-def _cgroup_shares(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[float]:
-    """The quotas of this process's control group and of those above it, in cores, where there are any (cgroup v2, then v1)."""
-    with suppress(OSError, ValueError):
-        for line in own.read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            folder = root / ("" if not controllers else "cpu") / path.lstrip("/")
-            for at in (folder, *folder.parents):
-                with suppress(OSError, ValueError):
-                    if not controllers:
-                        quota, period = (at / "cpu.max").read_text().split()
-                        yield float(quota) / float(period)  # "max" is no number: no quota
-                    elif "cpu" in controllers.split(",") and (microseconds := float((at / "cpu.cfs_quota_us").read_text())) > 0:
-                        yield microseconds / float((at / "cpu.cfs_period_us").read_text())
-                if at == root:
-                    break
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Whole or not there, power cut included."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_bytes(data)
-    sync(partial)
-    partial.replace(path)
-
-
-# -- the index --------------------------------------------------------------------------------------------------
-
-
 def merge(out: Path) -> dict[str, Any]:
     """Finished shards in ``out.partial`` -> their index, then the name ``out``. InputError: which shards are missing."""
     work = _work_folder(out)
@@ -456,197 +415,10 @@ def merge(out: Path) -> dict[str, Any]:
     for path in whole.glob("*/*"):  # of an earlier plan, or of a process that was killed
         if path.relative_to(whole).as_posix() not in wanted:
             path.unlink()
-    index = _write_index(whole, plan["dataset"], plan["classes"], shards, tables, findings, more)
+    index = write_index(whole, plan["dataset"], plan["classes"], shards, tables, findings, more)
     if out.exists():
         out.rmdir()  # refuse_existing made sure that it is empty
     whole.rename(out)
     sync(work.parent)
     shutil.rmtree(work, ignore_errors=True)
     return index
-
-
-def build_index(root: Path, *, dataset: str, classes: Sequence[str] | None = None) -> dict[str, Any]:
-    """Index every tar of ``root`` (``<split>/*.tar`` or ``<split>-*.tar``): writes the tables, then ``index.json``.
-
-    Tars of other writers need a ``json`` member with ``findings``, or a ``cls`` member with a number into ``classes``.
-    """
-    tars = _tars(root)
-    if not any(tars.values()):
-        raise InputError(f"{root}: has no shards; expected {{train,val,test}}/*.tar or {{train,val,test}}-*.tar")
-    shards: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    tables: dict[str, list[np.ndarray]] = defaultdict(list)
-    findings: dict[str, list[tuple[str, ...]]] = defaultdict(list)
-    deep: list[Extent] = []
-    with tqdm(total=sum(map(len, tars.values())), desc=f"indexing {root.name}", unit="tar", mininterval=0.5) as bar:
-        for split, paths in tars.items():
-            keys: dict[bytes, Path] = {}
-            for path in paths:
-                rows, found, _ = index_tar(path, classes, keys)
-                deep += _extents(path, rows)
-                name = path.relative_to(root).as_posix()
-                shards[split].append({"name": name, "bytes": path.stat().st_size, "sha256": file_sha256(path), "samples": len(rows)})
-                tables[split].append(rows)
-                findings[split] += found
-                bar.update()
-    more: dict[str, Any] = {"classes": list(classes)} if classes else {}
-    if deep:
-        more["stored"] = {"scales": [list(scale) for scale in choose_scales(deep)]}
-    return _write_index(root, dataset, [], shards, tables, findings, more)
-
-
-def _extents(path: Path, rows: np.ndarray) -> list[Extent]:
-    """Of the images of a tar that have more than 8 bits."""
-    with path.open("rb") as raw:
-
-        def member(row: Any) -> bytes:
-            raw.seek(int(row["image_at"]))
-            return raw.read(int(row["image_len"]))
-
-        return [e for row in rows if (e := extent_of(member(row), str(path))) is not None]
-
-
-def _tars(root: Path) -> dict[str, list[Path]]:
-    """The tars of each split: in a folder of its name, or with it before the first ``-`` or ``_`` of their own."""
-    tars: dict[str, list[Path]] = {split: [] for split in SPLITS}
-    for path in sorted(root.iterdir()):
-        if path.is_dir() and (split := split_of_folder(path.name)):
-            tars[split] += sorted(p for p in path.glob("*.tar") if not hidden(p.name))
-        elif path.suffix == ".tar" and (split := split_of_folder(re.split("[-_.]", path.name)[0])):
-            tars[split].append(path)
-    return tars
-
-
-def _write_index(
-    root: Path,
-    dataset: str,
-    classes: Sequence[str],
-    shards: dict[str, list[dict[str, Any]]],
-    tables: dict[str, list[np.ndarray]],
-    findings: dict[str, list[tuple[str, ...]]],
-    more: dict[str, Any],
-) -> dict[str, Any]:
-    number: dict[tuple[str, ...], int] = {}
-    splits: dict[str, Any] = {}
-    names = dict.fromkeys(classes)
-    for split in (s for s in SPLITS if shards[s]):
-        table = np.concatenate(tables[split])
-        labels = np.array([number.setdefault(found, len(number)) for found in findings[split]])
-        if len(number) > np.iinfo(np.uint16).max:
-            raise InputError(f"{root}: more than {np.iinfo(np.uint16).max} different sets of findings; are these class names?")
-        counts = Counter(name for found in findings[split] for name in found)
-        names.update(dict.fromkeys(counts))
-        splits[split] = {"samples": len(table), "masks": int((table["mask_len"] > 0).sum()), "findings": counts, "shards": shards[split]}
-        for file, array in ((f"{split}.npy", table), (f"{split}.labels.npy", labels.astype("<u2"))):
-            with (root / f".{file}.partial").open("wb") as raw:
-                np.save(raw, array)
-            sync(root / f".{file}.partial")
-            (root / f".{file}.partial").replace(root / file)
-            splits[split].setdefault("tables", {})[file] = {"bytes": (root / file).stat().st_size, "sha256": file_sha256(root / file)}
-    for entry in splits.values():
-        entry["findings"] = {name: entry["findings"][name] for name in names}
-    index = {"version": VERSION, "dataset": dataset, "findings": list(names), "labels": [list(found) for found in number], **more, "splits": splits}
-    _write(root / "index.json", json.dumps(index, indent=1).encode())
-    return index
-
-
-def index_tar(path: Path, classes: Sequence[str] | None = None, keys: dict[bytes, Path] | None = None) -> tuple[np.ndarray, list[tuple[str, ...]], list[str]]:
-    """Rows of one tar, the findings and the key of each; ``keys`` remembers the keys of other tars of the split.
-
-    InputError: not a whole tar, a member that is not a plain file, a key that could leave a folder, two samples of one key,
-    a sample without an image.
-    """
-    rows: dict[str, dict[str, int]] = {}
-    found: dict[str, tuple[str, ...]] = {}
-    classed: set[str] = set()  # keys with a .cls member
-    named: dict[tuple[str, str], str] = {}  # the suffix of the member that a row has
-    end = 0
-    try:
-        if not path.is_file():  # a pipe would wait for ever
-            raise tarfile.ReadError("not a file")
-        with tarfile.open(path, "r:") as tar, path.open("rb") as raw:
-            for member in tar:
-                if member.isdir():
-                    continue
-                if not member.isfile():
-                    raise InputError(f"{path}: {member.name!r} is not a plain file; repack the shard")
-                end = member.offset_data + member.size
-                folder, _, name = member.name.removeprefix("./").rpartition("/")
-                stem, _, suffix = name.partition(".")
-                suffix = suffix.lower()
-                # `._x.png` of macOS, and webdataset's own entries: no reader takes them for samples.
-                if not stem or (stem.startswith("__") and name.endswith("__")):
-                    continue
-                key = check_key(f"{folder}/{stem}" if folder else stem, str(path))
-                field = _field(suffix)
-                if not field:
-                    continue
-                row = rows.setdefault(key, {})
-                if field == "cls":
-                    classed.add(key)
-                    found[key] = found.get(key) or (_class_name(raw, member, classes, path),)
-                    continue
-                if f"{field}_len" in row:
-                    if "." not in suffix and "." in named[key, field]:
-                        pass  # `key.jpg` is the image, `key.overlay.jpg` beside it is not
-                    elif "." in suffix and "." not in named[key, field]:
-                        continue
-                    else:
-                        raise InputError(f"{path}: the key {key!r} has two {field} members; keys must be unique")
-                named[key, field] = suffix
-                row[f"{field}_at"], row[f"{field}_len"] = member.offset_data, member.size
-                if field == "json":
-                    raw.seek(member.offset_data)
-                    meta = parse_meta(raw.read(member.size), f"{path}:{member.name}")
-                    found[key] = tuple(dict.fromkeys(meta["findings"])) or found.get(key, ())
-            # tarfile takes a broken header for the end of the file: there must be nothing but zeros from here on.
-            raw.seek(tar.offset)
-            rest = raw.read(tarfile.BLOCKSIZE)
-            whole = len(rest) == tarfile.BLOCKSIZE and not any(rest)
-            while whole and (rest := raw.read(2**20)):
-                whole = not any(rest)
-        if end > path.stat().st_size or not whole:
-            raise tarfile.ReadError(f"cut or damaged after {len(rows)} samples")
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise InputError(f"{path}: not a whole tar file ({error}); pack or copy it again") from error
-    alone = [key for key, row in rows.items() if "image_len" not in row and "mask_len" not in row and key not in classed]
-    if alone and len(alone) < len(rows):  # such as dataset_info.json: of no sample
-        print(f"note: {path}: {len(alone)} files without an image are no samples: {listed(alone)}", file=sys.stderr)
-        for key in alone:
-            del rows[key]
-    table = np.zeros(len(rows), ROW)
-    for i, (key, row) in enumerate(rows.items()):
-        if "image_len" not in row:
-            raise InputError(f"{path}: the key {key!r} has no image member ({', '.join(IMAGE_SUFFIXES)})")
-        if row["image_len"] >= 2**32 or row.get("json_len", 0) >= 2**32:
-            raise InputError(f"{path}: the key {key!r} has a member of 4 GB or more; is it an image?")
-        if keys is not None:
-            digest = hashlib.blake2b(key.encode(), digest_size=12).digest()
-            if digest in keys:
-                raise InputError(f"{path}: the key {key!r} is in {keys[digest].name}, too; keys must be unique within a split")
-            keys[digest] = path
-        for field, value in row.items():
-            table[field][i] = value
-    return table, [found.get(key, ()) for key in rows], list(rows)
-
-
-def _field(suffix: str) -> str:
-    """What a member is by its suffix, as webdataset reads it, by its last part: image, mask, json, cls, or nothing of ours."""
-    if suffix in ("json", "cls"):
-        return suffix
-    if suffix == "mask.png":
-        return "mask"
-    return "image" if f".{suffix.rpartition('.')[2]}" in IMAGE_SUFFIXES and not suffix.startswith(("mask.", "seg.")) else ""
-
-
-def _class_name(raw: Any, member: tarfile.TarInfo, classes: Sequence[str] | None, path: Path) -> str:
-    raw.seek(member.offset_data)
-    text = raw.read(member.size).decode(errors="replace").strip()
-    if classes is None or not text.isdecimal() or int(text) >= len(classes):
-        raise InputError(f"{path}:{member.name}: class {text!r} has no name; give --findings with one name for each class")
-    return classes[int(text)]
-
-
-def file_sha256(path: Path) -> str:
-    """Hex SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from shards.errors import InputError
 from shards.sample import EFFUSION, FINDINGS, NO_FINDING, PNEUMOTHORAX, SPLITS, SUBCUTANEOUS_EMPHYSEMA, LesionBox, Sample
-from shards.sources import Item, Source
+from shards.sources.item import Item, Source
 
 SHARES = (0.6, 0.2, 0.2)  # of train, val and test, as published
 MIN_SIZE = 32

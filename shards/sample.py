@@ -38,6 +38,7 @@ TASKS: dict[str, tuple[str, ...]] = {
 }
 
 SPLITS = ("train", "val", "test")
+SPLIT_NAMES = {name: name for name in SPLITS} | {"training": "train", "testing": "test"} | dict.fromkeys(("valid", "validation", "validate", "dev"), "val")
 
 
 @dataclass
@@ -107,3 +108,8 @@ def parse_meta(data: bytes, where: str) -> dict[str, Any]:
             raise
         raise InputError(f"{where}: its JSON is not a sample's ({error}); see shards/sample.py for the contract") from error
     return meta | {"findings": findings, "boxes": boxes}
+
+
+def split_of_folder(name: str) -> str:
+    """train, val or test for any of the names that people give them; empty for all others."""
+    return SPLIT_NAMES.get(name.strip().lower(), "")

@@ -15,11 +15,15 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from shards.cache import Cache
+from shards.cores import cores
 from shards.errors import InputError, listed
-from shards.pack import SMALL, cores, file_sha256, index_tar
+from shards.files import file_sha256
+from shards.index import index_tar
+from shards.pack import SMALL
 from shards.pixels import decode_image
 from shards.sample import parse_meta
-from shards.store import Cache, Folder, Remote, open_store
+from shards.store import Folder, Remote, open_store
 
 # Store, shard, rows of its index, findings of its samples, names of the classes of .cls members.
 Job = tuple[Folder | Remote, dict[str, Any], np.ndarray, list[tuple[str, ...]], list[str] | None]
@@ -50,7 +54,7 @@ def verify(root: str, workers: int | None = None) -> tuple[dict[str, Any], list[
 
 
 def _verify(store: Folder | Remote, workers: int | None) -> tuple[dict[str, Any], list[str]]:
-    from shards.stream import Split
+    from shards.dataset import Split
 
     index = store.index()
     problems: list[str] = []

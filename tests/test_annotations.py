@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from shards.dataset import Split
 from shards.errors import InputError
-from shards.stream import EpochPlan, Split
+from shards.loader import Loader
+from shards.plan import EpochPlan
 from trainer import train as loop
 from trainer.annotations import Annotations, drawn, lesion_boxes, lesion_regions
 from trainer.augment import lung_masks
@@ -61,7 +63,7 @@ def test_which_region_an_image_gets(flags, region):
     more = [] if region == "anatomy" else ["--attention.annotated", "0.5"]
     job = loop.build(loop.resolve([*flags, "--attention.region", region, "--swap.probability", "0", *more]))
     split = job.splits["train"]
-    batch = next(iter(split.batches(EpochPlan(split.shard_sizes()), 0, 0, batch=20, rank=0, world=1, workers=0)))
+    batch = next(iter(Loader(split, EpochPlan(split.shard_sizes()), batch=20, workers=0).batches(0)))
     seen = job.prepare(batch, True)
     known = job.lungs["train"](batch.image, batch.index)
     anatomy = job.regions(batch.label, known.boxes, lung_masks(known.outlines, known.boxes, (64, 64))).weight
@@ -77,7 +79,7 @@ def test_which_region_an_image_gets(flags, region):
 def test_annotations_move_with_the_image(flags):
     job = loop.build(loop.resolve([*flags, "--attention.region", "annotation", "--swap.probability", "0", "--augment.shift", "0.2"]))
     split = job.splits["train"]
-    batch = next(iter(split.batches(EpochPlan(split.shard_sizes()), 0, 0, batch=20, rank=0, world=1, workers=0)))
+    batch = next(iter(Loader(split, EpochPlan(split.shard_sizes()), batch=20, workers=0).batches(0)))
     moved, still = job.prepare(batch, True), job.annotations.regions(batch.index, (64, 64), 64)
     draws = loop.draw(0, 0, batch.index)
     for b, label in enumerate(batch.label.tolist()):

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from shards.__main__ import main
+from shards.dataset import Split
 from shards.errors import InputError
 from shards.pixels import decode_image, load_image
-from shards.stream import Split
 
 pydicom = pytest.importorskip("pydicom", reason="the extra dicom is not installed")
 NAME, IDENTITY = "Doe^Jane", "PAT-4711"
@@ -335,15 +335,15 @@ def test_a_deflated_file_is_refused_before_it_is_inflated(tmp_path):
     assert len(data) < 200_000
     head, tail = data[:300], data[300:]
     assert head[128:132] == b"DICM"
-    from shards import pixels
+    from shards import gray
 
     tracemalloc.start()
-    limit, pixels.MAX_PIXELS = pixels.MAX_PIXELS, 10**6
+    limit, gray.MAX_PIXELS = gray.MAX_PIXELS, 10**6
     try:
         with pytest.raises(InputError, match="6000 x 6000 pixels is beyond the limit"):
             load_image(path)
     finally:
-        pixels.MAX_PIXELS = limit
+        gray.MAX_PIXELS = limit
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 50e6  # of 72 million bytes of pixels

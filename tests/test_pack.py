@@ -13,12 +13,12 @@ import pytest
 from PIL import Image
 
 from shards.__main__ import main
+from shards.dataset import Split
 from shards.errors import InputError
 from shards.pack import merge, pack
 from shards.pixels import FORMATS
-from shards.sources import Item, Source
+from shards.sources.item import Item, Source
 from shards.store import open_store
-from shards.stream import Split
 from shards.verify import verify
 
 
@@ -65,9 +65,9 @@ def test_killed_at_any_moment_and_run_again_it_ends_with_the_same_bytes(pictures
     main(command(pictures, tmp_path / "whole" / "out"))
     expected, random_ = files(tmp_path / "whole"), random.Random(0)
     code = (
-        "import sys, time\nfrom shards import sources\nload = sources.Source.load\n"
+        "import sys, time\nfrom shards.sources.item import Source\nload = Source.load\n"
         "def slow(self, item):\n    time.sleep(0.004)\n    return load(self, item)\n"
-        "sources.Source.load = slow\nfrom shards.__main__ import main\nmain(sys.argv[1:])\n"
+        "Source.load = slow\nfrom shards.__main__ import main\nmain(sys.argv[1:])\n"
     )
     kept = 0
     out = tmp_path / "killed" / "out"
@@ -92,7 +92,7 @@ def test_killed_at_any_moment_and_run_again_it_ends_with_the_same_bytes(pictures
 
 def test_workers_end_with_their_parent(pictures, tmp_path):
     code = (
-        "import sys, time\nfrom shards.sources import Item, Source\nfrom shards.pack import pack\nfrom pathlib import Path\n"
+        "import sys, time\nfrom shards.sources.item import Item, Source\nfrom shards.pack import pack\nfrom pathlib import Path\n"
         "from tests.test_pack import Endless\n"
         "if __name__ == '__main__':\n    pack(Endless([Item('train', str(i)) for i in range(100)]), Path(sys.argv[1]), dataset='x', per_shard=5, workers=2)\n"
     )
@@ -367,7 +367,7 @@ def test_collisions_are_told_all_at_once(tmp_path):
 
 
 def test_cores_are_those_of_the_control_group(tmp_path, monkeypatch):
-    from shards.pack import _cgroup_shares, cores
+    from shards.cores import _cgroup_shares, cores
 
     (tmp_path / "v2/a/b").mkdir(parents=True)
     (tmp_path / "v2/a/b/cpu.max").write_text("max 100000\n")
@@ -380,7 +380,7 @@ def test_cores_are_those_of_the_control_group(tmp_path, monkeypatch):
     (tmp_path / "own").write_text("4:memory:/x\n3:cpu,cpuacct:/x\n")
     assert list(_cgroup_shares(tmp_path / "v1", tmp_path / "own")) == [4.0]
     assert list(_cgroup_shares(tmp_path / "nowhere", tmp_path / "nothing")) == []
-    monkeypatch.setattr("shards.pack._cgroup_shares", lambda: iter([0.3]))
+    monkeypatch.setattr("shards.cores._cgroup_shares", lambda: iter([0.3]))
     assert cores() == 1
 
 

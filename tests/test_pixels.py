@@ -14,9 +14,10 @@ import tifffile
 from PIL import Image
 
 from shards.__main__ import main
+from shards.dataset import Split
 from shards.errors import InputError
-from shards.pixels import Extent, Frame, choose_scales, decode_image, image_size, load_image, scale_of, upright
-from shards.stream import Split
+from shards.gray import Extent, choose_scales, scale_of
+from shards.pixels import Frame, decode_image, image_size, load_image, upright
 
 RAMP = (100 + 3900 * np.add.outer(np.arange(60), np.arange(50)) / 108).astype(np.uint16)  # 12 bits
 GRAY = RAMP / 4095 * 255

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from shards.__main__ import main as shards_main
-from shards.stream import Split
+from shards.dataset import Split
 from trainer import lung_report, train, train_lungs
 from trainer.launching import Accelerator
 from trainer.lungs import load_segmenter

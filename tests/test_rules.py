@@ -177,9 +177,9 @@ def test_every_rule_that_is_accepted_reads_back(tmp_path, place):
 
 def test_findings_of_a_file_reach_the_samples(tmp_path):
     """`images: any` in a file: images with further findings belong to the class."""
+    from shards.dataset import Split
     from shards.pack import pack
-    from shards.sources import Item, Source
-    from shards.stream import Split
+    from shards.sources.item import Item, Source
 
     labels = [("No Finding",), ("Mine",), ("Mine", "Other"), ("Other",)] * 2
 
@@ -204,9 +204,9 @@ def test_findings_of_a_file_reach_the_samples(tmp_path):
 
 def test_findings_that_only_come_together_are_counted(tmp_path):
     """`images: any` for two findings of one task: images that show both belong to neither, and the message says how many."""
+    from shards.dataset import Split
     from shards.pack import pack
-    from shards.sources import Item, Source
-    from shards.stream import Split
+    from shards.sources.item import Item, Source
 
     class Few(Source):
         def load(self, item):

@@ -23,10 +23,10 @@ from test_train import ROOT, SMALL, TOGETHER, launch, lines
 
 from shards import atomic, errors
 from shards.__main__ import main as shards_main
+from shards.dataset import Split
 from shards.errors import InputError, read_yaml
 from shards.pack import pack
 from shards.phantom import Phantoms
-from shards.stream import Split
 from trainer import checkpoint, evaluate, launching, predict, report, train_lungs
 from trainer import train as loop
 from trainer.classifier import Prediction

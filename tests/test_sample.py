@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards import pixels, sample
+from shards import sample
 from shards.errors import InputError
 from shards.pixels import decode_image, fit
 from shards.sample import check_key, clean_key, encode, parse_meta
@@ -45,7 +45,7 @@ def test_broken_images_name_the_place():
 
 
 def test_too_many_pixels_are_refused_before_decoding(monkeypatch):
-    monkeypatch.setattr(pixels, "MAX_PIXELS", 15)
+    monkeypatch.setattr("shards.gray.MAX_PIXELS", 15)
     with pytest.raises(InputError, match="beyond the limit"):
         decode_image(png(Image.new("L", (4, 4))), "x")
 

@@ -6,10 +6,10 @@ import pytest
 from PIL import Image
 
 from shards.__main__ import main
+from shards.dataset import Split
 from shards.errors import InputError
-from shards.sources import folder_finding
+from shards.sources.folders import folder_finding
 from shards.store import open_store
-from shards.stream import Split
 
 
 def picture(path, value=100, size=(40, 30), mode="L"):
@@ -364,7 +364,7 @@ def test_tables_that_name_odd_paths_and_separators(tmp_path):
 
 
 def test_linked_folders_are_followed(tmp_path):
-    from shards.sources import walk
+    from shards.files import walk
 
     picture(tmp_path / "elsewhere" / "a.png")
     (tmp_path / "root").mkdir()

@@ -15,11 +15,15 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from shards import store
+from shards import cache as cached
 from shards.__main__ import main
+from shards.cache import Cache
+from shards.dataset import Split
 from shards.errors import InputError
-from shards.store import Cache, open_store
-from shards.stream import EpochPlan, Split
+from shards.files import file_sha256
+from shards.loader import Loader
+from shards.plan import EpochPlan
+from shards.store import open_store
 
 pytest.importorskip("aiohttp", reason="the extra http is not installed")
 
@@ -28,7 +32,7 @@ pytest.importorskip("aiohttp", reason="the extra http is not installed")
 def cache(tmp_path, monkeypatch):
     """A cache of its own, and short pauses."""
     monkeypatch.setenv("CXR_FOCUS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(store, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(cached, "FIRST_PAUSE", 0.01)
     return tmp_path / "cache"
 
 
@@ -75,7 +79,7 @@ def served(shards):
 def read(split: Split, workers: int = 0, epoch: int = 0) -> dict[int, np.ndarray]:
     plan = EpochPlan(split.shard_sizes(), 0, window=2)
     images = {}
-    for batch in split.batches(plan, epoch, 0, batch=7, rank=0, world=1, workers=workers):
+    for batch in Loader(split, plan, batch=7, workers=workers).batches(epoch):
         images |= {int(p): image[0].numpy().copy() for p, image in zip(batch.index, batch.image, strict=True)}
     return images
 
@@ -164,9 +168,10 @@ def test_leftovers_of_a_killed_process_are_cleared(shards, cache):
 def test_processes_share_the_cache(served, shards):
     url, handler = served
     code = (
-        "import sys\nfrom shards.stream import EpochPlan, Split\nsplit = Split(sys.argv[1], 'train')\n"
+        "import sys\nfrom shards.dataset import Split\nfrom shards.loader import Loader\nfrom shards.plan import EpochPlan\n"
+        "split = Split(sys.argv[1], 'train')\n"
         "plan = EpochPlan(split.shard_sizes(), 0)\n"
-        "print(sum(len(b.index) for b in split.batches(plan, 0, 0, batch=5, rank=int(sys.argv[2]), world=3, workers=1)))\n"
+        "print(sum(len(b.index) for b in Loader(split, plan, batch=5, rank=int(sys.argv[2]), world=3, workers=1).batches(0)))\n"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     processes = [subprocess.Popen([sys.executable, "-c", code, url, str(r)], env=environment, stdout=subprocess.PIPE, text=True) for r in range(3)]
@@ -220,7 +225,7 @@ def test_the_cache_touches_its_own_files_only(tmp_path):
     (folder / "thesis.docx").write_bytes(b"x" * 900)
     origin = tmp_path / "origin"
     origin.write_bytes(b"y" * 1000)
-    Cache(folder, 1500).fetch(origin.as_uri(), 1000, store.file_sha256(origin))
+    Cache(folder, 1500).fetch(origin.as_uri(), 1000, file_sha256(origin))
     assert (folder / "thesis.docx").exists()
 
 
@@ -233,7 +238,7 @@ def test_room_held_by_a_process_that_is_gone_is_given_back(tmp_path):
         hold.truncate(1000)
     origin = tmp_path / "origin"
     origin.write_bytes(b"y" * 1000)
-    done = threading.Thread(target=Cache(folder, 1500).fetch, args=(origin.as_uri(), 1000, store.file_sha256(origin)), daemon=True)
+    done = threading.Thread(target=Cache(folder, 1500).fetch, args=(origin.as_uri(), 1000, file_sha256(origin)), daemon=True)
     done.start()
     done.join(5)
     assert not done.is_alive()
@@ -278,8 +283,8 @@ class Swollen(Flaky):
     ("swell", "words"), [("index.json", "has more than the 1000000 bytes that an index may have"), ("train.npy", "bytes that its index says")]
 )
 def test_a_server_that_sends_too_much_is_not_believed(shards, cache, monkeypatch, swell, words):
-    monkeypatch.setattr(store, "INDEX_BYTES", 10**6)
-    monkeypatch.setattr(store, "ATTEMPTS", 2)
+    monkeypatch.setattr(cached, "INDEX_BYTES", 10**6)
+    monkeypatch.setattr(cached, "ATTEMPTS", 2)
     handler = type("Handler", (Swollen,), {"faults": {}, "seen": [], "swell": swell, "sent": []})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(shards)))
     server.handle_error = lambda *_: None
@@ -294,8 +299,8 @@ def test_a_server_that_sends_too_much_is_not_believed(shards, cache, monkeypatch
 
 @pytest.mark.parametrize("name", ["index.json", "train.npy"])
 def test_a_file_url_whose_file_is_too_large(shards, tmp_path, monkeypatch, name):
-    monkeypatch.setattr(store, "INDEX_BYTES", 10**6)
-    monkeypatch.setattr(store, "ATTEMPTS", 2)
+    monkeypatch.setattr(cached, "INDEX_BYTES", 10**6)
+    monkeypatch.setattr(cached, "ATTEMPTS", 2)
     shutil.copytree(shards, tmp_path / "copy")
     with (tmp_path / "copy" / name).open("ab") as file:
         file.truncate(10**9)
@@ -319,7 +324,7 @@ def test_a_hold_that_ends_while_the_cache_is_listed_is_not_lost(tmp_path, monkey
             (tmp_path / ("a" * 64)).write_bytes(b"x" * 60)
         yield entries
 
-    monkeypatch.setattr("shards.store.os.scandir", scandir)
+    monkeypatch.setattr("shards.cache.os.scandir", scandir)
     assert not cache._made_room(60, tmp_path / "mine.hold"), "look again"
     assert cache._made_room(60, tmp_path / "mine.hold")
     assert not (tmp_path / ("a" * 64)).exists(), "what was used longest ago has gone"

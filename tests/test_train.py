@@ -13,10 +13,12 @@ import two
 from curves import ROOT, launch
 from PIL import Image
 
+from shards.dataset import Split
 from shards.errors import InputError
+from shards.loader import Loader
 from shards.pack import pack
 from shards.phantom import Phantoms
-from shards.stream import EpochPlan, Split
+from shards.plan import EpochPlan
 from trainer import evaluate, launching, predict, report
 from trainer import train as loop
 from trainer.augment import SWAPS, augment, draw
@@ -62,7 +64,7 @@ def test_every_task_backbone_and_policy_takes_two_steps(flags, t, b):
     job.state.epoch = 5  # the published lambda begins at 1
     job.net.train()
     split = job.splits["train"]
-    loader = split.batches(loop.EpochPlan(split.shard_sizes()), 5, 0, batch=4, rank=0, world=1, workers=0)
+    loader = Loader(split, loop.EpochPlan(split.shard_sizes()), batch=4, workers=0).batches(5)
     before = {name: value.clone() for name, value in job.model.named_parameters()}
     for _, batch in zip(range(2), loader, strict=False):
         lam = job.balance.value(5)
@@ -329,7 +331,7 @@ def test_regions_follow_the_lungs(flags, tmp_path, shards):
     flags = [*seeing(flags), "--augment.rotate", "10", "--augment.shift", "0.1", "--epochs", "1", "--swap.probability", "0"]
     job = loop.build(loop.resolve(flags))
     split = job.splits["train"]
-    batch = next(iter(split.batches(EpochPlan(split.shard_sizes()), 0, 0, batch=20, rank=0, world=1, workers=0)))
+    batch = next(iter(Loader(split, EpochPlan(split.shard_sizes()), batch=20, workers=0).batches(0)))
     seen = job.prepare(batch, True)
     ill = batch.label > 0
     truth = torch.stack([torch.from_numpy(split.mask(p)) for p in batch.index.tolist()]) > 0

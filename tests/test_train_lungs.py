@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from shards.dataset import Joined, Split
 from shards.errors import InputError
 from shards.pack import pack
 from shards.phantom import Phantoms
-from shards.stream import Joined, Split
 from trainer import lung_report, train_lungs
 from trainer.launching import Accelerator
 from trainer.lungs import load_segmenter

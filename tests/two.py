@@ -13,7 +13,8 @@ import torch
 
 import trainer.train as train
 from shards.errors import run
-from shards.stream import EpochPlan
+from shards.loader import Loader
+from shards.plan import EpochPlan
 from trainer import launching
 
 
@@ -30,7 +31,7 @@ def gradients(argv: list[str]) -> tuple[dict[str, torch.Tensor], list[list[int]]
     job.net.train()
     split, c, acc = job.splits["train"], job.config, job.accelerator
     plan = EpochPlan(split.shard_sizes(), c.seed)
-    loader = split.batches(plan, 0, 0, batch=c.batch, rank=acc.process_index, world=acc.num_processes, workers=0)
+    loader = Loader(split, plan, batch=c.batch, rank=acc.process_index, world=acc.num_processes, workers=0).batches(0)
     group = next(train._groups(loader, c.accumulate))
     sums = job.step(group, c.balance.lam)
     return kept, [b.label.tolist() for b in group], sums.cpu()

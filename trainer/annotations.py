@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
-from shards.stream import Split
+from shards.dataset import Split
 
 Box = tuple[float, float, float, float]
 

@@ -29,16 +29,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from shards.dataset import Split
 from shards.errors import InputError, read_json, run
+from shards.plan import EpochPlan
 from shards.sample import SPLITS
 from shards.store import open_store
-from shards.stream import EpochPlan, Split
 from trainer import __version__
 from trainer.annotations import chosen, lesion_regions
 from trainer.checkpoint import save_weights
 from trainer.classifier import FocusClassifier, evaluating, normalize_cam
 from trainer.config import Config, EvaluateConfig, from_yaml, parse
-from trainer.launching import Accelerator, close, on_main, set_threads, start
+from trainer.launching import Accelerator, close, loader_of, on_main, set_threads, start
 from trainer.look import Located
 from trainer.look import look as look_at
 from trainer.losses import attention_term
@@ -157,7 +158,6 @@ def evaluate(
     widths = {"logits": len(findings), "count": 1, **optional}
     table = torch.zeros(len(split), sum(widths.values()) + len(optional), dtype=torch.float64)
     plan = EpochPlan(split.shard_sizes(), shuffle=False)
-    rank, world = accelerator.process_index, accelerator.num_processes
     training = model.training
     model.eval()
     looks = look and model.has_map
@@ -169,7 +169,7 @@ def evaluate(
         region = regions(whose, located.boxes, located.lungs).region
         return blurred(located.images, region if blur == "inside" else ~region)
 
-    for batch in split.batches(plan, 0, 0, batch=config.batch, rank=rank, world=world, workers=config.workers, pinned=device.type == "cuda"):
+    for batch in loader_of(accelerator, split, plan, batch=config.batch, workers=config.workers).batches(0):
         raw, labels = batch.image.to(device, non_blocking=True), batch.label.to(device, non_blocking=True)
         lungs_of = lungs if looks or blur else None
         changed = change if blur and lungs_of is not None else None

@@ -15,8 +15,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list, gather_object, set_seed
 
+from shards.cores import cores
+from shards.dataset import Samples
 from shards.errors import InputError
-from shards.pack import cores
+from shards.loader import Loader
+from shards.plan import EpochPlan
 
 __all__ = ["Accelerator", "start"]
 
@@ -134,6 +137,12 @@ def seen_by_all(accelerator: Accelerator, out: Path) -> None:
         mark.unlink(missing_ok=True)
     if blind:
         raise InputError(f"--out {out}: {', '.join(blind)} does not see the main process's folder; give all machines one file system and put --out there")
+
+
+def loader_of(accelerator: Accelerator, samples: Samples, plan: EpochPlan, *, batch: int, workers: int) -> Loader:
+    """The loader of this process's share of a split."""
+    pinned = accelerator.device.type == "cuda"
+    return Loader(samples, plan, batch=batch, rank=accelerator.process_index, world=accelerator.num_processes, workers=workers, pinned=pinned)
 
 
 def close(accelerator: Accelerator) -> None:

@@ -7,6 +7,7 @@ found minus true, so that a negative bottom is a box that ends too high.
 import base64
 import html
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from scipy.ndimage import binary_erosion, distance_transform_edt
 from torchvision.ops import box_iou
 
 from shards import atomic
-from shards.stream import EpochPlan, Split
+from shards.dataset import Samples
+from shards.loader import Loader
 from trainer.launching import Accelerator
 from trainer.lungs import LungSegmenter, lung_boxes
 from trainer.metrics import bootstrap
@@ -50,13 +52,11 @@ def surface_distance(found: np.ndarray, truth: np.ndarray) -> float:
 
 
 @torch.no_grad()
-def measure(accelerator: Accelerator, segmenter: LungSegmenter, split: Split, *, batch: int, workers: int, surface: bool = True) -> np.ndarray:
-    """Figures of every image of a split with lung masks, at the stored size, over all processes: float32 [n, COLUMNS]."""
+def measure(accelerator: Accelerator, segmenter: LungSegmenter, loader: Loader, *, surface: bool = True) -> np.ndarray:
+    """Figures of every image of a loader's split with lung masks, at the stored size, over all processes: float32 [n, COLUMNS]."""
     segmenter.eval()
-    table = torch.zeros(len(split), len(COLUMNS) + 1, device=accelerator.device)
-    plan = EpochPlan(split.shard_sizes(), shuffle=False)
-    rank, world = accelerator.process_index, accelerator.num_processes
-    for got in split.batches(plan, 0, 0, batch=batch, rank=rank, world=world, workers=workers, pinned=accelerator.device.type == "cuda"):
+    table = torch.zeros(len(loader.plan), len(COLUMNS) + 1, device=accelerator.device)
+    for got in loader.batches(0):
         assert got.mask is not None
         truth = got.mask.to(accelerator.device, non_blocking=True)
         with accelerator.autocast():
@@ -90,7 +90,7 @@ def summary(figures: np.ndarray) -> dict[str, Any]:
     return result
 
 
-def worst(segmenter: LungSegmenter, splits: dict[str, Split], figures: dict[str, np.ndarray], device: torch.device, count: int = WORST) -> Figure:
+def worst(segmenter: LungSegmenter, splits: Mapping[str, Samples], figures: dict[str, np.ndarray], device: torch.device, count: int = WORST) -> Figure:
     """Images of the lowest box IoU of all sources: truth green, found blue, and their boxes."""
     ranked = sorted((float(figures[name][i, 2]), name, i) for name in splits for i in range(len(figures[name])))[:count]
     columns = 4

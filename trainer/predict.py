@@ -24,9 +24,9 @@ import torch
 
 from shards import atomic
 from shards.errors import InputError, listed, nearest, run
+from shards.files import walk
 from shards.pixels import IMAGE_SUFFIXES, Frame, fit, is_dicom, load_image
 from shards.sample import clean_key
-from shards.sources import walk
 from trainer.config import PredictConfig, parse, positionals
 from trainer.evaluate import open_run, read_report
 from trainer.launching import set_threads, start

@@ -34,8 +34,8 @@ from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 
 from shards import atomic
+from shards.dataset import Split
 from shards.errors import InputError, finite, read_json, run
-from shards.stream import Split
 from trainer.annotations import lesion_regions
 from trainer.checkpoint import read_lines
 from trainer.classifier import FocusClassifier

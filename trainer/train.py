@@ -30,10 +30,12 @@ import torch
 from tqdm import tqdm
 
 from shards import atomic
+from shards.dataset import Split
 from shards.errors import InputError, finite, listed, run
+from shards.loader import Batch
+from shards.plan import EpochPlan, Shares
 from shards.sample import NO_FINDING
 from shards.store import open_store
-from shards.stream import Batch, EpochPlan, Shares, Split
 from trainer import checkpoint
 from trainer.annotations import Annotations, chosen
 from trainer.augment import SWAPS, augment, draw
@@ -42,7 +44,7 @@ from trainer.classifier import FocusClassifier, normalize_cam
 from trainer.config import Config, OptimConfig, flat, from_yaml, resolve, to_yaml
 from trainer.context import swap_context
 from trainer.evaluate import FINDINGS, LUNGS, MODEL, Outcome, among, evaluate, finish, open_run, read_report, run_findings, save_model
-from trainer.launching import Accelerator, close, on_main, seed_step, seen_by_all, set_threads, share_buffers, start
+from trainer.launching import Accelerator, close, loader_of, on_main, seed_step, seen_by_all, set_threads, share_buffers, start
 from trainer.look import locate
 from trainer.losses import attention, attention_term, classification
 from trainer.lungs import LungFinder, load_segmenter
@@ -120,7 +122,7 @@ class Trainer:
         c, acc, state = self.config, self.accelerator, self.state
         split = self.splits["train"]
         plan = EpochPlan(split.shard_sizes(), c.seed)
-        rank, world = acc.process_index, acc.num_processes
+        loader = loader_of(acc, split, plan, batch=c.batch, workers=c.workers)
         with tqdm(
             total=c.epochs * len(plan),
             initial=state.epoch * len(plan) + state.position,
@@ -132,12 +134,10 @@ class Trainer:
             while not self.done:
                 self.net.train()
                 clock = time.monotonic()
-                gpu = acc.device.type == "cuda"
-                loader = split.batches(plan, state.epoch, state.position, batch=c.batch, rank=rank, world=world, workers=c.workers, pinned=gpu)
-                for group in _groups(loader, c.accumulate):
+                for group in _groups(loader.batches(state.epoch, state.position), c.accumulate):
                     taken = sum(batch.total for batch in group)
                     self.schedule.before_step(state.epoch * len(plan) + state.position, taken, c.epochs * len(plan), state.warmup)
-                    seed_step(c.seed, state.step, rank)
+                    seed_step(c.seed, state.step, acc.process_index)
                     lam = self.balance.value(state.epoch) if self.attends else 1.0
                     sums = self.step(group, lam)
                     if self.balance.follows_losses:

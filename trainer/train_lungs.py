@@ -29,13 +29,15 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from shards import atomic
+from shards.dataset import Joined, Samples, Split
 from shards.errors import InputError, run
+from shards.loader import Loader
+from shards.plan import EpochPlan
 from shards.store import open_store
-from shards.stream import EpochPlan, Joined, Split
 from trainer import checkpoint, lung_report
 from trainer.augment import augment, draw, resize
 from trainer.config import LungsTrainConfig, flat, parse, resumed, to_yaml
-from trainer.launching import Accelerator, close, on_main, seed_step, seen_by_all, set_threads, share_buffers, start
+from trainer.launching import Accelerator, close, loader_of, on_main, seed_step, seen_by_all, set_threads, share_buffers, start
 from trainer.lungs import LungSegmenter, load_segmenter
 from trainer.paint import paint
 from trainer.schedule import one_cycle
@@ -77,8 +79,8 @@ class Trainer:
 
     config: LungsTrainConfig
     accelerator: Accelerator
-    train_split: Split
-    val_split: Split
+    train_loader: Loader
+    val_loader: Loader
     segmenter: LungSegmenter
     net: Any  # the segmenter as Accelerate prepared it
     optimizer: Any
@@ -90,8 +92,7 @@ class Trainer:
 
     def train(self) -> None:
         """Epochs until they are done; each ends with validation and a checkpoint."""
-        c, acc, split = self.config, self.accelerator, self.train_split
-        plan = EpochPlan(split.shard_sizes(), c.seed)
+        c, acc, plan = self.config, self.accelerator, self.train_loader.plan
         rank, world = acc.process_index, acc.num_processes
         with tqdm(
             total=c.epochs * len(plan),
@@ -104,8 +105,7 @@ class Trainer:
             while self.epoch < c.epochs:
                 self.net.train()
                 clock, total, seen = time.monotonic(), torch.zeros((), device=acc.device), 0
-                gpu = acc.device.type == "cuda"
-                for got in split.batches(plan, self.epoch, 0, batch=c.batch, rank=rank, world=world, workers=c.workers, pinned=gpu):
+                for got in self.train_loader.batches(self.epoch):
                     assert got.mask is not None  # the split was opened with masks
                     self.set_rate((self.epoch * len(plan) + seen) / (c.epochs * len(plan)))
                     seed_step(c.seed, self.step, rank)
@@ -133,14 +133,14 @@ class Trainer:
 
     def end_epoch(self, loss: float, bar: Any) -> None:
         """Validation, the best weights, a line of metrics.jsonl, the checkpoint. InputError: a loss or weight that is not finite; nothing is saved."""
-        c, acc, out = self.config, self.accelerator, Path(self.config.out)
+        acc, out = self.accelerator, Path(self.config.out)
         share_buffers(self.segmenter)
         if not math.isfinite(loss) or checkpoint.not_finite(self.segmenter):
             raise InputError(
                 f"the loss is not finite in epoch {self.epoch + 1}, or a weight after it; lower --lr, or launch with --mixed_precision bf16 or no. "
                 "--resume with one of these goes on from the last checkpoint, which is sound"
             )
-        figures = lung_report.measure(acc, self.segmenter, self.val_split, batch=c.batch, workers=c.workers, surface=False).mean(0)
+        figures = lung_report.measure(acc, self.segmenter, self.val_loader, surface=False).mean(0)
         dice, box_iou = float(figures[0]), float(figures[2])
         if dice > self.best:
             self.best, self.best_epoch = dice, self.epoch
@@ -173,7 +173,7 @@ class Trainer:
     def identity(self) -> dict[str, Any]:
         """What may not change when a run is resumed."""
         own = {name: value for name, value in flat(asdict(self.config)).items() if name not in MAY_CHANGE}
-        return own | {"shards": self.train_split.fingerprint}
+        return own | {"shards": self.train_loader.samples.fingerprint}
 
     def restore(self) -> None:
         """Go on after the last whole epoch."""
@@ -209,7 +209,7 @@ def open_sources(names: str, *, left_out: bool = False) -> dict[str, dict[str, S
     return sources
 
 
-def build(argv: list[str] | None) -> tuple[Trainer, dict[str, Split]]:
+def build(argv: list[str] | None) -> tuple[Trainer, dict[str, Samples]]:
     """Check everything, claim the run folder, make the parts; also the splits that the report measures."""
     config = parse(LungsTrainConfig, resumed(argv, "trainer.train_lungs"), prog="trainer.train_lungs")
     accelerator = start(config.seed)
@@ -221,7 +221,7 @@ def build(argv: list[str] | None) -> tuple[Trainer, dict[str, Split]]:
     sources = open_sources(config.shards)
     if not sources:
         raise InputError(f"--shards {config.shards!r}: names no folder")
-    measured = {name: splits.get("test", splits["val"]) for name, splits in sources.items()}
+    measured: dict[str, Samples] = {name: splits.get("test", splits["val"]) for name, splits in sources.items()}
     for name, splits in open_sources(config.test, left_out=True).items():
         measured[name if name not in measured else f"{name} (left out)"] = Joined(list(splits.values()))
     parts = [Joined([splits[name] for splits in sources.values()]) for name in ("train", "val")]
@@ -241,7 +241,11 @@ def build(argv: list[str] | None) -> tuple[Trainer, dict[str, Split]]:
     optimizer = torch.optim.AdamW(segmenter.parameters(), lr=config.lr, weight_decay=1e-2)
     net, optimizer = accelerator.prepare(_Trainable(segmenter), optimizer)
     steps = config.epochs * -(-len(train) // (config.batch * world))
-    trainer = Trainer(config, accelerator, train, val, segmenter, net, optimizer)
+    loaders = (
+        loader_of(accelerator, train, EpochPlan(train.shard_sizes(), config.seed), batch=config.batch, workers=config.workers),
+        loader_of(accelerator, val, EpochPlan(val.shard_sizes(), shuffle=False), batch=config.batch, workers=config.workers),
+    )
+    trainer = Trainer(config, accelerator, *loaders, segmenter, net, optimizer)
     if config.resume:
         trainer.restore()
     told = ", ".join(f"{name} {len(splits['train'])} + {len(splits['val'])}" for name, splits in sources.items())
@@ -256,11 +260,14 @@ def main(argv: list[str] | None = None) -> None:
     c, acc, out = trainer.config, trainer.accelerator, Path(trainer.config.out)
     trainer.train()
     segmenter = load_segmenter(out / WEIGHTS).to(acc.device).to(memory_format=torch.channels_last)
-    figures: dict[str, np.ndarray] = {name: lung_report.measure(acc, segmenter, split, batch=c.batch, workers=c.workers) for name, split in measured.items()}
+    figures: dict[str, np.ndarray] = {}
+    for name, split in measured.items():
+        loader = loader_of(acc, split, EpochPlan(split.shard_sizes(), shuffle=False), batch=c.batch, workers=c.workers)
+        figures[name] = lung_report.measure(acc, segmenter, loader)
     if acc.is_main_process:
         about = (
-            f"Epoch {trainer.best_epoch + 1} of {c.epochs}, the best by Dice on {len(trainer.val_split)} validation images "
-            f"({trainer.best:.4f}); trained on {len(trainer.train_split)} images in {trainer.seconds / 60:.1f} minutes "
+            f"Epoch {trainer.best_epoch + 1} of {c.epochs}, the best by Dice on {len(trainer.val_loader.plan)} validation images "
+            f"({trainer.best:.4f}); trained on {len(trainer.train_loader.plan)} images in {trainer.seconds / 60:.1f} minutes "
             f"by {acc.num_processes} process(es), {acc.device.type}, {acc.mixed_precision}."
         )
         content: dict[str, Any] = {

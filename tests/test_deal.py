@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from shards.deal import Cases, at_random, check, official, published
 from shards.errors import InputError
 from shards.sample import SPLITS, TASKS
-from shards.split import Cases, at_random, check, official, published
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "splits.json").read_text())["findings"]
 

@@ -19,13 +19,16 @@ import webdataset
 from PIL import Image
 from torch.utils.data import get_worker_info
 
-from shards import stream
+from shards import loader
 from shards.__main__ import main
+from shards.dataset import Split, _decode
 from shards.errors import InputError, run
-from shards.pack import build_index, pack
+from shards.index import build_index
+from shards.loader import Loader
+from shards.pack import pack
 from shards.pixels import decode_image
-from shards.sources import Item, Source
-from shards.stream import EpochPlan, Shares, Split, _decode
+from shards.plan import EpochPlan, Shares
+from shards.sources.item import Item, Source
 
 
 def positions(plan, epoch, start, *, batch, world):
@@ -105,7 +108,7 @@ def test_the_batches_of_an_epoch_are_nearly_equal():
 def test_a_process_without_images_has_two_stand_ins(shards):
     split = Split(shards, "train")
     plan = EpochPlan([4], shuffle=False)
-    (batch,) = split.batches(plan, 0, 0, batch=1, rank=5, world=6, workers=0)
+    (batch,) = Loader(split, plan, batch=1, rank=5, world=6, workers=0).batches(0)
     assert batch.weight.tolist() == [0, 0]
     assert batch.total == 4
 
@@ -115,7 +118,7 @@ def test_batches_carry_images_labels_and_weights(shards, workers):
     split = Split(shards, "train", ("No Finding", "Effusion"))
     plan = EpochPlan(split.shard_sizes(), 0)
     seen = []
-    for batch in split.batches(plan, 0, 0, batch=4, rank=0, world=1, workers=workers):
+    for batch in Loader(split, plan, batch=4, workers=workers).batches(0):
         assert batch.image.dtype == torch.uint8
         assert batch.image.shape[1:] == (1, 64, 64)
         for i, p in enumerate(batch.index.tolist()):
@@ -157,7 +160,7 @@ def test_every_key_exactly_once_whatever_divides(grid, number, world, workers):
         split = Split(grid / str(number), name)
         assert len(split.shards) == number
         plan = EpochPlan(split.shard_sizes(), 1, window=2, shuffle=shuffle)
-        read = [list(split.batches(plan, 3, 0, batch=2, rank=r, world=world, workers=workers)) for r in range(world)]
+        read = [list(Loader(split, plan, batch=2, rank=r, world=world, workers=workers).batches(3)) for r in range(world)]
         assert len({len(batches) for batches in read}) == 1
         keys = [split.key(int(p)) for batches in read for b in batches for p, weight in zip(b.index, b.weight, strict=True) if weight]
         assert sorted(keys) == sorted(f"{name}{i}" for i in range(3 * number - 1 - number % 2))
@@ -214,7 +217,7 @@ def test_ten_million_samples_open_and_resume_at_once(tmp_path, monkeypatch):
     for step in (0, 10, 100_000):
         plan = EpochPlan(split.shard_sizes(), 0)
         made.clear()
-        batches = split.batches(plan, 0, step * 64, batch=32, rank=1, world=2, workers=0)
+        batches = Loader(split, plan, batch=32, rank=1, world=2, workers=0).batches(0, step * 64)
         first[step] = lines(lambda batches=batches: next(batches))
         assert len(set(made)) <= 2, "a resume makes the windows of its first batch, not those before it"
     assert max(first.values()) < 1.5 * min(first.values())
@@ -359,11 +362,11 @@ def test_members_that_would_escape_are_refused(copied, name):
 def test_a_batch_is_not_overwritten_while_somebody_holds_it(shards):
     split = Split(shards, "train")
     plan = EpochPlan(split.shard_sizes(), 0)
-    kept = list(split.batches(plan, 0, 0, batch=4, rank=0, world=1, workers=0))
+    kept = list(Loader(split, plan, batch=4, workers=0).batches(0))
     for batch in kept:
         assert all((image[0].numpy() == split.image(int(p))).all() for p, image in zip(batch.index, batch.image, strict=True))
     addresses = set()
-    for batch in split.batches(plan, 0, 0, batch=4, rank=0, world=1, workers=0):
+    for batch in Loader(split, plan, batch=4, workers=0).batches(0):
         addresses.add(batch.image.data_ptr())
     assert len(addresses) <= 4, "memory is not used again"
 
@@ -377,7 +380,7 @@ def test_an_error_in_a_loader_process_is_one_line(copied):
     tar.write_bytes(data)
     plan = EpochPlan(split.shard_sizes(), shuffle=False)
     with pytest.raises(InputError, match=r"^\S*000000\.tar:train-000005: cannot be decoded.*remove it$"):
-        list(split.batches(plan, 0, 0, batch=4, rank=0, world=1, workers=1))
+        list(Loader(split, plan, batch=4, workers=1).batches(0))
 
 
 def foreign(root: Path, members: dict[str, bytes], name: str = "train-0.tar") -> Path:
@@ -464,12 +467,12 @@ class Troubled(Split):
     [("kill", "a loader process was killed"), ("freeze", "have delivered nothing for 2 s"), ("freeze later", "have delivered nothing for 2 s")],
 )
 def test_a_loader_process_that_is_lost_ends_the_run_in_one_line(shards, monkeypatch, trouble, words):
-    monkeypatch.setattr(stream, "STALLED", 2)
+    monkeypatch.setattr(loader, "STALLED", 2)
     monkeypatch.setattr(Troubled, "trouble", trouble)
     split = Troubled(shards, "train")
     plan = EpochPlan(split.shard_sizes(), shuffle=False)
     with pytest.raises(InputError, match=words):
-        list(split.batches(plan, 0, 0, batch=4, rank=0, world=1, workers=1))
+        list(Loader(split, plan, batch=4, workers=1).batches(0))
     gc.collect()
     assert not [child for child in multiprocessing.active_children() if child.is_alive() and trouble != "kill"]
 
@@ -489,9 +492,11 @@ def test_a_loader_process_that_is_killed_in_the_middle_of_a_step_is_one_line(cap
 def test_a_full_shared_memory_ends_the_run_in_one_line(shards):
     script = f"""
 from shards.errors import run
-from shards.stream import EpochPlan, Split
+from shards.dataset import Split
+from shards.loader import Loader
+from shards.plan import EpochPlan
 split = Split("{shards}", "train")
-run(lambda: print(len(list(split.batches(EpochPlan(split.shard_sizes()), 0, 0, batch=32, rank=0, world=1, workers=2)))))
+run(lambda: print(len(list(Loader(split, EpochPlan(split.shard_sizes()), batch=32, workers=2).batches(0)))))
 """
     inside = 'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$0" -c "$1"'
     done = subprocess.run(
@@ -525,9 +530,11 @@ def test_a_server_that_never_answers_does_not_keep_the_process(shards, tmp_path)
     script = f"""
 import http.server, threading, time
 from functools import partial
-from shards import stream
+from shards import loader
 from shards.errors import run
-from shards.stream import EpochPlan, Split
+from shards.dataset import Split
+from shards.loader import Loader
+from shards.plan import EpochPlan
 
 class Stuck(http.server.SimpleHTTPRequestHandler):
     def do_GET(self):
@@ -540,9 +547,9 @@ class Stuck(http.server.SimpleHTTPRequestHandler):
 server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Stuck, directory="{shards}"))
 server.daemon_threads = True
 threading.Thread(target=server.serve_forever, daemon=True).start()
-stream.STALLED = 3
+loader.STALLED = 3
 split = Split(f"http://127.0.0.1:{{server.server_port}}", "train")
-run(lambda: print(len(list(split.batches(EpochPlan(split.shard_sizes()), 0, 0, batch=4, rank=0, world=1, workers=1)))))
+run(lambda: print(len(list(Loader(split, EpochPlan(split.shard_sizes()), batch=4, workers=1).batches(0)))))
 """
     environment = os.environ | {"CXR_FOCUS_CACHE": str(tmp_path / "cache"), "PYTHONWARNINGS": "ignore"}
     done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, timeout=60)

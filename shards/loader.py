@@ -1,0 +1,297 @@
+"""Shards -> batches: the samples of an `EpochPlan`, read by processes that are started once and stay for the whole run.
+
+Legend: W processes that train, B images a process and batch; positions are those of a `Split`.
+"""
+
+import multiprocessing
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+
+from shards.dataset import Samples, Split
+from shards.errors import WORKER_LOST, InputError
+from shards.plan import EpochPlan, Share, Shares
+from shards.store import Remote
+
+FETCHERS = 4  # shards of a URL that are fetched ahead at a time
+STALLED = 600.0  # seconds without a batch after which the loader's processes count as stuck
+SHM_REMEDY = "use fewer --workers (0: none) or a smaller --batch, or give the container more (docker run --shm-size 1g)"
+
+
+@dataclass
+class Batch:
+    """What one process gets. A process whose share is empty gets others' images with weight 0.
+
+    image: uint8 [B,1,H,W]; label: int64 [B]; index: int64 [B], position in the split; weight: float32 [B], 1 or 0;
+    mask: bool [B,H,W] or None (only a Split opened with ``masks=True``); total: images of the global batch, of all processes.
+    """
+
+    image: torch.Tensor
+    label: torch.Tensor
+    index: torch.Tensor
+    weight: torch.Tensor
+    mask: torch.Tensor | None = None
+    total: int = 0
+
+    def pin_memory(self) -> "Batch":
+        """For the loader: in page-locked memory, from which copies to a GPU do not wait."""
+        pinned = replace(self)
+        for name, tensor in self.tensors().items():
+            setattr(pinned, name, tensor.pin_memory())
+        return pinned
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Those that there are, by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+
+
+class _Reader(Dataset["Batch | InputError"]):
+    """Share -> batch, in the loader's processes."""
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples, self.buffers = samples, _Buffers()
+
+    def __getitem__(self, share: Share) -> "Batch | InputError":
+        try:
+            batch = self._batch(share)
+            if get_worker_info() is not None:
+                for tensor in batch.tensors().values():
+                    tensor.share_memory_()  # here, where a full /dev/shm is an error: the queue's thread would lose the batch, and all would wait
+            return batch
+        except InputError as error:
+            return error  # raised by `Loader.batches`: a process of the loader would wrap it in its traceback
+        except RuntimeError as error:
+            if "shared memory" not in str(error) and "/torch_" not in str(error):
+                raise
+            return InputError(f"the loader's processes have no room left in /dev/shm; {SHM_REMEDY}")
+
+    def _batch(self, share: Share) -> Batch:
+        images = np.empty((0, 0, 0), np.uint8)
+        for i, position in enumerate(share.positions):
+            image = self.samples.image(position)
+            if not i:
+                images = self.buffers.get((len(share.positions), *image.shape))
+            elif image.shape != images.shape[1:]:
+                sizes = " and ".join(f"{shape[1]}x{shape[0]}" for shape in (images.shape[1:], image.shape))
+                raise InputError(f"{self.samples.where}: images of different sizes in one batch ({sizes}); pack them to one --size")
+            images[i] = image
+        masks = None
+        if self.samples.masks:
+            known = [self.samples.mask(p) for p in share.positions]
+            masks = torch.from_numpy(np.stack([m for m in known if m is not None]))  # all are there: checked when opened
+        return Batch(
+            image=torch.from_numpy(images)[:, None],
+            label=torch.from_numpy(self.samples.labels[share.positions].astype(np.int64)),
+            index=torch.from_numpy(share.positions),
+            weight=torch.full((len(images),), float(share.counts)),
+            mask=masks,
+            total=share.total,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"buffers": _Buffers()}
+
+
+class Loader:
+    """The batches of one rank, epoch after epoch.
+
+    Args:
+        samples: a split.
+        plan: of its epochs.
+        batch: images of a rank and batch at most.
+        rank, world: this process and how many there are; every rank gets equally many batches.
+        workers: processes that read. They start at the first batch and stay: a later fork would copy a process with the threads of CUDA, NCCL and
+            a tracker. 0: this process reads.
+        pinned: batches in page-locked memory, for a GPU.
+    """
+
+    def __init__(self, samples: Samples, plan: EpochPlan, *, batch: int, rank: int = 0, world: int = 1, workers: int = 0, pinned: bool = False) -> None:
+        self.samples, self.plan = samples, plan
+        self.batch, self.rank, self.world, self.workers = batch, rank, world, workers
+        self.sampler = _Armed()
+        options: dict[str, Any] = {"num_workers": workers, "pin_memory": pinned, "worker_init_fn": _leave_interrupts}
+        if workers:  # two batches ahead for each: more would not fit into the 64 MB of shared memory that a container has by default
+            options |= {"persistent_workers": True, "prefetch_factor": 2}
+        self.loader: Any = DataLoader(_Reader(samples), batch_size=None, sampler=self.sampler, collate_fn=None, **options)
+        self.processes: list[Any] = []
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from its sample ``start`` on.
+
+        Shards of a URL are fetched ahead, one window of the plan before they are needed. InputError: a sample that cannot be read, processes of the
+        loader that are killed, have no shared memory left, or deliver nothing for `STALLED` seconds.
+        """
+        shares = Shares(self.plan, epoch, start, batch=self.batch, rank=self.rank, world=self.world)
+        # Sets of lung masks, which are joined, are small: a shard of theirs is fetched when it is needed.
+        ahead = _Ahead(self.samples, self.plan, shares) if isinstance(self.samples, Split) and self.samples.store.remote else None
+        self.sampler.shares = ahead or shares
+        others = set(multiprocessing.active_children())
+        loader = iter(self.loader)
+        self.processes = self.processes or [child for child in multiprocessing.active_children() if child not in others]
+        watch = _Watch(self.processes)
+        try:
+            yield from _watched(loader, watch)
+        except (RuntimeError, OSError, EOFError) as error:
+            if watch.stalled:
+                what = f"have delivered nothing for {STALLED:g} s: is the disk or network of {self.samples.where} stuck, or a process stopped?"
+                raise InputError(f"the loader's processes {what}") from error
+            if "DataLoader worker" not in str(error) and not (self.workers and isinstance(error, ConnectionError | EOFError)):
+                raise
+            raise InputError(WORKER_LOST) from error
+        finally:
+            if ahead is not None:
+                ahead.close(wait=not watch.stalled)  # what is stuck is not waited for
+
+
+class _Armed(Sampler[Share]):
+    """Hands out the shares that it is armed with: the loader of the whole run has one sampler."""
+
+    def __init__(self) -> None:
+        self.shares: Iterable[Share] = ()
+
+    def __iter__(self) -> Iterator[Share]:
+        return iter(self.shares)
+
+
+def _watched(loader: Iterator[Any], watch: "_Watch") -> Iterator[Batch]:
+    """What the loader's processes deliver; the first InputError of theirs is raised here."""
+    try:
+        while True:
+            with watch.waiting():
+                got = next(loader, None)
+            if got is None:
+                return
+            if isinstance(got, InputError):
+                raise got
+            yield got
+    finally:
+        watch.end()
+
+
+class _Watch:
+    """Ends loader processes for which the main one has waited longer than `STALLED` seconds.
+
+    The loader's own timeout does not see a process that is frozen while it hands a batch over; a killed one ends every kind of waiting.
+    """
+
+    def __init__(self, processes: list[Any]) -> None:
+        self.processes, self.stalled = processes, False
+        self.since: float | None = None
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        if processes:
+            self.thread.start()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        self.since = time.monotonic()
+        try:
+            yield
+        finally:
+            self.since = None
+
+    def _watch(self) -> None:
+        while not self.over.wait(min(1.0, STALLED / 4)):
+            since = self.since
+            if since is not None and time.monotonic() - since > STALLED:
+                self.stalled = True
+                for process in self.processes:
+                    process.kill()
+                return
+
+    def end(self) -> None:
+        """Stop watching. Of processes that were killed torch's signal handler raises once more, wherever this one is: it does so here, unheard."""
+        self.over.set()
+        if self.processes:
+            self.thread.join()
+        if self.stalled:
+            for process in self.processes:
+                with suppress(RuntimeError):
+                    process.join(5)
+
+
+def _leave_interrupts(_: int) -> None:
+    """In a loader process: Ctrl-C is the parent's, which ends this one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class _Buffers:
+    """Memory of batches that nobody holds any more: asking the system for new pages costs as much as a tenth of decoding."""
+
+    def __init__(self) -> None:
+        self.known: list[np.ndarray] = []
+        self.idle = self._idle([np.empty(1, np.uint8)])
+
+    @staticmethod
+    def _idle(known: list[np.ndarray]) -> int:
+        """References that Python counts for an array that only the list holds, asked as `get` asks: 3, from Python 3.14 on 2."""
+        for array in known:
+            if array.shape == (1,) and (count := sys.getrefcount(array)):
+                return count
+        raise AssertionError
+
+    def get(self, shape: tuple[int, ...]) -> np.ndarray:
+        """An uninitialised uint8 array. It is handed out again when the tensors made from it are gone: they hold a reference to it."""
+        for array in self.known:
+            if array.shape == shape and sys.getrefcount(array) == self.idle:
+                return array
+        array = np.empty(shape, np.uint8)
+        self.known = [*self.known[-3:], array]
+        return array
+
+
+class _Ahead(Sampler[Share]):
+    """Hands out shares and has the shards of this window of the plan and of the next one fetched meanwhile."""
+
+    def __init__(self, split: Split, plan: EpochPlan, shares: Shares) -> None:
+        self.split, self.plan, self.shares = split, plan, shares
+        self.threads: list[threading.Thread] = []
+        self.queue: SimpleQueue[int | None] = SimpleQueue()
+        self.asked: set[int] = set()
+        self.room = split.store.room_ahead() if isinstance(split.store, Remote) else 0
+
+    def __len__(self) -> int:
+        return len(self.shares)
+
+    def __iter__(self) -> Iterator[Share]:
+        # Threads start here, after the loader has forked its workers.
+        self.asked = set()
+        self.threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(FETCHERS)]
+        for thread in self.threads:
+            thread.start()
+        for start in self.shares.starts():
+            room = self.room
+            for shard in self.plan.shards_ahead(self.shares.epoch, start):
+                room -= self.split.shards[shard]["bytes"]
+                if shard not in self.asked and room >= 0:
+                    self.asked.add(shard)
+                    self.queue.put(shard)
+            yield self.shares.share(start)
+
+    def _serve(self) -> None:
+        """In a thread, which the end of the process does not wait for: fetch what is asked for until nothing more is."""
+        while (shard := self.queue.get()) is not None:
+            with suppress(InputError):  # whoever needs the shard tries again and says so
+                self.split.store.shard(self.split.shards[shard])
+
+    def close(self, *, wait: bool = True) -> None:
+        """Drop what was not begun; with ``wait`` for the fetches under way: nothing of them is left when the next loader forks."""
+        with suppress(Empty):
+            while True:
+                self.queue.get_nowait()
+        for _ in self.threads:
+            self.queue.put(None)
+        if wait:
+            for thread in self.threads:
+                thread.join()
+        self.threads = []

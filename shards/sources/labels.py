@@ -1,0 +1,123 @@
+"""The findings of a table's rows: names in a cell, or a column of 0 and 1 for each finding."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from shards.errors import InputError, listed, nearest
+from shards.sample import NO_FINDING, SUPPORT_DEVICES, spelling
+from shards.sources.cells import Row
+
+NOBODY = ("", "na", "nan", "none", "null", "n/a", "-")  # what stands for nothing in a cell
+
+
+@dataclass
+class Columns:
+    """Names of the columns of a table. ``finding``: one column with names, or several of 0 and 1 named after their finding."""
+
+    path: str = "path"
+    finding: Sequence[str] = ("finding",)
+    split: str = ""
+    patient: str = ""
+    separator: str = "|"
+
+
+def labelled(
+    rows: Sequence[Row],
+    names: Sequence[str],
+    columns: Columns,
+    declared: Sequence[str] | None,
+    flag: str,
+    skipped: dict[str, int],
+    notes: list[str],
+    skip: bool,
+) -> list[tuple[Row, tuple[str, ...]]]:
+    """The rows that can be used, each with its findings. InputError: a finding that is not among ``declared``, and what else a cell should not hold."""
+    healthy = next((name for name in names if spelling(name) == spelling(NO_FINDING)), "")
+    if not _indicators(rows, columns):
+        found = [_named(row, columns, flag, skipped, notes, skip) for row in rows]
+    else:
+        found = [_indicated(row, columns, healthy, flag, skipped, skip) for row in rows]
+        assumed = [row for row, findings in zip(rows, found, strict=True) if findings == (NO_FINDING,)]
+        if not healthy and assumed:
+            flags = [name for name in names if name not in columns.finding and _only_numbers(rows, name)]
+            ones = {name: sum(row[name] in ("1", "1.0") for row in assumed) for name in flags}
+            ill = sum(any(row[name] in ("1", "1.0") for name in flags) for row in assumed)
+            also = f" ({ill} of them have a 1 in another column: {listed(f'{name} {n}' for name, n in ones.items() if n)})" if ill else ""
+            notes.append(f"the table has no column {NO_FINDING!r}: its {len(assumed)} rows with none of the findings named are taken as healthy{also}")
+    taken = []
+    for row, findings in zip(rows, found, strict=True):
+        other = [name for name in findings or () if declared and name not in declared]
+        if other and not skip:
+            raise InputError(
+                f"{flag}, row {row.line}: the finding {other[0]!r} was not declared; {nearest(other[0], declared or ())}; "
+                "correct the row, add it to --findings, or leave such rows out with --on-bad skip"
+            )
+        if other:
+            skipped["a finding that was not declared"] += 1
+        elif findings is not None:
+            taken.append((row, findings))
+    return taken
+
+
+def _only_numbers(rows: Sequence[Row], name: str) -> bool:
+    values = {row[name].lower() for row in rows}
+    return {""} != values <= {"0", "1", "-1", "0.0", "1.0", "-1.0", "", "true", "false", "yes", "no"}
+
+
+def _indicators(rows: Sequence[Row], columns: Columns) -> bool:
+    """Whether the columns hold 0 and 1, each named after its finding, and not names of findings."""
+    return len(columns.finding) > 1 or _only_numbers(rows, columns.finding[0])
+
+
+def _named(row: Row, columns: Columns, flag: str, skipped: dict[str, int], notes: list[str], skip: bool) -> tuple[str, ...] | None:
+    """Findings of a cell of names."""
+    cell = columns.finding[0]
+    found = tuple(dict.fromkeys(name.strip() for name in row[cell].split(columns.separator) if name.strip()))
+    if not found or any(name.lower() in NOBODY for name in found):
+        if skip:
+            skipped[f"no finding in column {cell!r}"] += 1
+            return None
+        what = f"no finding in column {cell!r}" if not found else f"column {cell!r} holds {row[cell]!r}, which is no finding"
+        raise InputError(f"{flag}, row {row.line}: {what}; write {NO_FINDING!r} where there is none, or leave such rows out with --on-bad skip")
+    for name in found:
+        if name != NO_FINDING and spelling(name) == spelling(NO_FINDING):
+            note = f"{name!r} is read as {NO_FINDING!r}"
+            if note not in notes:
+                notes.append(note)
+    found = tuple(dict.fromkeys(NO_FINDING if spelling(name) == spelling(NO_FINDING) else name for name in found))
+    if NO_FINDING in found and len(found) > 1:
+        if skip:
+            skipped[f"{NO_FINDING} and something else"] += 1
+            return None
+        raise InputError(f"{flag}, row {row.line}: says {NO_FINDING} and something else ({listed(found)}); correct the row")
+    return found
+
+
+def _indicated(row: Row, columns: Columns, healthy: str, flag: str, skipped: dict[str, int], skip: bool) -> tuple[str, ...] | None:
+    """Findings of columns of 1, 0, -1 (uncertain) and nothing; ``healthy``: the table's own column No Finding, which alone says that an image is."""
+    where = f"{flag}, row {row.line}"
+    values = {name: _number(row[name], where, name) for name in columns.finding}
+    if min(values.values()) < 0:
+        skipped["uncertain finding (-1)"] += 1
+        return None
+    found = tuple(name for name, value in values.items() if value > 0 and name != healthy)
+    well = _number(row[healthy], where, healthy) > 0 if healthy else not found
+    if well and set(found) - {SUPPORT_DEVICES}:
+        if skip:
+            skipped[f"{NO_FINDING} and something else"] += 1
+            return None
+        raise InputError(f"{where}: says {NO_FINDING} and something else ({listed(found)}); correct the row")
+    if not well and not found:
+        skipped[f"none of the findings named, and not called {NO_FINDING}"] += 1
+        return None
+    return ((NO_FINDING,) if well else ()) + found
+
+
+def _number(value: str, where: str, name: str) -> float:
+    try:
+        number = float(value) if value else 0.0
+    except ValueError:
+        number = {"true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0}.get(value.lower(), 9.0)
+    if number not in (-1.0, 0.0, 1.0):
+        raise InputError(f"{where}: column {name!r} holds {value!r}; expected 1, 0, -1 (uncertain) or nothing")
+    return number
