@@ -24,7 +24,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,13 @@ from shards.pack import pack
 from shards.phantom import Phantoms
 from shards.plan import EpochPlan
 from shards.store import open_store
-from trainer.config import Config, parse
-from trainer.evaluate import evaluate
+from trainer.build import build
+from trainer.command import parse
+from trainer.config import Config
+from trainer.loop import Trainer
 from trainer.lungs import LungFinder, load_segmenter
 from trainer.metrics import multiclass_auc, summarize
 from trainer.rules import read_findings, rules_of, task_findings
-from trainer.train import Trainer, build
 
 HERE = Path(__file__).parent
 SIZE, TRAIN, TEST = 128, 600, 600  # pixels; training images; test images where the shortcut says nothing, half of it elsewhere
@@ -218,7 +219,7 @@ def run(work: Path, spec: Spec) -> dict[str, Any]:
         look = name == "says nothing"
         if look:
             data.remember(finder, split, "test")
-        seen = evaluate(trainer.accelerator, trainer.model, split, finder, trainer.config, RULES, look=look)
+        seen = replace(trainer.evaluator, rules=RULES, splits={name: split}, lungs={name: finder}).measure(name, cams=look)
         right = (seen.logits.argmax(1) == seen.labels).float()
         result[name] = {"accuracy": float(right.mean()), "auc": multiclass_auc(seen.logits, seen.labels)}
         if look:

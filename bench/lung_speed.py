@@ -18,7 +18,8 @@ from step import processor, publish, quartiles
 
 from shards.phantom import phantom
 from trainer.classifier import FocusClassifier
-from trainer.lungs import PUBLISHED_CHANNELS, PUBLISHED_SIZE, LungFinder, LungSegmenter, load_segmenter
+from trainer.lungs import LungFinder, LungSegmenter, load_segmenter
+from trainer.lungs.unet import PUBLISHED_CHANNELS, PUBLISHED_SIZE
 
 
 def main() -> None:

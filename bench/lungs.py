@@ -20,9 +20,9 @@ from matplotlib.figure import Figure
 
 from shards.pixels import fit, load_image
 from shards.sources.folders import image_masks
-from trainer import cleanup, lung_report
-from trainer.lungs import LungSegmenter, load_segmenter, lung_boxes
-from trainer.paint import collapse, gas, negative, opacity, sides
+from trainer import lung_report
+from trainer.lungs import LungSegmenter, cleanup, load_segmenter, lung_boxes
+from trainer.lungs.paint import collapse, gas, negative, opacity, sides
 
 SOURCES = {"Shenzhen": "CHN", "Montgomery": "MCU"}
 SIZE = 512

@@ -1,6 +1,6 @@
 """python bench/reading.py: reading and packing side by side with what they are made of, and with other readers.
 
-Reading, one core, batches of 32: `Split.batches` against (a) bare decoding of the same bytes from memory, (b) `webdataset`'s own
+Reading, one core, batches of 32: `Loader.batches` against (a) bare decoding of the same bytes from memory, (b) `webdataset`'s own
 pipeline on the same tars, (c) torchvision's ImageFolder on 1024 px PNGs resized to 512. Packing: `shards.pack` against decode,
 resize and encode of the same files in a bare loop. Alternating pairs; medians with quartiles of the ratios go into bench/reading.md.
 Images are phantoms of 1024 px, or those of CXR_FOCUS_REAL_DATA/nih/original.

@@ -37,7 +37,7 @@ from sklearn.metrics import roc_auc_score
 from step import processor
 
 from shards.dataset import Split
-from trainer.annotations import lesion_boxes, lesion_regions
+from trainer.regions.lesions import lesion_boxes, lesion_regions
 
 HERE = Path(__file__).parent
 BASE = "cross-entropy"

@@ -19,9 +19,10 @@ from shards.loader import Batch, Loader
 from shards.pack import pack
 from shards.phantom import Phantoms
 from shards.plan import EpochPlan
+from trainer.build import build
 from trainer.config import AttentionConfig, Config
+from trainer.loop import Trainer
 from trainer.regions import PUBLISHED, Regions
-from trainer.train import Trainer, build
 
 
 def processor() -> str:

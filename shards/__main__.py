@@ -280,7 +280,7 @@ def _odd_names(index: dict[str, Any]) -> None:
 
 def _index(a: argparse.Namespace) -> None:
     from shards.index import build_index
-    from shards.pack import merge
+    from shards.merge import merge
 
     if a.merge:
         _made(merge(a.dir), a.dir)

@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -24,7 +24,6 @@ from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import webdataset
 from tqdm import tqdm
 
@@ -34,12 +33,12 @@ from shards.cores import cores
 from shards.errors import InputError, listed, read_json
 from shards.files import file_sha256
 from shards.gray import choose_scales, scale_of
-from shards.index import ROW, VERSION, index_tar, write_index
+from shards.index import VERSION, index_tar
+from shards.merge import NOTES, SHARDS, merge, note_of, refuse_existing, work_folder
 from shards.pixels import extent
 from shards.sample import SPLITS, check_key, encode
 from shards.sources.item import Source
 
-SHARDS, NOTES = "shards", "notes"  # in the working folder
 SMALL = 400  # items below which starting processes costs more than it saves
 
 
@@ -90,7 +89,7 @@ def pack(
     """
     refuse_existing(out)
     jobs = _jobs(source, per_shard)
-    work = _work_folder(out)
+    work = work_folder(out)
     _set_scales(source, workers)
     packer = _Packer(source, work, form, on_bad)
     plan = {"version": VERSION, "dataset": dataset, "classes": list(source.classes), "stored": source.settings() | {"format": form}}
@@ -117,27 +116,6 @@ def pack(
         except KeyboardInterrupt:
             print(f"\n{_kept(work)}", file=sys.stderr)
             raise
-
-
-def _work_folder(out: Path) -> Path:
-    out = Path(os.path.abspath(out))
-    return out.with_name(out.name + ".partial")
-
-
-def _note(work: Path, name: str) -> Path:
-    """The note of the shard ``train/000000.tar``."""
-    return work / NOTES / f"{name.replace('/', '-')}.json"
-
-
-def refuse_existing(out: Path) -> None:
-    """InputError unless ``out`` is missing or an empty folder that can be replaced: shards are never overwritten or mixed."""
-    if out.is_symlink():
-        raise InputError(f"--out {out}: is a link; name the folder itself")
-    if out.is_dir() and (os.path.ismount(out) or out.resolve() == Path.cwd()):
-        what = "a mounted volume" if os.path.ismount(out) else "the working folder"
-        raise InputError(f"--out {out}: is {what}, which cannot be replaced in one step; name a folder inside it, such as {out / 'shards'}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"--out {out}: already holds something; choose another folder or remove this one first")
 
 
 def _jobs(source: Source, per_shard: int) -> list[Job]:
@@ -281,7 +259,7 @@ class _Packer:
     def shard(self, job: Job, tick: Any) -> dict[str, Any]:
         """Make the shard, or find that it is made; returns its note."""
         path = self.work / SHARDS / job.name
-        note = _note(self.work, job.name)
+        note = note_of(self.work, job.name)
         items = self.source.items[job.start : job.stop]
         made_from = self._made_from(items)
         if note.is_file():
@@ -372,53 +350,3 @@ def _work(job: Job) -> dict[str, Any]:
             _count.value += 1
 
     return _packer.shard(job, tick)
-
-
-def merge(out: Path) -> dict[str, Any]:
-    """Finished shards in ``out.partial`` -> their index, then the name ``out``. InputError: which shards are missing."""
-    work = _work_folder(out)
-    refuse_existing(out)
-    try:
-        plan = read_json(work / "plan.json")
-        names: list[str] = plan["shards"]
-    except (OSError, InputError, KeyError) as error:
-        raise InputError(f"{work}: holds no packed parts; make them with `python -m shards ... --out {out} --part 1/N`") from error
-    missing = [name for name in names if not _note(work, name).is_file()]
-    if missing:
-        raise InputError(f"{work}: {len(missing)} of {len(names)} shards are not made yet: {listed(missing)}; run the parts that make them")
-    shards: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    tables: dict[str, list[np.ndarray]] = defaultdict(list)
-    findings: dict[str, list[tuple[str, ...]]] = defaultdict(list)
-    skipped: list[dict[str, str]] = []
-    homes: dict[str, set[str]] = defaultdict(set)  # of each image
-    remarks: Counter[str] = Counter()
-    for name in names:
-        split, note = name.partition("/")[0], read_json(_note(work, name))
-        skipped += note["skipped"]
-        remarks.update(note.get("remarks", {}))
-        if not note["rows"]:
-            continue
-        tar = work / SHARDS / name
-        if not tar.is_file() or tar.stat().st_size != note["bytes"]:
-            raise InputError(f"{tar}: is not the shard that was made; copy it again or run its part again")
-        shards[split].append({"name": name, "bytes": note["bytes"], "sha256": note["sha256"], "samples": len(note["rows"])})
-        tables[split].append(np.array([tuple(row) for row in note["rows"]], ROW))
-        findings[split] += [tuple(found) for found in note["findings"]]
-        for content in note["contents"]:
-            homes[content].add(split)
-    if not shards:
-        raise InputError(f"{work}: every sample was skipped: {listed(s['key'] + ': ' + s['why'] for s in skipped)}")
-    shared = sum(len(splits) > 1 for splits in homes.values())
-    more = {"stored": plan["stored"], "left_out": plan["left_out"], "skipped": skipped, "remarks": remarks, "in_two_splits": shared}
-    whole = work / SHARDS
-    wanted = {shard["name"] for of_split in shards.values() for shard in of_split}
-    for path in whole.glob("*/*"):  # of an earlier plan, or of a process that was killed
-        if path.relative_to(whole).as_posix() not in wanted:
-            path.unlink()
-    index = write_index(whole, plan["dataset"], plan["classes"], shards, tables, findings, more)
-    if out.exists():
-        out.rmdir()  # refuse_existing made sure that it is empty
-    whole.rename(out)
-    sync(work.parent)
-    shutil.rmtree(work, ignore_errors=True)
-    return index

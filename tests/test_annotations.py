@@ -8,9 +8,10 @@ from shards.dataset import Split
 from shards.errors import InputError
 from shards.loader import Loader
 from shards.plan import EpochPlan
-from trainer import train as loop
-from trainer.annotations import Annotations, drawn, lesion_boxes, lesion_regions
-from trainer.augment import lung_masks
+from trainer.augment import draw, lung_masks
+from trainer.build import build
+from trainer.command import resolve
+from trainer.regions.lesions import Annotations, drawn, lesion_boxes, lesion_regions
 
 SMALL = ["--backbone", "resnet18", "--pretrained", "false", "--size", "64", "--batch", "8", "--workers", "0", "--tracker", "none", "--task", "nep"]
 
@@ -26,12 +27,14 @@ def flags(shards, segmenter, tmp_path):
 
 
 def test_boxes_are_drawn_outward_at_any_size():
-    region = drawn([(10, 20, 31, 40), (60.5, 0, 64, 1)], (64, 64), 32).numpy()
+    region = drawn([[(10, 20, 31, 40), (60.5, 0, 64, 1)], []], (64, 64), 32).numpy()
     expected = np.zeros((32, 32), bool)
     expected[10:20, 5:16] = True
     expected[0:1, 30:32] = True
-    assert (region == expected).all()
-    wide = drawn([(0, 0, 10, 10)], (40, 20), 40)  # height, width
+    assert (region[0] == expected).all()
+    assert not region[1].any()
+    (wide,) = drawn([[(0, 0, 10, 10)]], (40, 20), 40)  # height, width
+    assert drawn([[], []], (64, 64), 8).shape == (2, 8, 8)
     assert wide.sum() == 10 * 20
 
 
@@ -61,7 +64,7 @@ def test_regions_are_those_of_the_images_that_are_used(split):
 @pytest.mark.parametrize("region", ["anatomy", "annotation", "both"])
 def test_which_region_an_image_gets(flags, region):
     more = [] if region == "anatomy" else ["--attention.annotated", "0.5"]
-    job = loop.build(loop.resolve([*flags, "--attention.region", region, "--swap.probability", "0", *more]))
+    job = build(resolve([*flags, "--attention.region", region, "--swap.probability", "0", *more]))
     split = job.splits["train"]
     batch = next(iter(Loader(split, EpochPlan(split.shard_sizes()), batch=20, workers=0).batches(0)))
     seen = job.prepare(batch, True)
@@ -70,18 +73,18 @@ def test_which_region_an_image_gets(flags, region):
     for b, position in enumerate(batch.index.tolist()):
         used = job.annotations is not None and position in job.annotations.boxes
         if used:
-            assert torch.equal(seen.region[b] > 0, drawn(job.annotations.boxes[position], (64, 64), 64))
+            assert torch.equal(seen.region[b] > 0, drawn([job.annotations.boxes[position]], (64, 64), 64)[0])
         else:
             assert torch.equal(seen.region[b], anatomy[b] if region != "annotation" else torch.zeros(64, 64))
         assert seen.positive[b] == float((seen.region[b] > 0).any())
 
 
 def test_annotations_move_with_the_image(flags):
-    job = loop.build(loop.resolve([*flags, "--attention.region", "annotation", "--swap.probability", "0", "--augment.shift", "0.2"]))
+    job = build(resolve([*flags, "--attention.region", "annotation", "--swap.probability", "0", "--augment.shift", "0.2"]))
     split = job.splits["train"]
     batch = next(iter(Loader(split, EpochPlan(split.shard_sizes()), batch=20, workers=0).batches(0)))
     moved, still = job.prepare(batch, True), job.annotations.regions(batch.index, (64, 64), 64)
-    draws = loop.draw(0, 0, batch.index)
+    draws = draw(0, 0, batch.index)
     for b, label in enumerate(batch.label.tolist()):
         if label:
             dx, dy = ((2 * draws[b, :2] - 1) * 0.2 * 64).tolist()
@@ -99,7 +102,7 @@ def test_annotations_move_with_the_image(flags):
 )
 def test_no_annotations_is_said_at_once(flags, tmp_path, more, words):
     with pytest.raises(InputError, match=words):
-        loop.build(loop.resolve([*flags, "--attention.region", "annotation", *more]))
+        build(resolve([*flags, "--attention.region", "annotation", *more]))
 
 
 def test_annotations_without_any_box_in_the_shards(flags, tmp_path):
@@ -114,4 +117,4 @@ def test_annotations_without_any_box_in_the_shards(flags, tmp_path):
 
     pack(Bare(30, 0, size=64), tmp_path / "bare", dataset="phantom", workers=1)
     with pytest.raises(InputError, match=r"--attention.region both: no training image has a box of its finding; pack lesion boxes"):
-        loop.build(loop.resolve([*flags, "--shards", str(tmp_path / "bare"), "--attention.region", "both"]))
+        build(resolve([*flags, "--shards", str(tmp_path / "bare"), "--attention.region", "both"]))

@@ -1,5 +1,7 @@
+import numpy as np
 import pytest
 import torch
+from scipy.stats import kstest
 
 from trainer.augment import Strength, augment, draw, lung_masks, resize
 from trainer.lungs import lung_boxes, outlines
@@ -78,3 +80,21 @@ def test_a_box_is_cut_at_the_image_and_never_empty():
 def test_resize():
     images = torch.full((2, 1, 50, 70), 51, dtype=torch.uint8)
     assert torch.allclose(resize(images, 32), torch.full((2, 1, 32, 32), 0.2))
+
+
+def test_noise_is_normal_and_of_the_image_alone():
+    from trainer.augment import _normal
+
+    seeds = torch.tensor([3, 2**52 + 1, -7])
+    noise = _normal(seeds, 300, 200)
+    assert noise.shape == (3, 1, 300, 200)
+    assert torch.equal(_normal(seeds[1:2], 300, 200)[0], noise[1])
+    flat = noise.flatten(1).double()
+    assert flat.mean(1).abs().max() < 4 / 60_000**0.5
+    assert (flat.std(1) - 1).abs().max() < 0.02
+    for sample in flat.numpy():
+        assert kstest(sample, "norm").pvalue > 1e-3
+        assert abs(np.corrcoef(sample[:-1], sample[1:])[0, 1]) < 0.02
+        assert abs(np.corrcoef(sample[:-200], sample[200:])[0, 1]) < 0.02
+    assert np.abs(np.corrcoef(flat.numpy())[np.triu_indices(3, 1)]).max() < 0.02
+    assert flat.abs().max() > 3.5

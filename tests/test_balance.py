@@ -5,17 +5,17 @@ import pytest
 import torch
 from conftest import GOLDEN
 
-from trainer.balance import MOMENTUM, Balance, published_lambda
+from trainer.balance import MOMENTUM, Balance, StepSums, published_lambda
 from trainer.config import Config
 from trainer.context import Swap
-from trainer.train import squared_norm
+from trainer.loop import squared_norm
 
 PUBLISHED = json.loads((GOLDEN / "published.json").read_text())
 
 
-def sums(ce: float, attention: float, images: int, positives: int, ce_norm: float = 0.0, attention_norm: float = 0.0) -> torch.Tensor:
-    """What a step hands to `Balance.update`: sums, counts, squared norms."""
-    return torch.tensor([ce, attention, images, positives, ce_norm**2, attention_norm**2], dtype=torch.float64)
+def sums(ce: float, attention: float, images: int, positives: int, ce_norm: float = 0.0, attention_norm: float = 0.0) -> StepSums:
+    """What a step hands to `Balance.update`, from norms that are not squared."""
+    return StepSums(ce, attention, images, positives, ce_norm**2, attention_norm**2)
 
 
 @pytest.mark.parametrize("epoch", PUBLISHED["lambda"])

@@ -149,8 +149,8 @@ def test_a_pickle_is_never_executed(tmp_path, monkeypatch):
 
 def test_without_the_hub_both_remedies_are_named(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("trainer.classifier.huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr("trainer.classifier.huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("trainer.backbone.huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("trainer.backbone.huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(InputError, match=r"--pretrained FILE .*--pretrained false"):
         FocusClassifier("resnet18", 2, size=64)
 

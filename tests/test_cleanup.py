@@ -3,7 +3,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from trainer.cleanup import believable, clean, complete, components, fill_holes, plain, tidy, two_largest
+from trainer.lungs.cleanup import believable, clean, complete, components, fill_holes, plain, tidy, two_largest
 
 EIGHT = np.ones((3, 3), bool)
 

@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from shards.errors import InputError
-from trainer.config import Config, LungsTrainConfig, from_yaml, parse, to_yaml
+from trainer.command import from_yaml, parse, to_yaml
+from trainer.config import Config, LungsTrainConfig
 
 NEEDED = ["--shards", "s", "--out", "o"]
 

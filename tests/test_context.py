@@ -12,10 +12,12 @@ ALWAYS = Swap(probability=1.0, dilate=0.0, feather=0.0)
 
 def swap(*args, **options) -> torch.Tensor:
     """The images; who lent to whom agrees with them."""
-    images, lenders = swap_context(*args, **options)
-    changed = (images != args[0]).flatten(1).any(1).tolist()
-    assert all(lender != b for b, lender in enumerate(lenders) if changed[b])
-    return images
+    images, boxes, inside, *more = args
+    options = {name: torch.tensor(value) if isinstance(value, list) else value for name, value in options.items()}
+    swapped, lenders = swap_context(images, boxes, torch.tensor(inside), *more, **options)
+    changed = (swapped != images).flatten(1).any(1).tolist()
+    assert all(lender != b for b, lender in enumerate(lenders.tolist()) if changed[b])
+    return swapped
 
 
 def test_the_kept_box_by_hand():
@@ -35,8 +37,8 @@ def test_the_kept_box_reaches_as_far_as_any_region():
     kept = kept_box(torch.tensor([[10, 8, 30, 28]]), S, 0.05, 0.0, reach=0.1)[0]
     assert (kept[4:32, 6:34] == 1).all()
     assert kept.sum() == 28 * 28
-    assert under(torch.tensor([[10, 20, 30, 40], [7, 17, 33, 43]]), S, 0.0, 0.0)[0] == [True, False]
-    assert under(torch.tensor([[10, 20, 30, 40], [7, 17, 33, 43]]), S, 0.0, 0.0, reach=0.1)[0] == [True, True]
+    assert under(torch.tensor([[10, 20, 30, 40], [7, 17, 33, 43]]), S, 0.0, 0.0)[0].tolist() == [True, False]
+    assert under(torch.tensor([[10, 20, 30, 40], [7, 17, 33, 43]]), S, 0.0, 0.0, reach=0.1)[0].tolist() == [True, True]
 
 
 def test_a_kept_mask_is_whole_and_falls_off_around():
@@ -52,12 +54,15 @@ def test_a_kept_mask_is_whole_and_falls_off_around():
 def test_partners():
     draws = torch.tensor([[0.1, 0.0], [0.1, 0.99], [0.9, 0.5], [0.1, 0.5]])
     # The third does not want, the fourth has nobody.
-    assert partners([[1, 2], [0, 2], [0, 1], []], draws, 0.5) == [1, 2, 2, 3]
+    candidates = torch.tensor([[0, 1, 1, 0], [1, 0, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0]], dtype=torch.bool)
+    assert partners(candidates, draws, 0.5).tolist() == [1, 2, 2, 3]
 
 
 def test_every_candidate_is_as_likely():
     draws = torch.from_numpy(np.random.default_rng(0).random((4000, 2)))
-    counts = np.bincount(partners([[1, 2, 3]] * 4000, draws, 1.0), minlength=4)
+    candidates = torch.zeros(4000, 4000, dtype=torch.bool)
+    candidates[:, 1:4] = True
+    counts = np.bincount(partners(candidates, draws, 1.0).numpy(), minlength=4)
     assert counts[0] == 0
     assert counts[1:4] == pytest.approx([4000 / 3] * 3, rel=0.1)
 
@@ -65,9 +70,9 @@ def test_every_candidate_is_as_likely():
 def test_which_boxes_lie_under_which():
     boxes = torch.tensor([[20, 20, 60, 60], [18, 18, 62, 62], [16, 20, 60, 60], [30, 30, 50, 50]])
     # The first reaches 2 pixels further by its sides' twentieth, and 1 by the seam; the small one 1 and 1.
-    assert under(boxes, 100, 0.05, 0.01)[0] == [True, True, False, True]
-    assert under(boxes, 100, 0.05, 0.01)[3] == [False, False, False, True]
-    assert under(boxes, 100, 0.0, 0.0)[1] == [True, True, False, True]
+    assert under(boxes, 100, 0.05, 0.01)[0].tolist() == [True, True, False, True]
+    assert under(boxes, 100, 0.05, 0.01)[3].tolist() == [False, False, False, True]
+    assert under(boxes, 100, 0.0, 0.0)[1].tolist() == [True, True, False, True]
 
 
 def plain(*values: float) -> torch.Tensor:
@@ -91,7 +96,7 @@ def test_findings_outside_the_box_neither_take_nor_lend():
     boxes = torch.tensor([[10, 10, 30, 30]] * 3)
     swapped = swap(images, boxes, [True, False, True], torch.zeros(3, 2), ALWAYS)
     assert torch.equal(swapped[1], images[1])
-    assert swap_context(images, boxes, [True, False, True], torch.zeros(3, 2), ALWAYS).lenders == [2, 1, 0]
+    assert swap_context(images, boxes, torch.tensor([True, False, True]), torch.zeros(3, 2), ALWAYS).lenders.tolist() == [2, 1, 0]
     assert swapped[0, 0, 0, 0] == images[2, 0, 0, 0]
     assert swapped[2, 0, 0, 0] == images[0, 0, 0, 0]
 
@@ -136,6 +141,50 @@ def test_lesions_are_laid_into_a_healthy_image():
     swapped = swap(images, boxes, [True] * 3, torch.zeros(3, 2), ALWAYS, lesions=lesions, healthy=[False] * 3)
     assert swapped[0, 0, 25, 25] == pytest.approx(0.9)
     assert swapped[0, 0, 0, 0] == pytest.approx(0.3)
+
+
+def told(boxes, inside, healthy, marked, draws, settings):
+    """Who lends to whom, image after image, as a reader would do it."""
+    every = range(len(boxes))
+    fits, alike = (under(boxes, S, dilate, feather).tolist() for dilate, feather in ((settings.dilate, settings.feather), (0.2, 0.0)))
+
+    def one(theirs, b, probability):
+        whether, whom = draws[b].double().tolist()
+        return theirs[int(whom * len(theirs))] if theirs and whether < probability else b
+
+    homes = [[k for k in every if healthy[k] and k != b and alike[b][k] and alike[k][b]] for b in every]
+    hosts = [one(homes[b] if marked[b] else [], b, settings.probability) for b in every]
+    others = [one(homes[b], b, 1.0) for b in every]
+    lenders, pieces = list(hosts), {b: b for b in every if hosts[b] != b}
+    for b in every:
+        host = hosts[b]
+        if host != b and others[host] != host and lenders[host] == host:
+            lenders[host], pieces[host] = others[host], b
+    free = [inside[b] and lenders[b] == b for b in every]
+    swapped = [one([k for k in every if free[b] and inside[k] and k != b and fits[b][k]], b, settings.probability) for b in every]
+    return [swapped[b] if free[b] else lenders[b] for b in every], pieces
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_device_decides_as_a_reader_would(seed):
+    rng = np.random.default_rng(seed)
+    count, settings = 24, Swap(0.7, 0.1, 0.02)
+    low = torch.from_numpy(rng.integers(8, 11, (count, 2)))
+    boxes = torch.cat([low, low + torch.from_numpy(rng.integers(18, 22, (count, 2)))], 1)
+    inside, healthy, marked = (torch.from_numpy(rng.random(count) < share) for share in (0.8, 0.3, 0.5))
+    marked &= ~healthy
+    lesions = torch.zeros(count, S, S, dtype=torch.bool)
+    for b in marked.nonzero()[:, 0].tolist():
+        x, y = rng.integers(8, 24, 2)
+        lesions[b, y : y + 5, x : x + 5] = True
+    draws, images = torch.from_numpy(rng.random((count, 2), np.float32)), torch.rand(count, 1, S, S)
+    lenders, pieces = told(boxes, inside.tolist(), healthy.tolist(), marked.tolist(), draws, settings)
+    swapped = swap_context(images, boxes, inside, draws, settings, lesions=lesions, healthy=healthy)
+    assert swapped.lenders.tolist() == lenders
+    assert len(set(pieces) - set(marked.nonzero()[:, 0].tolist())) > 0, "some host keeps a piece"
+    for b, piece in pieces.items():
+        expected = blend(images[b : b + 1], kept_mask(lesions[piece : piece + 1], settings.feather / 2), images[lenders[b] : lenders[b] + 1])
+        assert torch.equal(swapped.images[b], expected[0])
 
 
 def test_a_lesion_beyond_the_lung_box_stays():

@@ -7,6 +7,9 @@ import pytest
 from test_train import TOGETHER
 
 from trainer import train as loop
+from trainer.build import build
+from trainer.command import resolve
+from trainer.loop import Trainer
 
 KEPT = json.loads(curves.FILE.read_text())
 
@@ -31,17 +34,17 @@ def test_a_run_has_the_figures_that_are_kept(shards, tmp_path, name):
 
 
 def test_so_has_one_that_was_interrupted(shards, tmp_path, monkeypatch):
-    ordinary = loop.Trainer.step
+    ordinary = Trainer.step
 
     def dies(self, group, lam):
         if self.state.step == 8:
             raise InterruptedError
         return ordinary(self, group, lam)
 
-    monkeypatch.setattr(loop.Trainer, "step", dies)
+    monkeypatch.setattr(Trainer, "step", dies)
     with pytest.raises(InterruptedError):
-        loop.build(loop.resolve([*curves.flags("resnet", shards, tmp_path / "run"), "--save_every", "3"])).train()
-    monkeypatch.setattr(loop.Trainer, "step", ordinary)
+        build(resolve([*curves.flags("resnet", shards, tmp_path / "run"), "--save_every", "3"])).train()
+    monkeypatch.setattr(Trainer, "step", ordinary)
     loop.main(["--out", str(tmp_path / "run"), "--resume"])
     same(curves.figures(tmp_path / "run"), KEPT["runs"]["resnet"])
 

@@ -5,9 +5,9 @@ from PIL import Image
 from shards.errors import InputError
 from shards.phantom import Phantoms
 from shards.pixels import fit, load_image
-from trainer import learn_regions
-from trainer.learn_regions import main
 from trainer.regions import finding_regions, wider
+from trainer.regions import learn as learn_regions
+from trainer.regions.learn import main
 from trainer.rules import read_file, read_findings, rules_of
 
 

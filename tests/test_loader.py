@@ -3,6 +3,7 @@ import io
 import json
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from torch.utils.data import get_worker_info
 
 from shards import loader
 from shards.__main__ import main
-from shards.dataset import Split, _decode
+from shards.dataset import Joined, Split, _decode
 from shards.errors import InputError, run
 from shards.index import build_index
 from shards.loader import Loader
@@ -449,16 +450,16 @@ class Troubled(Split):
 
     trouble = ""
 
-    def _batch(self, share):
+    def image(self, position):
         if get_worker_info() is not None and self.trouble == "freeze later":  # while the first batch is handed over
             sharer = resource_sharer._resource_sharer
             sharer._serve = lambda: (held.append(sharer._listener.accept()), os.kill(os.getpid(), signal.SIGSTOP), threading.Event().wait())
-        if get_worker_info() is not None and share.positions[0] >= 8:
+        if get_worker_info() is not None and position >= 8:
             if self.trouble == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             if self.trouble == "freeze":
                 os.kill(os.getpid(), signal.SIGSTOP)
-        return super()._batch(share)
+        return super().image(position)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # sockets of the lost process
@@ -555,3 +556,40 @@ run(lambda: print(len(list(Loader(split, EpochPlan(split.shard_sizes()), batch=4
     done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2, done.stderr
     assert "error: the loader's processes have delivered nothing for 3 s" in done.stderr
+
+
+def test_the_loader_s_processes_stay_for_the_whole_run(shards):
+    split = Split(shards, "train", ("No Finding", "Effusion"))
+    plan = EpochPlan(split.shard_sizes(), 0)
+    loader = Loader(split, plan, batch=4, workers=2)
+    seen = [[batch.index.tolist() for batch in loader.batches(0)]]
+    processes = [child.pid for child in loader.processes]
+    assert len(processes) == 2
+    left = loader.batches(1)  # an epoch that is left in the middle, as by an error that is caught
+    next(left)
+    left.close()
+    seen.append([batch.index.tolist() for batch in loader.batches(1, 8)])
+    assert [child.pid for child in loader.processes] == processes
+    assert all(child.is_alive() for child in loader.processes)
+    alone = Loader(split, plan, batch=4)
+    assert seen == [[batch.index.tolist() for batch in alone.batches(0)], [batch.index.tolist() for batch in alone.batches(1, 8)]]
+
+
+def test_a_spawned_process_opens_the_index_itself(shards):
+    for split in (Split(shards, "train", ("No Finding", "Effusion"), among=("Effusion",)), Split(shards, "val", masks=True)):
+        data = pickle.dumps(split)
+        assert len(data) < 1000
+        other = pickle.loads(data)
+        assert other.fingerprint == split.fingerprint
+        assert other.masks == split.masks
+        assert (other.image(3) == split.image(3)).all()
+    both = pickle.loads(pickle.dumps(Joined([Split(shards, "train", masks=True), Split(shards, "val", masks=True)])))
+    assert len(both) == 80
+
+
+def test_joined_splits_are_read_by_processes(shards):
+    joined = Joined([Split(shards, "train", masks=True), Split(shards, "val", masks=True)])
+    plan = EpochPlan(joined.shard_sizes(), 0)
+    batches = list(Loader(joined, plan, batch=16, workers=1).batches(0))
+    assert sorted(i for batch in batches for i in batch.index.tolist()) == list(range(80))
+    assert all(batch.mask is not None and batch.mask.shape == batch.image[:, 0].shape for batch in batches)

@@ -15,7 +15,8 @@ from PIL import Image
 from shards.__main__ import main
 from shards.dataset import Split
 from shards.errors import InputError
-from shards.pack import merge, pack
+from shards.merge import merge
+from shards.pack import pack
 from shards.pixels import FORMATS
 from shards.sources.item import Item, Source
 from shards.store import open_store

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from shards.phantom import phantom
-from trainer.paint import Painting, collapse, devices, frame, gas, opacity, paint, sides, tone
+from trainer.lungs.paint import Painting, collapse, devices, frame, gas, opacity, paint, sides, tone
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,8 @@ import pytest
 
 from shards.__main__ import main as shards_main
 from shards.dataset import Split
+from shards.loader import Loader
+from shards.plan import EpochPlan
 from trainer import lung_report, train, train_lungs
 from trainer.launching import Accelerator
 from trainer.lungs import load_segmenter
@@ -36,7 +38,8 @@ def test_the_job_on_a_few_real_radiographs(tmp_path):
     train_lungs.main(["--shards", str(tmp_path / "lung_shards"), "--out", str(tmp_path / "unet"), *small, *weak, *unpainted])
     (lungs,) = json.loads((tmp_path / "unet/report.json").read_text())["sources"].values()
     assert lungs["dice"] > 0.6, "real lungs are found after 16 epochs of some 40 images"
-    shipped = lung_report.measure(Accelerator(cpu=True), load_segmenter(), Split(tmp_path / "lung_shards", "val", masks=True), batch=8, workers=0)
+    split = Split(tmp_path / "lung_shards", "val", masks=True)
+    shipped = lung_report.measure(Accelerator(cpu=True), load_segmenter(), Loader(split, EpochPlan(split.shard_sizes(), shuffle=False), batch=8))
     assert shipped[:, 0].mean() > 0.93
     assert shipped[:, 2].mean() > 0.92
 

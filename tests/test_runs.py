@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from test_train import ROOT, SMALL, TOGETHER, launch, lines
 
@@ -25,12 +26,20 @@ from shards import atomic, errors
 from shards.__main__ import main as shards_main
 from shards.dataset import Split
 from shards.errors import InputError, read_yaml
+from shards.loader import Loader
 from shards.pack import pack
 from shards.phantom import Phantoms
-from trainer import checkpoint, evaluate, launching, predict, report, train_lungs
+from shards.plan import EpochPlan
+from trainer import checkpoint, evaluate, launching, predict, train_lungs
 from trainer import train as loop
-from trainer.classifier import Prediction
+from trainer.build import build
+from trainer.classifier import FocusClassifier, Prediction
+from trainer.command import resolve
+from trainer.loop import Trainer
+from trainer.report.__main__ import main as report_main
+from trainer.report.words import file_name
 from trainer.schedule import cosine, one_cycle
+from trainer.tracking import Tracking
 
 
 @pytest.fixture
@@ -89,7 +98,8 @@ def test_two_processes_train_a_lung_segmenter(shards, tmp_path):
     from trainer.lungs import load_segmenter
 
     split = Split(shards, "val", masks=True)
-    figures = measure(Accelerator(cpu=True), load_segmenter(tmp_path / "run"), split, batch=4, workers=0, surface=False)
+    loader = Loader(split, EpochPlan(split.shard_sizes(), shuffle=False), batch=4)
+    figures = measure(Accelerator(cpu=True), load_segmenter(tmp_path / "run"), loader, surface=False)
     assert figures[:, 0].mean() == pytest.approx(best, abs=1e-4)
 
 
@@ -180,7 +190,7 @@ def test_cosine_by_hand():
 @pytest.mark.parametrize("changed", [["--batch", "8"], ["--accumulate", "2"], ["--epochs", "6"]])
 def test_cosine_goes_on_whatever_the_batch(flags, tmp_path, monkeypatch, changed):
     flags = [*flags, "--balance.lam", "1", "--optim.schedule", "cosine", "--optim.lr", "0.001", "--optim.warmup", "3", "--batch", "4", "--epochs", "4"]
-    ordinary = loop.Trainer.end_epoch
+    ordinary = Trainer.end_epoch
 
     def stops(self, bar):
         ordinary(self, bar)
@@ -188,10 +198,10 @@ def test_cosine_goes_on_whatever_the_batch(flags, tmp_path, monkeypatch, changed
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Trainer, "end_epoch", stops)
+        patch.setattr(Trainer, "end_epoch", stops)
         with pytest.raises(KeyboardInterrupt):
             loop.main(flags)
-    job = loop.build(loop.resolve(["--out", str(tmp_path / "run"), "--resume", *changed]))
+    job = build(resolve(["--out", str(tmp_path / "run"), "--resume", *changed]))
     job.train()
     steps = [line for line in lines(tmp_path / "run") if "ce" in line]
     n, epochs = 30, job.config.epochs
@@ -241,7 +251,7 @@ def padded(tmp_path_factory):
 
 def test_predict_sees_what_training_saw(padded, tmp_path, capsys, monkeypatch):
     """The figures of one file by the report and by predict; its lung box in pixels of the file, which is not square."""
-    monkeypatch.setattr("trainer.cleanup.believable", lambda masks, *_: torch.ones(len(masks), dtype=torch.bool))
+    monkeypatch.setattr("trainer.lungs.cleanup.believable", lambda masks, *_: torch.ones(len(masks), dtype=torch.bool))
     out = tmp_path / "run"
     loop.main(["--shards", str(padded / "shards"), "--out", str(out), *SMALL, "--epochs", "1"])
     split = Split(padded / "shards", "test", ("No Finding", "Effusion"))
@@ -287,14 +297,14 @@ class Stopped(Exception):
 
 
 def stop_at(monkeypatch, step: int):
-    ordinary = loop.Trainer.step
+    ordinary = Trainer.step
 
     def dies(self, group, lam):
         if self.state.step == step:
             raise Stopped
         return ordinary(self, group, lam)
 
-    monkeypatch.setattr(loop.Trainer, "step", dies)
+    monkeypatch.setattr(Trainer, "step", dies)
     return ordinary
 
 
@@ -304,13 +314,13 @@ def test_dropout_and_stochastic_depth_resume_to_the_same_bits(flags, tmp_path, m
     flags = [*flags, "--epochs", "1", "--save_every", "1", "--optim.lr", "1e-3", "--log_every", "3"]
     whole = flags.copy()
     whole[whole.index("--out") + 1] = str(tmp_path / "whole")
-    loop.build(loop.resolve(whole)).train()
+    build(resolve(whole)).train()
     ordinary = stop_at(monkeypatch, 2)
     with pytest.raises(Stopped):
-        loop.build(loop.resolve(flags)).train()
-    monkeypatch.setattr(loop.Trainer, "step", ordinary)
+        build(resolve(flags)).train()
+    monkeypatch.setattr(Trainer, "step", ordinary)
     torch.rand(5)
-    loop.build(loop.resolve(["--out", str(tmp_path / "run"), "--resume"])).train()
+    build(resolve(["--out", str(tmp_path / "run"), "--resume"])).train()
     one, other = (checkpoint.load(tmp_path / name / "checkpoints/last.pt")["model"] for name in ("whole", "run"))
     for name, value in one.items():
         assert torch.equal(value, other[name]), name
@@ -323,17 +333,17 @@ def test_a_resume_asks_for_no_pretrained_weights(flags, tmp_path, capsys):
     net = timm.create_model("resnet18", num_classes=7)
     torch.save(net.state_dict(), tmp_path / "w.pt")
     flags[flags.index("--pretrained") + 1] = str(tmp_path / "w.pt")
-    loop.build(loop.resolve([*flags, "--epochs", "1"])).train()
+    build(resolve([*flags, "--epochs", "1"])).train()
     assert "w.pt: 120 of 122 tensors are taken; fc.weight, fc.bias begin anew" in capsys.readouterr().out
     (tmp_path / "w.pt").unlink()
-    job = loop.build(loop.resolve(["--out", str(tmp_path / "run"), "--resume", "--epochs", "2"]))
+    job = build(resolve(["--out", str(tmp_path / "run"), "--resume", "--epochs", "2"]))
     assert job.state.epoch == 1
     job.train()
 
 
 def test_the_remedies_of_a_loss_that_is_not_finite_can_be_given(flags, tmp_path, capsys):
-    loop.build(loop.resolve([*flags, "--epochs", "1"])).train()
-    job = loop.build(loop.resolve(["--out", str(tmp_path / "run"), "--resume", "--epochs", "2", "--optim.lr", "1e-6", "--optim.clip", "0.5"]))
+    build(resolve([*flags, "--epochs", "1"])).train()
+    job = build(resolve(["--out", str(tmp_path / "run"), "--resume", "--epochs", "2", "--optim.lr", "1e-6", "--optim.clip", "0.5"]))
     assert "note: optim.lr was 1e-05 before, now it is 1e-06" in capsys.readouterr().out
     assert job.optimizer.param_groups[0]["lr"] == pytest.approx(1e-6)
     assert [change["what"] for change in job.state.changes] == ["optim.lr", "optim.clip"]
@@ -367,7 +377,7 @@ def test_a_report_is_of_its_checkpoint(flags, tmp_path, monkeypatch, capsys):
 
 
 def test_a_report_of_an_unfinished_run_does_not_finish_it(flags, tmp_path, shards, capsys):
-    loop.build(loop.resolve([*flags, "--epochs", "1"])).train()
+    build(resolve([*flags, "--epochs", "1"])).train()
     evaluate.main(["--run", str(tmp_path / "run"), "--shards", str(shards), "--workers", "0"])
     capsys.readouterr()
     loop.main(["--out", str(tmp_path / "run"), "--resume"])
@@ -382,7 +392,7 @@ def test_a_damaged_report_is_one_line_and_is_written_again(flags, tmp_path, shar
     path.write_bytes(damage)
     for main, argv in (
         (evaluate.main, ["--run", str(tmp_path / "run"), "--shards", str(shards)]),
-        (report.main, ["--out", str(tmp_path / "x.html"), str(tmp_path / "run")]),
+        (report_main, ["--out", str(tmp_path / "x.html"), str(tmp_path / "run")]),
     ):
         with pytest.raises(InputError, match=r"report\.json: is not|is a run of trainer\.train_lungs"):
             main(argv)
@@ -430,7 +440,7 @@ def test_fine_tuning_from_a_run(flags, tmp_path, capsys):
     flags[flags.index("--pretrained") + 1] = str(tmp_path / "run")
     flags[flags.index("--out") + 1] = str(tmp_path / "tuned")
     capsys.readouterr()
-    job = loop.build(loop.resolve([*flags, "--task", "nep", "--epochs", "1"]))
+    job = build(resolve([*flags, "--task", "nep", "--epochs", "1"]))
     assert "model.safetensors: 120 of 122 tensors are taken; fc.weight, fc.bias begin anew" in capsys.readouterr().out
     first = evaluate.open_run(tmp_path / "run").model.state_dict()["net.conv1.weight"]
     assert torch.equal(job.model.state_dict()["net.conv1.weight"], first)
@@ -441,7 +451,7 @@ def test_fine_tuning_from_a_run(flags, tmp_path, capsys):
 
 @pytest.mark.parametrize("where", ["loss", "weight"])
 def test_nothing_that_is_not_finite_is_saved(flags, tmp_path, monkeypatch, where):
-    ordinary = loop.Trainer.step
+    ordinary = Trainer.step
 
     def spoilt(self, group, lam):
         sums = ordinary(self, group, lam)
@@ -453,9 +463,9 @@ def test_nothing_that_is_not_finite_is_saved(flags, tmp_path, monkeypatch, where
                 sums = sums * math.nan
         return sums
 
-    monkeypatch.setattr(loop.Trainer, "step", spoilt)
+    monkeypatch.setattr(Trainer, "step", spoilt)
     with pytest.raises(InputError, match=r"the loss is not finite in one of the steps up to 3.* lower --optim\.lr"):
-        loop.build(loop.resolve([*flags, "--epochs", "2", "--save_every", "3", "--log_every", "10", "--batch", "4"])).train()
+        build(resolve([*flags, "--epochs", "2", "--save_every", "3", "--log_every", "10", "--batch", "4"])).train()
     assert not (tmp_path / "run/checkpoints").exists()
     assert not (tmp_path / "run/model.safetensors").exists()
 
@@ -480,7 +490,7 @@ def test_a_lung_run_folder_belongs_to_one_process(shards, tmp_path):
 
 def test_a_report_that_fails_costs_the_report(flags, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(report, "panel", lambda *a, **k: report.Figure() if a[0][0].image.shape[0] == 8 else 1 / 0)
+        patch.setattr("trainer.report.write.panel", lambda *a, **k: Figure() if a[0][0].image.shape[0] == 8 else 1 / 0)
         with pytest.raises(InputError, match=r"the report could not be written \(ZeroDivisionError: division by zero\). The model is there"):
             loop.main([*flags, "--epochs", "1"])
     assert (tmp_path / "run/model.safetensors").is_file()
@@ -489,7 +499,7 @@ def test_a_report_that_fails_costs_the_report(flags, tmp_path, monkeypatch):
 
 
 def test_what_the_report_needs_is_tried_at_the_start(flags, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "png", lambda *_: 1 / 0)
+    monkeypatch.setattr("trainer.report.write.png", lambda *_: 1 / 0)
     with pytest.raises(InputError, match="a report with these names cannot be made"):
         loop.main([*flags, "--epochs", "1"])
     assert not (tmp_path / "run").exists()
@@ -537,13 +547,13 @@ def test_names_from_data_stay_names(tmp_path, segmenter, names, dataset):
 
 
 def test_file_names_are_names_of_one_file():
-    assert report.file_name("pvt_nih_ne_la0.5_t0.1", ".txt") == "pvt_nih_ne_la0.5_t0.1.txt"
+    assert file_name("pvt_nih_ne_la0.5_t0.1", ".txt") == "pvt_nih_ne_la0.5_t0.1.txt"
     for text in ("../x", "/etc/passwd", "a\0b", "a\nb", "..", "", "x" * 999, "胸" * 200, "\udcff"):
-        name = report.file_name(text, ".txt")
+        name = file_name(text, ".txt")
         assert "/" not in name
         assert not name.startswith(".")
         assert len(name.encode()) <= 200
-    assert report.file_name("x" * 999) != report.file_name("x" * 998)
+    assert file_name("x" * 999) != file_name("x" * 998)
 
 
 def test_files_whose_names_are_no_text_get_their_line(flags, tmp_path):
@@ -612,16 +622,18 @@ def test_deeply_nested_yaml_is_one_line(tmp_path):
 
 def test_a_failed_run_ends_its_tracker(flags, monkeypatch):
     ended = []
-    monkeypatch.setattr(loop.Tracking, "finish", lambda self: ended.append(True))
-    monkeypatch.setattr(loop.Trainer, "step", lambda *_: 1 / 0)
+    monkeypatch.setattr(Tracking, "finish", lambda self: ended.append(True))
+    monkeypatch.setattr(Trainer, "step", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         loop.main([*flags, "--epochs", "1"])
     assert ended == [True]
 
 
 def test_the_first_model_is_kept_whatever_its_figures(flags, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "validation_figures", lambda *_: {"val_accuracy": 0.5, "val_auc": math.nan, "val_loss": math.inf, "val_weighted": math.inf})
-    loop.build(loop.resolve([*flags, "--epochs", "2", "--best", "loss", "--balance.lam", "1"])).train()
+    monkeypatch.setattr(
+        "trainer.loop.validation_figures", lambda *_: {"val_accuracy": 0.5, "val_auc": math.nan, "val_loss": math.inf, "val_weighted": math.inf}
+    )
+    build(resolve([*flags, "--epochs", "2", "--best", "loss", "--balance.lam", "1"])).train()
     assert (tmp_path / "run/model.safetensors").is_file()
 
 
@@ -684,14 +696,14 @@ def test_every_operating_point_says_its_threshold(flags, tmp_path):
 
 def test_a_cam_that_is_zero_everywhere_lies_nowhere(flags, tmp_path, shards, capsys, monkeypatch):
     loop.main([*flags, "--epochs", "1"])
-    ordinary = evaluate.FocusClassifier.forward
+    ordinary = FocusClassifier.forward
 
     def dead(self, *args, **kwargs):
         logits, cam = ordinary(self, *args, **kwargs)
         return Prediction(logits, None if cam is None else torch.zeros_like(cam))
 
-    monkeypatch.setattr(evaluate.FocusClassifier, "forward", dead)
-    monkeypatch.setattr("trainer.cleanup.believable", lambda masks, *_: torch.ones(len(masks), dtype=torch.bool))
+    monkeypatch.setattr(FocusClassifier, "forward", dead)
+    monkeypatch.setattr("trainer.lungs.cleanup.believable", lambda masks, *_: torch.ones(len(masks), dtype=torch.bool))
     evaluate.main(["--run", str(tmp_path / "run"), "--shards", str(shards), "--workers", "0"])
     place = content_of(tmp_path / "run")["test"]["localization"]["lesion"]["all"]
     assert place["energy"] is None
@@ -716,10 +728,10 @@ def test_no_batch_of_one_image_ends_an_epoch(flags, backbone, batch, tmp_path):
     """30 images: 29 and one of old; BatchNorm behind pooling, or a map of 1 x 1, cannot do with one."""
     flags[flags.index("--size") + 1] = "32"
     flags[flags.index("--backbone") + 1] = backbone
-    loop.build(loop.resolve([*flags, "--batch", batch, "--epochs", "1", "--balance.lam", "1"])).train()
+    build(resolve([*flags, "--batch", batch, "--epochs", "1", "--balance.lam", "1"])).train()
     flags[flags.index("--out") + 1] = str(tmp_path / "other")
     with pytest.raises(InputError, match="normalises over the images of a batch, and the smallest one of an epoch has a single image; choose another --batch"):
-        loop.build(loop.resolve([*flags, "--batch", "1", "--epochs", "1", "--balance.lam", "1"]))
+        build(resolve([*flags, "--batch", "1", "--epochs", "1", "--balance.lam", "1"]))
     assert not (tmp_path / "other").exists()
 
 
@@ -757,15 +769,15 @@ def test_wrong_settings_are_told_before_torch_is_imported(tmp_path, module):
 
 
 def test_recipes_have_names(tmp_path):
-    config = loop.resolve(["--config", "published", "--shards", "x", "--out", str(tmp_path / "y")])
+    config = resolve(["--config", "published", "--shards", "x", "--out", str(tmp_path / "y")])
     assert (config.findings, config.attention.form) == ("published", "published")
     with pytest.raises(InputError, match=r"--config publishd: no such file, and no ready-made recipe; did you mean published"):
-        loop.resolve(["--config", "publishd"])
+        resolve(["--config", "publishd"])
 
 
 def test_settings_that_do_nothing_are_told(flags, capsys):
     idle = ["--optim.warmup", "5", "--balance.high", "0.9", "--attention.form", "coverage", "--swap.dilate", "0.1"]
-    loop.build(loop.resolve([*flags, *idle, "--balance.lam", "1"]))
+    build(resolve([*flags, *idle, "--balance.lam", "1"]))
     said = capsys.readouterr().out
     for words in ("--optim.warmup 5 is of --optim.schedule cosine", "--balance.high 0.9 is of the policies", "--attention.form coverage trains nothing"):
         assert f"note: {words}" in said
@@ -782,11 +794,11 @@ def test_the_wheel_has_recipes_and_weights(tmp_path):
 
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {"launch/recipes/published.yaml", "launch/demo.sh", "trainer/weights/lung_unet.safetensors", "trainer/findings/nih.yaml"} <= names
+    assert {"launch/recipes/published.yaml", "launch/demo.sh", "trainer/lungs/weights/lung_unet.safetensors", "trainer/findings/nih.yaml"} <= names
 
 
 def test_weights_that_are_not_finite_after_the_last_step_are_one_line(flags, tmp_path, monkeypatch):
-    ordinary = loop.Trainer.step
+    ordinary = Trainer.step
 
     def spoilt(self, group, lam):
         sums = ordinary(self, group, lam)
@@ -795,14 +807,14 @@ def test_weights_that_are_not_finite_after_the_last_step_are_one_line(flags, tmp
                 next(self.model.parameters()).fill_(math.nan)
         return sums
 
-    monkeypatch.setattr(loop.Trainer, "step", spoilt)
+    monkeypatch.setattr(Trainer, "step", spoilt)
     with pytest.raises(InputError, match="or a weight after them"):
-        loop.build(loop.resolve([*flags, "--epochs", "1"])).train()
+        build(resolve([*flags, "--epochs", "1"])).train()
     assert not (tmp_path / "run/model.safetensors").exists()
 
 
 def test_predict_says_that_a_run_has_not_finished(flags, tmp_path, shards, capsys):
-    loop.build(loop.resolve([*flags, "--epochs", "1"])).train()
+    build(resolve([*flags, "--epochs", "1"])).train()
     evaluate.main(["--run", str(tmp_path / "run"), "--shards", str(shards), "--workers", "0"])
     Image.fromarray(Split(shards, "test").image(0)).save(tmp_path / "x.png")
     predict.main(["--run", str(tmp_path / "run"), str(tmp_path / "x.png")])

@@ -6,8 +6,10 @@ import torch
 
 from shards.dataset import Joined, Split
 from shards.errors import InputError
+from shards.loader import Loader
 from shards.pack import pack
 from shards.phantom import Phantoms
+from shards.plan import EpochPlan
 from trainer import lung_report, train_lungs
 from trainer.launching import Accelerator
 from trainer.lungs import load_segmenter
@@ -126,5 +128,5 @@ def test_figures_of_known_masks():
 def test_every_image_is_measured_once(shards):
     split = Split(shards, "val", masks=True)
     segmenter = train_lungs.LungSegmenter([2, 2, 2, 2, 2], 32).eval()
-    figures = lung_report.measure(Accelerator(cpu=True), segmenter, split, batch=3, workers=0)
+    figures = lung_report.measure(Accelerator(cpu=True), segmenter, Loader(split, EpochPlan(split.shard_sizes(), shuffle=False), batch=3))
     assert figures.shape == (20, len(lung_report.COLUMNS))

@@ -11,28 +11,30 @@ from pathlib import Path
 
 import torch
 
-import trainer.train as train
 from shards.errors import run
 from shards.loader import Loader
 from shards.plan import EpochPlan
-from trainer import launching
+from trainer import build, launching
+from trainer.command import resolve
+from trainer.loop import Trainer, groups
+from trainer.train import main as main_of_training
 
 
 def gradients(argv: list[str]) -> tuple[dict[str, torch.Tensor], list[list[int]], torch.Tensor]:
     """Gradients of the first step in float64, the labels of each of its micro-batches on this process, and the sums that lambda follows."""
-    ordinary = train.FocusClassifier
-    train.FocusClassifier = lambda *args, **kwargs: ordinary(*args, **kwargs).double()  # type: ignore[assignment,misc]
+    ordinary = build.FocusClassifier
+    build.FocusClassifier = lambda *args, **kwargs: ordinary(*args, **kwargs).double()  # type: ignore[assignment,misc]
     try:
-        job = train.build(train.resolve(argv))
+        job = build.build(resolve(argv))
     finally:
-        train.FocusClassifier = ordinary  # type: ignore[misc]
+        build.FocusClassifier = ordinary  # type: ignore[misc]
     kept: dict[str, torch.Tensor] = {}
     job.optimizer.step = lambda: kept.update({n: p.grad.clone() for n, p in job.model.named_parameters() if p.grad is not None})
     job.net.train()
     split, c, acc = job.splits["train"], job.config, job.accelerator
     plan = EpochPlan(split.shard_sizes(), c.seed)
     loader = Loader(split, plan, batch=c.batch, rank=acc.process_index, world=acc.num_processes, workers=0).batches(0)
-    group = next(train._groups(loader, c.accumulate))
+    group = next(groups(loader, c.accumulate))
     sums = job.step(group, c.balance.lam)
     return kept, [b.label.tolist() for b in group], sums.cpu()
 
@@ -40,15 +42,15 @@ def gradients(argv: list[str]) -> tuple[dict[str, torch.Tensor], list[list[int]]
 def watched(argv: list[str]) -> dict[str, list]:
     """An ordinary run, with what it saw."""
     seen: dict[str, list] = {"index": [], "lambda": []}
-    ordinary = train.Trainer.step
+    ordinary = Trainer.step
 
     def step(self, group, lam):
         seen["index"] += [(self.state.epoch, i) for b in group for i, w in zip(b.index.tolist(), b.weight.tolist(), strict=True) if w]
         seen["lambda"].append(lam.hex())
         return ordinary(self, group, lam)
 
-    train.Trainer.step = step
-    train.main(argv)
+    Trainer.step = step
+    main_of_training(argv)
     return seen
 
 
@@ -61,7 +63,7 @@ def main() -> None:
         (Path(folder) / rank).mkdir()
         os.chdir(Path(folder) / rank)
         launching.SEEN_SECONDS = 2.0
-        train.main(argv)
+        main_of_training(argv)
     elif what == "train":
         (Path(folder) / f"rank{rank}.json").write_text(json.dumps(watched(argv)))
     else:

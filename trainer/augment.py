@@ -7,6 +7,7 @@ Random numbers are a function of (seed, epoch, position of the sample), so an im
 process, batch or loader worker it comes through.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,9 +17,11 @@ import torch
 from torch.nn import functional as F
 
 from trainer.config import Strength
+from trainer.upload import upload
 
 DRAWS = 13  # random numbers that one image uses
 SWAPS = slice(11, 13)  # of these, for the context swap: whether, and with whom
+GOLDEN, *MIX = (x - 2**64 for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))  # SplitMix64's, as signed numbers
 
 
 class Augmented(NamedTuple):
@@ -40,7 +43,7 @@ def resize(images: torch.Tensor, size: int) -> torch.Tensor:
 
 def draw(seed: int, epoch: int, index: Sequence[int] | torch.Tensor) -> torch.Tensor:
     """Random numbers for each sample: float32 [B, DRAWS] in [0, 1)."""
-    rows = [np.random.default_rng([seed, epoch, int(i)]).random(DRAWS, np.float32) for i in index]
+    rows = [np.random.default_rng([seed, epoch, i]).random(DRAWS, np.float32) for i in torch.as_tensor(index).tolist()]
     return torch.from_numpy(np.stack(rows))
 
 
@@ -58,21 +61,13 @@ def augment(
     A box becomes the rectangle around its transformed corners, cut at the image; an outline becomes a mask bool [B,H,W] of what it says is
     lung, drawn once, at its final place. What comes in from outside is black.
     """
-    d = draws.to(images.device)
-    signed = 2 * d - 1
     height, width = images.shape[-2:]
-    centre = torch.tensor([(width - 1) / 2, (height - 1) / 2], device=images.device).expand(len(images), 2)
-    shift = signed[:, :2] * strength.shift * torch.tensor([width, height], device=images.device)
-    zoom = (1 + strength.scale * signed[:, 2:3]).expand(-1, 2)
-    matrix = kornia.geometry.transform.get_affine_matrix2d(shift, centre, zoom, strength.rotate * signed[:, 3])
-    mirror = torch.eye(3, device=images.device).repeat(len(images), 1, 1)
-    flipped = d[:, 4] < strength.flip
-    mirror[flipped, 0, 0], mirror[flipped, 0, 2] = -1.0, width - 1.0
-    matrix = matrix @ mirror
-
+    d = upload(draws, images.device)
+    signed = 2 * d - 1
     moves = bool(strength.shift or strength.scale or strength.rotate or strength.flip)
-    lungs = lung_masks(outlines, boxes, (height, width), matrix if moves else None) if outlines is not None and boxes is not None else None
-    if moves:
+    matrix = _matrix(d, signed, strength, height, width) if moves else None
+    lungs = lung_masks(outlines, boxes, (height, width), matrix) if outlines is not None and boxes is not None else None
+    if matrix is not None:
         size = (height, width)
         warp = kornia.geometry.transform.warp_affine
         images = warp(images, matrix[:, :2], size, align_corners=True)
@@ -81,6 +76,18 @@ def augment(
         if boxes is not None:
             boxes = _move_boxes(boxes, matrix, width, height)
     return Augmented(_expose(images, d, signed, strength), boxes, masks, lungs)
+
+
+def _matrix(d: torch.Tensor, signed: torch.Tensor, strength: Strength, height: int, width: int) -> torch.Tensor:
+    """The map of each image [B,3,3], in pixels: a flip, then zoom and turn about the middle, then a shift."""
+    centre = torch.stack([torch.full_like(d[:, 0], (side - 1) / 2) for side in (width, height)], 1)
+    shift = torch.stack([signed[:, k] * strength.shift * side for k, side in enumerate((width, height))], 1)
+    zoom = (1 + strength.scale * signed[:, 2:3]).expand(-1, 2)
+    matrix = kornia.geometry.transform.get_affine_matrix2d(shift, centre, zoom, strength.rotate * signed[:, 3])
+    flipped = d[:, 4] < strength.flip
+    mirror = torch.eye(3, device=d.device).repeat(len(d), 1, 1)
+    mirror[:, 0, 0], mirror[:, 0, 2] = torch.where(flipped, -1.0, 1.0), torch.where(flipped, width - 1.0, 0.0)
+    return matrix @ mirror
 
 
 def lung_masks(outlines: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int], matrix: torch.Tensor | None = None) -> torch.Tensor:
@@ -121,6 +128,8 @@ def _move_boxes(boxes: torch.Tensor, matrix: torch.Tensor, width: int, height: i
 
 
 def _expose(images: torch.Tensor, d: torch.Tensor, signed: torch.Tensor, strength: Strength) -> torch.Tensor:
+    height, width = images.shape[-2:]
+
     def per_image(values: torch.Tensor) -> torch.Tensor:
         return values[:, None, None, None]
 
@@ -131,11 +140,22 @@ def _expose(images: torch.Tensor, d: torch.Tensor, signed: torch.Tensor, strengt
     if strength.gamma:
         images = images.clamp(1e-6, 1) ** per_image((1 + strength.gamma) ** signed[:, 7])
     if strength.noise:
-        # Each image is seeded by its own draw, so its noise does not depend on who else is in the batch.
-        generator = torch.Generator(images.device)
-        seeds = (d[:, 9].double() * 2**53).long().tolist()
-        noise = [torch.randn(images.shape[1:], generator=generator.manual_seed(s), device=images.device) for s in seeds]
-        images = (images + torch.stack(noise) * per_image(strength.noise * d[:, 8])).clamp(0, 1)
+        seeds = (d[:, 9].double() * 2**53).long()  # its own draw: an image's noise does not depend on who else is in the batch
+        images = (images + _normal(seeds, height, width) * per_image(strength.noise * d[:, 8])).clamp(0, 1)
     if strength.invert:
         images = torch.where(per_image(d[:, 10] < strength.invert), 1 - images, images)
     return images
+
+
+def _normal(seeds: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Standard normal numbers float [B,1,height,width] of seeds int64 [B], whatever the device: a hash of (seed, pixel), and Box and Muller's transform of it.
+
+    The hash is the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014); a generator for each image would be a kernel for each.
+    """
+    x = seeds[:, None] + (1 + torch.arange(height * width, device=seeds.device)) * GOLDEN
+    for shift, factor in ((30, MIX[0]), (27, MIX[1])):
+        x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor
+    x = x ^ (x >> 31 & (1 << 33) - 1)
+    radius, angle = (((half & 2**32 - 1).double() + 0.5) / 2**32 for half in (x >> 32, x))
+    normal = torch.sqrt(-2 * torch.log(radius)) * torch.cos(2 * math.pi * angle)
+    return normal.float().view(len(seeds), 1, height, width)

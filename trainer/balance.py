@@ -1,7 +1,7 @@
 """Lambda: how much cross-entropy weighs against attention, L = lambda CE + (1 - lambda) A. The same bits everywhere."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,6 +13,19 @@ BACK = 3.0  # and by which it takes it back where the constraint is broken
 def published_lambda(epoch: int) -> float:
     """The published schedule (isAdaptive): max(0.2, 1 - 0.023 epoch), epoch from 0. Wu et al. 2026."""
     return max(0.2, 1 - 0.023 * epoch)
+
+
+class StepSums(NamedTuple):
+    """What one step adds up over its images; on the device a float64 vector in this order."""
+
+    ce: float  # cross-entropy
+    attention: float  # the attention term
+    images: float
+    positives: float  # that count for attention
+    ce_norm2: float = 0.0  # squared norms of the gradients of the two means at the feature map, where lambda follows them
+    attention_norm2: float = 0.0
+    swapped: float = 0.0  # images that got other surroundings
+    swappable: float = 0.0  # images that context swap looked at
 
 
 class Balance:
@@ -62,21 +75,19 @@ class Balance:
         """Whether `update` needs the norms of the gradients."""
         return self.policy == "balanced"
 
-    def update(self, sums: torch.Tensor) -> None:
-        """Take one step's losses: float64 [6] on the CPU, added over all processes: sums of CE and A, their counts, and the squared
-        norms of the gradients of their means at the feature map (0 where they are not followed).
+    def update(self, sums: StepSums) -> None:
+        """Take one step's sums, of all processes together.
 
         A step without positives says nothing about the ratio and is left out, and so is one whose gradients are not finite.
         """
-        ce_sum, attention_sum, images, positives, ce_norm, attention_norm = sums.tolist()
-        if not (images and positives):
+        if not (sums.images and sums.positives):
             return
         if self.policy == "balanced":
-            now = torch.tensor([ce_norm, attention_norm], dtype=torch.float64).sqrt()
+            now = torch.tensor([sums.ce_norm2, sums.attention_norm2], dtype=torch.float64).sqrt()
             if not torch.isfinite(now).all():
                 return
         else:
-            now = torch.tensor([ce_sum / images, attention_sum / positives], dtype=torch.float64)
+            now = torch.tensor([sums.ce / sums.images, sums.attention / sums.positives], dtype=torch.float64)
         self.means = now if self.means is None else MOMENTUM * self.means + (1 - MOMENTUM) * now
 
     def validated(self, loss: float) -> None:

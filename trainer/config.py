@@ -1,32 +1,21 @@
-"""Configuration: one dataclass per section, which become the command line, the YAML, the help and the errors.
+"""Settings: one dataclass per section, which become the command line, the YAML, the help and the errors (`trainer.command`).
 
-``--config FILE`` is applied before all other flags, wherever it stands. Precision is the launcher's
+Precision is the launcher's
 (`accelerate_config.yaml`, `accelerate launch --mixed_precision ...`) and is not configured here. Neither torch nor kornia is imported, so
 that what is wrong with a command is said at once.
 """
 
-import argparse
-import contextlib
 import dataclasses
-import os
-import re
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
-import jsonargparse
-import yaml
-
-from shards.errors import InputError, nearest, read_yaml
+from shards.errors import InputError
 from trainer.rules import task_findings
 
 Form = Literal["published", "coverage", "energy", "lift"]
 Policy = Literal["fixed", "published", "ratio", "balanced", "constrained"]
 CLAMPED = ("ratio", "balanced", "constrained")  # policies of lambda that have bounds
 SWAPPED = 0.75  # share of the images whose surroundings are swapped where attention is trained
-T = TypeVar("T")
-RECIPES = Path(__file__).parents[1] / "launch" / "recipes"
 
 
 @dataclass
@@ -385,176 +374,3 @@ class ReportConfig:
     def problems(self) -> list[str]:
         """Nothing beyond the types."""
         return []
-
-
-KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
-
-
-class _Parser(jsonargparse.ArgumentParser):
-    def error(self, message: str, *_: Any) -> None:  # type: ignore[override]
-        text = " ".join(str(message).split()).removeprefix('Parser key "config": ').removesuffix("; see --help")  # told twice
-        wrong = re.search(r'Parser key "(.*?)": .*?Expected a (.*)\. Got value: (.*)', text)
-        either = re.search(r'Parser key "(.*?)": Does not validate against any of the Union subtypes Subtypes: (\[.*?\]).*Given value: (.*)', text)
-        missing = re.fullmatch(r"the following arguments are required: (.*)", text)
-        if wrong or either:
-            name, kind, value = (wrong or either).groups()  # type: ignore[union-attr]
-            choice = re.findall(r"'([^']*)'", kind)
-            expected = f"one of {', '.join(choice)}" if "Literal" in kind else " or ".join(KINDS.get(k, k) for k in choice if k != "NoneType")
-            text = f"--{name} {value}: expected {expected}"
-        elif missing:
-            text = "missing: " + ", ".join(f"--{name.strip()}" for name in missing[1].split(","))
-        raise InputError(f"{text}; see --help")
-
-
-def parse(kind: type[T], argv: list[str] | None = None, *, prog: str = "") -> T:
-    """Build ``kind`` from the command line; InputError names every problem at once."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = _Parser(prog=prog or None, description=kind.__doc__, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML file with any of these settings; flags override it.")
-    parser.add_class_arguments(kind)
-    argv, files = _split_config(argv)
-    flags = [option for action in parser._actions for option in action.option_strings]
-    argv = _bare_switches(kind, argv)
-    for token in argv:
-        name = token.partition("=")[0]
-        if name.startswith("--") and name not in flags:
-            raise InputError(f"unknown flag {name}; {nearest(name, flags)}")
-    settings = [yaml.safe_dump(_read_yaml(kind, recipe(file))) for file in files]
-    namespace = parser.parse_args([part for text in settings for part in ("--config", text)] + argv)
-    config = kind(**_sections(kind, namespace))
-    problems = config.problems()  # type: ignore[attr-defined]
-    if problems:
-        raise InputError("; ".join(problems))
-    return config
-
-
-def resumed(argv: list[str] | None, prog: str) -> list[str]:
-    """The command line; with ``--resume``, the run folder's config.yaml before it, so that flags given now win."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    peek = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False, exit_on_error=False)
-    peek.add_argument("--out", type=Path)
-    peek.add_argument("--resume", nargs="?", const="true", default="false")
-    with contextlib.suppress(argparse.ArgumentError):  # the real parser says it better
-        seen, _ = peek.parse_known_args(argv)
-        if seen.out and yaml.safe_load(seen.resume) is True:
-            if not (seen.out / "config.yaml").is_file():
-                raise InputError(f"--resume: {seen.out} holds no run (no config.yaml); start it without --resume")
-            argv = ["--config", str(seen.out / "config.yaml"), *argv]
-    return argv
-
-
-def resolve(argv: list[str] | None) -> Config:
-    """The configuration of trainer.train; with --resume, that of the run folder with the flags given now on top."""
-    config = parse(Config, resumed(argv, "trainer.train"), prog="trainer.train")
-    if not config.resume and (idle := config.idle()):
-        raise InputError("; ".join(idle))
-    # A run may be resumed from another working folder.
-    config.shards = config.shards if "://" in config.shards else os.path.abspath(config.shards)
-    config.lungs.weights = config.lungs.weights and os.path.abspath(config.lungs.weights)
-    for name in ("pretrained", "findings"):
-        value = getattr(config, name)
-        setattr(config, name, os.path.abspath(value) if os.path.exists(value) else value)
-    return config
-
-
-def _sections(kind: type, namespace: Any) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for item in dataclasses.fields(kind):
-        value = namespace[item.name]
-        values[item.name] = item.type(**vars(value)) if dataclasses.is_dataclass(item.type) else value  # type: ignore[operator]
-    return values
-
-
-def _split_config(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Take every ``--config FILE`` out of ``argv``."""
-    rest, files = [], []
-    tokens = iter(argv)
-    for token in tokens:
-        if token == "--config":
-            file = next(tokens, None)
-            if file is None:
-                raise InputError("--config: expected a YAML file after it")
-            files.append(file)
-        elif token.startswith("--config="):
-            files.append(token.partition("=")[2])
-        else:
-            rest.append(token)
-    return rest, files
-
-
-def positionals(argv: list[str] | None) -> tuple[list[str], list[str]]:
-    """``--name value`` and ``--name=value`` pairs, and the words among them, for commands that take files or folders."""
-    flags: list[str] = []
-    words: list[str] = []
-    tokens = iter(sys.argv[1:] if argv is None else argv)
-    for token in tokens:
-        if not token.startswith("--"):
-            words.append(token)
-        elif "=" in token or token == "--help":
-            flags.append(token)
-        else:
-            flags += [token, *([value] if (value := next(tokens, None)) is not None else [])]
-    return flags, words
-
-
-def _bare_switches(kind: type, argv: list[str]) -> list[str]:
-    """``--resume`` alone means ``--resume true``."""
-    switches = {f"--{item.name}" for item in dataclasses.fields(kind) if item.type is bool}
-    done = []
-    for i, token in enumerate(argv):
-        done.append(token)
-        if token in switches and (i + 1 == len(argv) or argv[i + 1].startswith("--")):
-            done.append("true")
-    return done
-
-
-def recipe(name: str) -> Path:
-    """A file of settings, or a ready-made recipe by its name alone, such as ``published``."""
-    path = Path(name)
-    if path.exists() or "/" in name or path.suffix:
-        return path
-    known = {found.stem: found for found in sorted(RECIPES.glob("*.yaml"))}
-    if name not in known:
-        raise InputError(f"--config {name}: no such file, and no ready-made recipe; {nearest(name, known)}")
-    return known[name]
-
-
-def _read_yaml(kind: type, path: Path) -> dict[str, Any]:
-    content = read_yaml(path, "--config")
-    if not isinstance(content, dict):
-        raise InputError(f"--config {path}: expected settings as `name: value` lines")
-    _check_names(kind, content, path, "")
-    return content
-
-
-def _check_names(kind: type, content: dict[str, Any], path: Path, prefix: str) -> None:
-    known = {item.name: item.type for item in dataclasses.fields(kind)}
-    for name, value in content.items():
-        if name not in known:
-            raise InputError(f"--config {path}: unknown setting {prefix}{name}; {nearest(str(name), known)}")
-        section = known[name]
-        if dataclasses.is_dataclass(section) and isinstance(section, type):
-            if not isinstance(value, dict):
-                raise InputError(f"--config {path}: {prefix}{name} is a section; expected `name: value` lines under it")
-            _check_names(section, value, path, f"{prefix}{name}.")
-        elif section is str and isinstance(value, bool):
-            content[name] = str(value).lower()
-
-
-def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as ``{"optim.lr": 1e-5, ...}``."""
-    named: dict[str, Any] = {}
-    for name, value in settings.items():
-        named |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return named
-
-
-def to_yaml(config: Any) -> str:
-    """The resolved configuration as YAML that ``--config`` takes."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
-
-
-def from_yaml(kind: type[T], path: Path) -> T:
-    """Read back what `to_yaml` wrote."""
-    return parse(kind, ["--config", str(path)])

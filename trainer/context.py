@@ -4,9 +4,16 @@ Legend: images float [B,1,S,S]; boxes int64 [B,4] x0 y0 x1 y1, ends exclusive; d
 
 Kin of it: mixing foregrounds and backgrounds to break spurious correlations (Xiao et al., "Noise or Signal", ICLR 2021); here the
 foreground is the lung box that the trainer knows anyway, or for an annotated image its lesions.
+
+Who gives what to whom; "k around b" is what is kept of image b, with the rest of image k:
+
+    ordinary      b  <-  k around b             both show their finding (or none) inside the lung box, k's lungs lie under what is kept of b
+    lesions of b  b  <-  host around lesions    host: healthy, its lungs lie like b's
+                  host <- other around a piece  of the shape of b's lesions, so that a seam is no sign of disease; other: healthy as well
+
+All of it is decided on the device: a list of partners on the host would wait for the device at every step, and grow with the square of B.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,10 +25,10 @@ ALIKE = 0.2  # share of its sides by which the edges of a lung box may differ fr
 
 
 class Swapped(NamedTuple):
-    """images [B,1,S,S]; lenders: whose surroundings each image has, its own number where they are its own."""
+    """images [B,1,S,S]; lenders int64 [B]: whose surroundings each image has, its own number where they are its own."""
 
     images: torch.Tensor
-    lenders: list[int]
+    lenders: torch.Tensor
 
 
 def kept_box(boxes: torch.Tensor, size: int, dilate: float, feather: float, reach: float = 0.0) -> torch.Tensor:
@@ -43,12 +50,11 @@ def kept_box(boxes: torch.Tensor, size: int, dilate: float, feather: float, reac
     return ramp(1)[:, :, None] * ramp(0)[:, None, :]
 
 
-def under(boxes: torch.Tensor, size: int, dilate: float, feather: float, reach: float = 0.0) -> list[list[bool]]:
-    """[b][k]: whether box k lies under what is kept of image b, its seam included."""
+def under(boxes: torch.Tensor, size: int, dilate: float, feather: float, reach: float = 0.0) -> torch.Tensor:
+    """[b,k]: whether box k lies under what is kept of image b, its seam included: bool [B,B]."""
     margin = (dilate * (boxes[:, 2:] - boxes[:, :2])).clamp(min=max(0.0, reach - feather) * size).repeat(1, 2) + feather * size
-    outward = boxes.float() + margin * torch.tensor([-1.0, -1.0, 1.0, 1.0], device=boxes.device)
-    beyond = (boxes[None, :, :2] < outward[:, None, :2]) | (boxes[None, :, 2:] > outward[:, None, 2:])
-    return (~beyond.any(2)).tolist()
+    low, high = boxes[:, :2] - margin[:, :2], boxes[:, 2:] + margin[:, 2:]
+    return ((boxes[None, :, :2] >= low[:, None]) & (boxes[None, :, 2:] <= high[:, None])).all(2)
 
 
 def kept_mask(masks: torch.Tensor, feather: float) -> torch.Tensor:
@@ -59,17 +65,18 @@ def kept_mask(masks: torch.Tensor, feather: float) -> torch.Tensor:
     return torch.where(masks, 1.0, soft)
 
 
-def partners(candidates: Sequence[Sequence[int]], draws: torch.Tensor, probability: float) -> list[int]:
-    """For each image the one whose surroundings it gets, itself where it keeps its own.
+def partners(candidates: torch.Tensor, draws: torch.Tensor, probability: float) -> torch.Tensor:
+    """For each image the one whose surroundings it gets, itself where it keeps its own: int64 [B].
 
     Args:
-        candidates: for each image those that may lend theirs, none of them itself.
-        draws: [B,2] on the CPU: whether, and whom.
+        candidates: bool [B,B]: who may lend theirs to whom; [b,b] is false.
+        draws: [B,2]: whether, and whom.
     """
-    return [
-        theirs[int(whom * len(theirs))] if theirs and whether < probability else b
-        for b, (theirs, (whether, whom)) in enumerate(zip(candidates, draws.tolist(), strict=True))
-    ]
+    count, own = candidates.sum(1), torch.arange(len(candidates), device=candidates.device)
+    whether, whom = draws.double().unbind(1)
+    number = (whom * count).long()  # of the candidate that is taken
+    taken = (candidates & (candidates.cumsum(1) == number[:, None] + 1)).int().argmax(1)
+    return torch.where((count > 0) & (whether < probability), taken, own)
 
 
 def blend(images: torch.Tensor, kept: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
@@ -80,12 +87,12 @@ def blend(images: torch.Tensor, kept: torch.Tensor, others: torch.Tensor) -> tor
 def swap_context(
     images: torch.Tensor,
     boxes: torch.Tensor,
-    inside: Sequence[bool],
+    inside: torch.Tensor,
     draws: torch.Tensor,
     settings: Swap,
     *,
     lesions: torch.Tensor | None = None,
-    healthy: Sequence[bool] = (),
+    healthy: torch.Tensor | None = None,
     reach: float = 0.0,
 ) -> Swapped:
     """Images [B,1,S,S] whose surroundings come, with ``settings.probability``, from another image of the batch.
@@ -93,30 +100,50 @@ def swap_context(
     An image is changed, and lends its surroundings, only where ``inside`` says that its finding (or the lack of one) shows inside its lung
     box; and only to those under whose kept box and seam its own lung box lies, so that its lungs do not show. Labels, boxes and regions stay
     right. (Stretching it to fit would do for more pairs, but what was interpolated is a sign that the surroundings say nothing, which
-    training picks up: see bench/LOG.md.) What is kept of an image with ``lesions`` (bool [B,S,S]) is those alone, in a ``healthy`` image
-    whose lungs lie likewise. That image in its turn keeps a piece of the same shape, in another healthy one, so that a seam is no sign of disease.
+    training picks up: see bench/LOG.md.) What is kept of an image with ``lesions`` is those alone, in a healthy image.
 
     Args:
-        draws: float [B,2] on the CPU, whether and with whom.
+        inside: bool [B].
+        draws: float [B,2], whether and with whom.
+        lesions: bool [B,S,S], with ``healthy`` bool [B]: which images show no finding.
         reach: how far beyond the lung box a region may lie, in shares of the image's side: every kept box with its seam reaches so far, also of who has none.
     """
     assert settings.probability is not None
-    every, size = range(len(images)), images.shape[-1]
+    size, own = images.shape[-1], torch.arange(len(images), device=images.device)
+    other = own[:, None] != own
     kept = kept_box(boxes, size, settings.dilate, settings.feather, reach)
-    fits = under(boxes, size, settings.dilate, settings.feather, reach)
-    lender = list(every)
+    lenders = own
     if lesions is not None:
-        marked, around = lesions.flatten(1).any(1), kept_mask(lesions, settings.feather / 2)
-        kept = torch.where(marked[:, None, None], torch.maximum(kept, around), kept)  # a lesion may reach beyond the box
-        alike = under(boxes, size, ALIKE, 0.0)
-        homes = [[k for k in every if healthy[k] and k != b and alike[b][k] and alike[k][b]] for b in every]
-        hosts = partners([homes[b] if has else [] for b, has in enumerate(marked.tolist())], draws, settings.probability)
-        others = partners(homes, draws, 1.0)
-        laid = [(b, host) for b, host in enumerate(hosts) if host != b]
-        for piece, b, host in [(b, b, host) for b, host in laid] + [(b, host, others[host]) for b, host in laid]:
-            if host != b and lender[b] == b:
-                lender[b], kept[b] = host, around[piece]
-    free = [inside[b] and lender[b] == b for b in every]
-    swapped = partners([[k for k in every if free[b] and inside[k] and k != b and fits[b][k]] for b in every], draws, settings.probability)
-    lenders = [other if free[b] else lender[b] for b, other in enumerate(swapped)]
+        assert healthy is not None
+        kept, lenders = _lay_lesions(kept, boxes, lesions, healthy & other, draws, settings)
+    free = inside & (lenders == own)
+    fits = under(boxes, size, settings.dilate, settings.feather, reach)
+    swapped = partners(free[:, None] & inside & other & fits, draws, settings.probability)
+    lenders = torch.where(free, swapped, lenders)
     return Swapped(blend(images, kept, images[lenders]), lenders)
+
+
+def _lay_lesions(
+    kept: torch.Tensor, boxes: torch.Tensor, lesions: torch.Tensor, candidates: torch.Tensor, draws: torch.Tensor, settings: Swap
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is kept of each image, and whose surroundings it gets, after lesions are laid into healthy images and pieces of these into others.
+
+    Args:
+        kept: float [B,S,S], as far as there are no lesions.
+        candidates: bool [B,B]: [b,k], whether k is healthy and not b.
+    """
+    assert settings.probability is not None
+    own, count = torch.arange(len(boxes), device=boxes.device), len(boxes)
+    marked, around = lesions.flatten(1).any(1), kept_mask(lesions, settings.feather / 2)
+    kept = torch.where(marked[:, None, None], torch.maximum(kept, around), kept)  # a lesion may reach beyond the box
+    alike = under(boxes, kept.shape[-1], ALIKE, 0.0)
+    candidates = candidates & alike & alike.T
+    hosts = partners(candidates & marked[:, None], draws, settings.probability)
+    laid = hosts != own
+    # A host gets a piece of the shape of the lesions that are laid into it (of the first, where there are several), in another healthy image.
+    guests = torch.where(laid[:, None] & (hosts[:, None] == own), own[:, None], count).amin(0)
+    others = partners(candidates, draws, 1.0)
+    hosting = (guests < count) & (others != own) & ~laid
+    kept = torch.where(laid[:, None, None], around, kept)
+    kept = torch.where(hosting[:, None, None], around[guests.clamp(max=count - 1)], kept)
+    return kept, torch.where(hosting, others, hosts)

@@ -23,7 +23,8 @@ from shards.loader import Loader
 from trainer.launching import Accelerator
 from trainer.lungs import LungSegmenter, lung_boxes
 from trainer.metrics import bootstrap
-from trainer.report import LUNGS, REGION, STYLE, html_table, png
+from trainer.report.figures import LUNGS, REGION, png
+from trainer.report.page import STYLE, html_table
 
 EDGES = ("left", "top", "right", "bottom")
 COLUMNS = ("dice", "iou", "box_iou", *EDGES, "fallback", "surface")

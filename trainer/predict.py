@@ -2,9 +2,9 @@
 
 if __name__ == "__main__":  # what is wrong with the flags is said before torch is imported, which takes seconds
     from shards.errors import run as _run
+    from trainer.command import parse as _parse
+    from trainer.command import positionals as _positionals
     from trainer.config import PredictConfig as _Config
-    from trainer.config import parse as _parse
-    from trainer.config import positionals as _positionals
 
     def _check() -> None:
         _parse(_Config, _positionals(None)[0], prog="trainer.predict")
@@ -27,13 +27,16 @@ from shards.errors import InputError, listed, nearest, run
 from shards.files import walk
 from shards.pixels import IMAGE_SUFFIXES, Frame, fit, is_dicom, load_image
 from shards.sample import clean_key
-from trainer.config import PredictConfig, parse, positionals
-from trainer.evaluate import open_run, read_report
+from trainer.command import parse, positionals
+from trainer.config import PredictConfig
 from trainer.launching import set_threads, start
 from trainer.look import look
 from trainer.lungs import LungFinder
 from trainer.regions import Regions, placed
+from trainer.report.figures import Tile, panel, png
+from trainer.report.words import file_name, printable
 from trainer.rules import rules_of
+from trainer.run import open_run, read_report
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -69,8 +72,6 @@ def main(argv: list[str] | None = None) -> None:
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({error.strerror})") from error
 
-    from trainer import report
-
     taken: set[str] = set()
     bad: list[str] = []
     for number, path in enumerate(images):
@@ -105,16 +106,16 @@ def main(argv: list[str] | None = None) -> None:
             print(f"warning: no lungs were found in {path}: is it a frontal chest radiograph? Its figures mean little", file=sys.stderr)
         if seen.cam is not None and not cam.any():
             print(f"warning: the CAM of {shown} is zero everywhere in {path}: it lies nowhere", file=sys.stderr)
-        name = report.file_name(clean_key(path.stem))
+        name = file_name(clean_key(path.stem))
         while name in taken:
             name += "_"
         taken.add(name)
         overlay = out / f"{name}.png"
-        title = f"{report.printable(path.name)}\n{predicted} {max(probability):.2f}, CAM of {shown}{', no lungs found' if lost else ''}"
+        title = f"{printable(path.name)}\n{predicted} {max(probability):.2f}, CAM of {shown}{', no lungs found' if lost else ''}"
         pixels = seen.images[0, 0].float().cpu().numpy()
         lungs = outlined[0].cpu().numpy() if found and outlined is not None else np.zeros((size, size), bool)
-        tile = report.Tile(title, pixels, cam.numpy(), region.numpy(), np.zeros((size, size), bool), lungs)
-        atomic.write(overlay, report.png(report.panel([tile], cam_of=shown), dpi=150))
+        tile = Tile(title, pixels, cam.numpy(), region.numpy(), np.zeros((size, size), bool), lungs)
+        atomic.write(overlay, png(panel([tile], cam_of=shown), dpi=150))
         line["overlay"] = str(overlay)
         print(json.dumps(line), flush=True)
     if bad:

@@ -9,7 +9,6 @@ import torch
 
 from shards.sample import NO_FINDING
 from trainer.classifier import FocusClassifier
-from trainer.config import Config
 from trainer.context import blend, kept_mask
 
 SIGMA = 1 / 14  # of the blur, in shares of the side: 16 pixels at 224, wider than ribs and vessels
@@ -39,9 +38,8 @@ def probed(labels: Sequence[int], index: torch.Tensor, findings: Sequence[str], 
     return [k if findings[k] in rules or not known else known[position % len(known)] for k, position in zip(labels, index.tolist(), strict=True)]
 
 
-def random_twin(model: FocusClassifier, config: Config) -> FocusClassifier:
-    """The same network with the random weights that its training could have started from."""
+def random_twin(model: FocusClassifier, seed: int) -> FocusClassifier:
+    """The same network with the random weights that a training of ``seed`` could have started from, in eval mode."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed + 1)
-        twin = FocusClassifier(config.backbone, model.net.num_classes, size=config.size, pretrained="false", layer=config.attention.layer)
-    return twin.eval()
+        torch.manual_seed(seed + 1)
+        return model.untrained().eval()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 
-from trainer.config import flat
+from trainer.command import flat
 
 PROJECT = "cxr-focus"
 PATHS = ("shards", "out", "pretrained", "findings", "lungs.weights")  # settings of which only the last name is logged

@@ -6,9 +6,9 @@ sources that were left out of training on all their images.
 
 if __name__ == "__main__":  # what is wrong with the settings is said before torch is imported, which takes seconds
     from shards.errors import run as _run
+    from trainer.command import parse as _parse
+    from trainer.command import resumed as _resumed
     from trainer.config import LungsTrainConfig as _Config
-    from trainer.config import parse as _parse
-    from trainer.config import resumed as _resumed
 
     def _check() -> None:
         _parse(_Config, _resumed(None, "trainer.train_lungs"), prog="trainer.train_lungs")
@@ -36,10 +36,11 @@ from shards.plan import EpochPlan
 from shards.store import open_store
 from trainer import checkpoint, lung_report
 from trainer.augment import augment, draw, resize
-from trainer.config import LungsTrainConfig, flat, parse, resumed, to_yaml
+from trainer.command import flat, parse, resumed, to_yaml
+from trainer.config import LungsTrainConfig
 from trainer.launching import Accelerator, close, loader_of, on_main, seed_step, seen_by_all, set_threads, share_buffers, start
 from trainer.lungs import LungSegmenter, load_segmenter
-from trainer.paint import paint
+from trainer.lungs.paint import paint
 from trainer.schedule import one_cycle
 
 WEIGHTS = "lung_unet.safetensors"

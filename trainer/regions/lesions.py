@@ -4,12 +4,13 @@ Legend: regions bool [B,S,S] of a batch of B images, S pixels of a side.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from shards.dataset import Split
+from trainer.upload import upload
 
 Box = tuple[float, float, float, float]
 
@@ -20,19 +21,26 @@ def lesion_boxes(split: Split, position: int) -> list[Box]:
     return [box.xyxy for box in split.meta(position)["boxes"] if box.finding == finding]
 
 
-def drawn(boxes: Iterable[Box], stored: Sequence[int], size: int) -> torch.Tensor:
-    """Boxes of an image that is stored at (height, width), filled: bool [size,size]; a pixel that is touched counts."""
-    region = torch.zeros(size, size, dtype=torch.bool)
+def drawn(boxes: Sequence[Sequence[Box]], stored: Sequence[int], size: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """The boxes of each image of a batch, stored at (height, width), filled: bool [B,size,size]; a pixel that is touched counts.
+
+    They travel as numbers and are drawn on the device.
+    """
     height, width = stored
-    for x0, y0, x1, y1 in boxes:
-        left, top = max(0, math.floor(x0 * size / width)), max(0, math.floor(y0 * size / height))
-        region[top : max(0, math.ceil(y1 * size / height)), left : max(0, math.ceil(x1 * size / width))] = True
-    return region
+    most = max([1, *map(len, boxes)])
+    edges = np.zeros((len(boxes), most, 4), np.int64)  # left, top, right, bottom, ends exclusive; of an empty box in the padding nothing is drawn
+    for b, of_image in enumerate(boxes):
+        for k, (x0, y0, x1, y1) in enumerate(of_image):
+            edges[b, k] = [math.floor(x0 * size / width), math.floor(y0 * size / height), math.ceil(x1 * size / width), math.ceil(y1 * size / height)]
+    left, top, right, bottom = upload(torch.from_numpy(edges), torch.device(device)).unsqueeze(3).unbind(2)
+    at = torch.arange(size, device=device)
+    columns, rows = (at >= left) & (at < right), (at >= top) & (at < bottom)
+    return (rows[..., :, None] & columns[..., None, :]).any(1)
 
 
-def lesion_regions(split: Split, index: torch.Tensor, stored: Sequence[int], size: int) -> torch.Tensor:
+def lesion_regions(split: Split, index: torch.Tensor, stored: Sequence[int], size: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """The lesions of each image's own finding, stored at (height, width), as bool [B,size,size]; empty where there are none."""
-    return torch.stack([drawn(lesion_boxes(split, position), stored, size) for position in index.tolist()])
+    return drawn([lesion_boxes(split, position) for position in index.tolist()], stored, size, device)
 
 
 def chosen(expected: torch.Tensor, lesions: torch.Tensor, how: str) -> torch.Tensor:
@@ -58,6 +66,6 @@ class Annotations:
         order = np.random.default_rng([seed, len(split)]).permutation(sorted(found))
         self.boxes = {int(p): found[int(p)] for p in order[: math.ceil(share * len(found) - 1e-9)]}
 
-    def regions(self, index: torch.Tensor, stored: Sequence[int], size: int) -> torch.Tensor:
+    def regions(self, index: torch.Tensor, stored: Sequence[int], size: int, device: torch.device | str = "cpu") -> torch.Tensor:
         """As `lesion_regions`, of the images that are used."""
-        return torch.stack([drawn(self.boxes.get(position, ()), stored, size) for position in index.tolist()])
+        return drawn([self.boxes.get(position, ()) for position in index.tolist()], stored, size, device)

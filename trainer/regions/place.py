@@ -1,8 +1,6 @@
 """Where a finding is expected, given the lungs. Hides the geometry; the rules are data (`trainer.rules`).
 
 Legend: boxes int64 [B,4] x0 y0 x1 y1, ends exclusive; lungs bool [B,S,S]; regions bool [B,S,S], or weights float [B,S,S] in [0,1].
-
-python -m trainer.regions show | learn: the rules drawn on a radiograph; a rule from one annotated radiograph.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,12 +8,9 @@ from typing import NamedTuple
 
 import torch
 
-from shards.errors import run
-from shards.sample import TASKS
-from trainer.cleanup import ends
-from trainer.rules import BOX, Rectangle, Rule, read_findings, rules_of, task_findings, without_rule
-
-__all__ = ["PUBLISHED", "TASKS", "Expected", "Regions", "Rule", "finding_regions", "task_findings", "without_rule"]
+from trainer.lungs.cleanup import ends
+from trainer.rules import BOX, Rectangle, Rule, read_findings, rules_of
+from trainer.upload import upload
 
 PUBLISHED = rules_of(read_findings("published"))
 INF = float("inf")
@@ -47,23 +42,24 @@ class Regions:
         self.size, self.device = size, torch.device(device)
         self.parts = _Rectangles([_part(rule) for rule in own], size, self.device)
         self.uses_lungs = any(rule.place for rule in own)
-        # By finding: its place and how many pixels wider than seen that is; a rim has at least one.
-        self.places = [(rule.place, max(round(rule.dilate * size), int(rule.place == "rim"))) for rule in own]
+        # The different places of the findings, each with how many pixels wider than seen it is (a rim at least one), and by finding its number.
+        places = [(rule.place, max(round(rule.dilate * size), int(rule.place == "rim"))) for rule in own]
+        self.places = [place for place in dict.fromkeys(places) if place[0]]
+        self.place_of = torch.tensor([self.places.index(place) if place[0] else -1 for place in places], device=self.device)
         self.has_place = torch.tensor([bool(rule.place) for rule in own], device=self.device)
         self.beyond = torch.tensor([rule.place == "outside" for rule in own], device=self.device)
         self.elsewhere = torch.tensor([rule.elsewhere for rule in own], device=self.device)
         self.box = _Rectangles([Rule(BOX)], size, self.device)
 
     def __call__(self, labels: torch.Tensor, boxes: torch.Tensor, lungs: torch.Tensor | None) -> Expected:
-        """Where finding ``labels[b]`` is expected: labels int64 [B], on the CPU if nobody shall wait; lungs bool [B,S,S], empty where there are none.
+        """Where finding ``labels[b]`` is expected: labels int64 [B]; lungs bool [B,S,S], empty where there are none.
 
         ``lungs`` None: nobody knows them, and parts of the box stand in.
         """
-        numbers = labels.tolist()
-        labels = labels.to(self.device, non_blocking=True)
+        labels = upload(labels, self.device)
         parts = self.parts(labels, boxes)
         if not self.uses_lungs:
-            return Expected(parts.float(), torch.zeros(len(numbers), dtype=torch.bool, device=self.device))
+            return Expected(parts.float(), torch.zeros_like(labels, dtype=torch.bool))
         has_place = self.has_place[labels]
         # Of a place inside the lung box its part of the box stands in, of one outside what its part has beyond the box.
         boxed = self.box(torch.zeros_like(labels), boxes)
@@ -71,9 +67,8 @@ class Regions:
         if lungs is None:
             return Expected(stand_in, has_place)
         place = torch.zeros_like(parts)
-        for name, reach in {self.places[k] for k in numbers if self.places[k][0]}:
-            those = torch.tensor([b for b, k in enumerate(numbers) if self.places[k] == (name, reach)]).to(self.device, non_blocking=True)
-            place = place.index_copy(0, those, _place(lungs[those], name, reach))
+        for number, (name, reach) in enumerate(self.places):  # of all images: which ones have it, the host does not know
+            place |= _place(lungs, name, reach) & (self.place_of[labels] == number)[:, None, None]
         weight = place * torch.where(parts, 1.0, self.elsewhere[labels][:, None, None])
         gone = has_place & ~(lungs.flatten(1).any(1) & (weight > 0).flatten(1).any(1))
         return Expected(torch.where((has_place & ~gone)[:, None, None], weight, stand_in), gone)
@@ -174,9 +169,3 @@ def placed(region: torch.Tensor) -> torch.Tensor:
     """Which regions, bool or weights [B,S,S], say something about where to look: bool [B], false for nowhere and for everywhere (an image without lungs)."""
     flat = region.flatten(1)
     return (flat > 0).any(1) & (flat < 1).any(1)
-
-
-if __name__ == "__main__":
-    from trainer.learn_regions import main
-
-    run(main)

@@ -1,0 +1,257 @@
+"""The training loop.
+
+Legend: B images of a process and micro-batch, W processes, K classes, S pixels of a side, h x w positions of the CAM.
+A step is `accumulate` micro-batches; its losses are divided by the counts of the whole step over all processes, so W
+processes and any accumulation give the gradient of one big batch (but for context swap, whose partners come from a micro-batch).
+"""
+
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from shards import atomic
+from shards.errors import InputError, finite
+from shards.loader import Batch
+from shards.plan import EpochPlan
+from shards.sample import NO_FINDING
+from trainer.augment import SWAPS, augment, draw
+from trainer.balance import StepSums
+from trainer.classifier import normalize_cam
+from trainer.context import swap_context
+from trainer.launching import loader_of, on_main, seed_step, share_buffers
+from trainer.look import locate
+from trainer.losses import attention, attention_term, classification
+from trainer.measure import validation_figures
+from trainer.regions.lesions import chosen
+from trainer.regions.place import Regions, placed
+from trainer.rules import Rule, rules_of
+from trainer.run import MODEL, save_model, stored_as
+from trainer.training import NOT_FINITE, Training
+from trainer.upload import Download, upload
+
+
+@dataclass
+class Prepared:
+    """A micro-batch on the device: images float [B,1,S,S]; labels int64 [B]; region float [B,S,S] in [0,1]; weight, positive float [B]."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    region: torch.Tensor
+    weight: torch.Tensor
+    positive: torch.Tensor  # what counts for attention
+    swapped: torch.Tensor  # how many images got other surroundings, and how many there are: [2]
+
+
+class Trainer(Training):
+    """The loop. What it consists of, and its checkpoint: see `Training`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        config, device = self.config, self.accelerator.device
+        split = self.splits["train"]
+        self.plan = EpochPlan(split.shard_sizes(), config.seed)
+        self.loader = loader_of(self.accelerator, split, self.plan, batch=config.batch, workers=config.workers)
+        self.rules: dict[str, Rule] = rules_of(self.findings)
+        self.regions = Regions(split.classes, self.rules, config.size, device)
+        self.attends = not config.plain and bool(self.rules or self.annotations)
+        self.model.keeps = self.balance.follows_gradients
+        # Whose region lies inside the lung box, so that what lies outside may be exchanged. No Finding shows nowhere.
+        self.swap = replace(config.swap, probability=config.swap_probability)
+        self.inside = {name for name, rule in self.rules.items() if rule.inside(config.swap.dilate)}
+        self.reach = max((self.rules[name].dilate for name in self.inside), default=0.0)
+        if self.inside:
+            self.inside.add(NO_FINDING)
+        self.swaps = bool(self.inside or self.annotations) and config.swap_probability > 0
+        self.shows_inside = torch.tensor([name in self.inside for name in split.classes], device=device)
+        self.is_healthy = torch.tensor([name == NO_FINDING for name in split.classes], device=device)
+
+    def train(self) -> None:
+        """Epochs until they are done or patience ends."""
+        config, state, images = self.config, self.state, len(self.plan)
+        with self._progress() as bar:  # closed before an error is told, which then has a line of its own
+            self.clock.start()
+            while not self.done:
+                self.net.train()
+                for group in groups(self.loader.batches(state.epoch, state.position), config.accumulate):
+                    # A step: its learning rate, its random numbers, its lambda.
+                    taken = sum(batch.total for batch in group)
+                    self.schedule.before_step(state.epoch * images + state.position, taken, config.epochs * images, state.warmup)
+                    seed_step(config.seed, state.step, self.accelerator.process_index)
+                    lam = self.balance.value(state.epoch) if self.attends else 1.0
+                    sums = self.step(group, lam)
+                    self.tell_balance(sums)
+
+                    state.position += taken
+                    state.step += 1
+                    state.images += taken
+                    self.logged += sums
+                    bar.update(taken)
+
+                    # Once in a while: log, save.
+                    if state.step % config.log_every == 0 or state.position == images:
+                        self.log(bar, lam, state.epoch + state.position / images)
+                    if state.step % config.save_every == 0 and state.position < images:
+                        with self.clock.paused():
+                            self.save()
+
+                # Once an epoch: share the lungs, validate, keep the best, save.
+                with self.clock.paused():
+                    self.end_epoch(bar)
+
+    def _progress(self) -> Any:
+        """The bar of the run."""
+        images = len(self.plan)
+        return tqdm(
+            total=self.config.epochs * images,
+            initial=self.state.epoch * images + self.state.position,
+            unit="img",
+            disable=not self.accelerator.is_main_process,
+            mininterval=1.0 if sys.stderr.isatty() else 15.0,
+            dynamic_ncols=True,
+        )
+
+    def step(self, group: list[Batch], lam: float) -> torch.Tensor:
+        """One optimizer step; the host does not wait for the device in it. Returns this process's `StepSums` as float64 [8] on the device."""
+        config, accelerator = self.config, self.accelerator
+        attend = lam < 1  # lambda = 1 is plain cross-entropy and pays nothing for attention
+        hard = config.attention.form == "published"  # as published: of the predicted class, without a gradient, averaged over all images
+
+        # Where the lungs are, and so where each finding is expected. New images are segmented, known ones looked up.
+        batches = [self.prepare(batch, attend) for batch in group]
+
+        # How many images and positives the whole step has, over all processes.
+        own = torch.stack([torch.stack([batch.weight.sum(), batch.positive.sum()]) for batch in batches]).sum(0)
+        images, positives = accelerator.reduce(own, "sum").clamp(min=1)
+
+        # One forward gives logits and CAM; the CAM's gradient goes through the head into the backbone.
+        losses, norms = torch.zeros(2, 2, dtype=torch.float64, device=accelerator.device)
+        for i, batch in enumerate(batches):
+            with contextlib.nullcontext() if i == len(batches) - 1 else accelerator.no_sync(self.net):
+                logits, cam = self.net(batch.images, None if hard else batch.labels, cam=attend, mode=config.attention.mode, differentiable=not hard)
+                ce, _ = classification(logits, batch.labels, batch.weight)
+                loss, term = lam * ce / images, torch.zeros_like(ce)
+                if attend:
+                    per_image = attention_term(normalize_cam(cam, config.size), batch.region, config.attention.threshold, config.attention.form)
+                    term, _ = attention(per_image, batch.weight if hard else batch.positive)
+                    loss = loss + (1 - lam) * term / (images if hard else positives)
+                    if self.balance.follows_gradients:
+                        norms += torch.stack([squared_norm(x, self.model.kept) for x in (ce / images, term / positives)])
+                accelerator.backward(loss * accelerator.num_processes)  # Accelerate averages gradients over processes; the sum is wanted
+            losses += torch.stack([ce, term]).detach().double()
+        self.model.kept = []
+
+        if config.optim.clip:
+            accelerator.clip_grad_norm_(self.net.parameters(), config.optim.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        swapped = torch.stack([batch.swapped for batch in batches]).sum(0)
+        return torch.cat([losses, own.double(), norms, swapped.double()])
+
+    def prepare(self, batch: Batch, attend: bool) -> Prepared:
+        """A batch on the device: resized, augmented together with its lung box, surroundings swapped, with the region of its finding."""
+        config, device = self.config, self.accelerator.device
+        raw, labels, weight = upload(batch.image, device), upload(batch.label, device), upload(batch.weight, device)
+        located = locate(self.accelerator, raw, batch.index, self.lungs["train"] if attend or self.swaps else None, config.size)
+        lesions = self.annotations.regions(batch.index, raw.shape[-2:], config.size, device) if self.annotations else None
+        draws = upload(draw(config.seed, self.state.epoch, batch.index), device)
+        outlines = located.outlines if attend and self.regions.uses_lungs else None
+        images, boxes, lesions, lungs = augment(located.images, draws, config.augment, boxes=located.boxes, masks=lesions, outlines=outlines)
+        if boxes is None:
+            nothing = torch.zeros(len(images), 1, 1, device=device)
+            return Prepared(images, labels, nothing, weight, torch.zeros_like(weight), torch.zeros(2, device=device))
+        region = self.regions(labels, boxes, lungs).weight
+        if lesions is not None:
+            region = chosen(region, lesions, config.attention.region)
+        swapped = torch.zeros(2, device=device)
+        if self.swaps:
+            found = upload(located.found, device)
+            inside, healthy = found & self.shows_inside[labels], found & self.is_healthy[labels]
+            images, lenders = swap_context(images, boxes, inside, draws[:, SWAPS], self.swap, lesions=lesions, healthy=healthy, reach=self.reach)
+            others = lenders != torch.arange(len(lenders), device=device)
+            swapped = torch.stack([others.sum(), torch.ones_like(lenders).sum()]).float()
+        return Prepared(images, labels, region, weight, weight * placed(region), swapped)
+
+    def tell_balance(self, sums: torch.Tensor) -> None:
+        """Give lambda the sums of the step before, which have arrived on the host, and send those of this step on their way."""
+        if self.balance.follows_losses:
+            if self.unseen is not None:
+                self.balance.update(StepSums(*self.unseen.get().tolist()))
+            self.unseen = Download(self.accelerator.reduce(sums.clone(), "sum"))
+
+    def log(self, bar: Any, lam: float, position: float) -> None:
+        """A line of metrics.jsonl and of the tracker; stops the run at a loss that is not finite."""
+        state, sums = self.state, StepSums(*self.accelerator.reduce(self.logged, "sum").tolist())
+        self.logged = torch.zeros_like(self.logged)
+        if not math.isfinite(sums.ce + sums.attention):
+            raise InputError(NOT_FINITE.format(step=state.step))
+        counted = sums.images if self.config.attention.form == "published" else sums.positives
+        state.seconds = self.clock.seconds
+        line = {
+            "step": state.step,
+            "epoch": state.epoch,
+            "position": position,
+            "ce": sums.ce / sums.images,
+            "attention": sums.attention / counted if counted and lam < 1 else None,
+            "lambda": lam,
+            "swapped": sums.swapped / sums.swappable if sums.swappable else None,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "images_per_s": state.images / max(state.seconds, 1e-9),
+        }
+        told = {"ce": line["ce"], "att": line["attention"], "lambda": lam if self.attends else None, "swapped": line["swapped"]}
+        bar.set_postfix({name: f"{value:.3f}" for name, value in told.items() if value is not None} | {"epoch": state.epoch + 1}, refresh=False)
+        self.write(line)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append to metrics.jsonl and send to the tracker, on the main process."""
+        if self.accelerator.is_main_process:
+            atomic.append(Path(self.config.out) / "metrics.jsonl", json.dumps(finite(line)))
+            self.tracking.log({k: v for k, v in line.items() if k != "step"}, line["step"])
+
+    def end_epoch(self, bar: Any) -> None:
+        """Validation, the schedule, the best model, the checkpoint."""
+        c, acc, state = self.config, self.accelerator, self.state
+        share_buffers(self.model)
+        self.refuse_not_finite()
+        outcome = self.evaluator.measure("val", cams=self.attends)
+        figures = validation_figures(outcome, self.balance.value(state.epoch) if self.attends else 1.0, c.attention, self.evaluator.splits["val"].classes)
+        self.balance.validated(figures["val_loss"])
+        self.schedule.validated(figures["val_weighted" if c.optim.watch == "weighted" else "val_loss"])
+        score = {"accuracy": figures["val_accuracy"], "auc": figures["val_auc"], "loss": -figures["val_loss"], "last": state.epoch}[c.best]
+        score = score if math.isfinite(score) else -math.inf
+        state.since_best += 1
+        if score > state.best or state.best_epoch < 0:  # the first epoch's in any case: what its figures lack, weights have
+            state.best, state.best_epoch, state.since_best = score, state.epoch, 0
+            on_main(acc, lambda: save_model(Path(c.out) / MODEL, self.model, c, stored_as(self.splits["train"]), state.epoch, acc.mixed_precision))
+        self.write({"step": state.step, "epoch": state.epoch, **figures})
+        state.epoch, state.position = state.epoch + 1, 0
+        self.save()
+        if acc.is_main_process:
+            told = "  ".join(f"{name[4:]} {value:.3f}" for name, value in figures.items() if value is not None)
+            bar.write(f"epoch {state.epoch}/{c.epochs}: {told}{'  *' if not state.since_best else ''}", file=sys.stderr)
+
+
+def groups(loader: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """Micro-batches by the step; the last step of an epoch may have fewer."""
+    group: list[Batch] = []
+    for batch in loader:
+        group.append(batch)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def squared_norm(loss: torch.Tensor, kept: list[torch.Tensor]) -> torch.Tensor:
+    """Of a loss's gradient at the feature maps: float64 scalar. Scaled meanwhile, so that it does not vanish in half precision."""
+    scale = 2.0**12
+    gradients = torch.autograd.grad(loss * scale, kept, retain_graph=True, allow_unused=True)
+    return torch.stack([(g.double() / scale).square().sum() for g in gradients if g is not None] or [loss.detach().double() * 0]).sum()

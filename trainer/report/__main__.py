@@ -1,0 +1,56 @@
+"""python -m trainer.report --out FILE.html RUN [RUN ...]: several finished runs side by side."""
+
+if __name__ == "__main__":  # what is wrong with the flags is said before torch is imported, which takes seconds
+    from shards.errors import run as _run
+    from trainer.command import parse as _parse
+    from trainer.command import positionals as _positionals
+    from trainer.config import ReportConfig as _Config
+
+    def _check() -> None:
+        _parse(_Config, _positionals(None)[0], prog="trainer.report")
+
+    _run(_check)
+
+
+from pathlib import Path
+
+from shards import atomic
+from shards.errors import InputError, read_json, run
+from trainer.command import parse, positionals
+from trainer.config import ReportConfig
+from trainer.report.page import page
+from trainer.report.words import table
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the table, write the page."""
+    flags, folders = positionals(argv)
+    options = parse(ReportConfig, flags, prog="trainer.report")
+    if not folders:
+        raise InputError("no runs named: python -m trainer.report --out FILE.html RUN [RUN ...]")
+    runs, pictures = {}, {}
+    for folder in map(Path, folders):
+        if not (folder / "report.json").is_file():
+            raise InputError(f"{folder}: has no report.json; is it the folder of a finished run of trainer.train?")
+        content = read_json(folder / "report.json")
+        if not isinstance(content, dict) or "findings" not in content:
+            raise InputError(f"{folder}: is a run of trainer.train_lungs; runs of trainer.train are compared here")
+        if folder.resolve().name in runs:
+            raise InputError(f"{folder}: a second run of that name; the columns could not be told apart, rename one folder")
+        name = folder.resolve().name
+        runs[name] = content
+        pictures[name] = {kind: (folder / f"{kind}.png").read_bytes() for kind in ("panel", "curves", "no_lungs") if (folder / f"{kind}.png").is_file()}
+    out = Path(options.out)
+    if out.is_dir():
+        raise InputError(f"--out {out}: is a folder; name the HTML file to write, such as {out / 'report.html'}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        atomic.write(out, page("cxr-focus", runs, pictures))
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written ({error.strerror})") from error
+    print(table(runs))
+    print(f"\nreport: {out.resolve()}")
+
+
+if __name__ == "__main__":
+    run(main)

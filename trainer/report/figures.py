@@ -1,0 +1,126 @@
+"""Pictures: the panel of CAMs, images without lungs, curves."""
+
+import io
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from sklearn.metrics import roc_curve
+
+from shards.dataset import Split
+from trainer.measure import Outcome
+from trainer.report.words import short
+
+matplotlib.rcParams["text.parse_math"] = False  # a name with two dollars is no formula
+TILES = 12
+LUNGS, REGION, LESION = "#00e5ff", "#7CFC00", "#ff4040"
+
+
+@dataclass
+class Tile:
+    """One image of a panel: image and cam float [S,S] in [0,1]; region, lesion and lungs bool [S,S]."""
+
+    title: str
+    image: np.ndarray
+    cam: np.ndarray
+    region: np.ndarray
+    lesion: np.ndarray
+    lungs: np.ndarray
+
+
+def panel(shown: list[Tile], columns: int = 4, cam_of: str = "the label's class") -> Figure:
+    """Each image beside itself with its CAM; the outlines of lungs cyan, of the expected region green, of lesion boxes red, as far as there are any."""
+    drawn = (("cyan: lungs", any(t.lungs.any() for t in shown)), ("green: expected region", any(t.region.any() for t in shown)))
+    words = [word for word, there in (*drawn, ("red: lesion box", any(t.lesion.any() for t in shown))) if there]
+    legend = "   ".join([*words, f"right half: Grad-CAM of {cam_of}"])
+    columns = min(columns, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    figure = Figure(figsize=(3.7 * columns, 2.35 * rows + 0.3), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax, tile in zip(axes.flat, shown, strict=False):
+        draw(ax, tile)
+    for ax in axes.flat:
+        ax.axis("off")
+    figure.supxlabel(legend, fontsize=9 if columns > 1 else 6)
+    return figure
+
+
+def whole(splits: Mapping[str, Split], lost: Mapping[str, Sequence[int]]) -> Figure | None:
+    """Up to 12 of the images without believable lungs, by split; None where there are none. ``lost``: their positions."""
+    every = [(name, position) for name, positions in lost.items() for position in positions]
+    if not every:
+        return None
+    chosen = [every[i] for i in np.unique(np.linspace(0, len(every) - 1, TILES).astype(int))]
+    figure = Figure(figsize=(12, 2.3 * math.ceil(len(chosen) / 6)), layout="constrained")
+    for k, (name, position) in enumerate(chosen):
+        ax = figure.add_subplot(math.ceil(len(chosen) / 6), 6, k + 1)
+        ax.imshow(splits[name].image(position), cmap="gray", vmin=0, vmax=255)
+        ax.set_title(f"{name} {splits[name].key(position)}", fontsize=7)
+        ax.axis("off")
+    return figure
+
+
+def draw(ax: Any, tile: Tile) -> None:
+    """The tile's image and, to its right, the same with the CAM over it."""
+    size = tile.image.shape[0]
+    gray = np.repeat(tile.image[..., None], 3, 2)
+    heat = matplotlib.colormaps["inferno"](tile.cam)[..., :3]
+    alpha = 0.65 * tile.cam[..., None]
+    ax.imshow(np.concatenate([gray, (1 - alpha) * gray + alpha * heat], 1), vmin=0, vmax=1)
+    for shift in (0, size):
+        for mask, colour in ((tile.lungs, LUNGS), (tile.region, REGION), (tile.lesion, LESION)):
+            if mask.any():
+                ax.contour(np.arange(size) + shift, np.arange(size), mask, levels=[0.5], colors=[colour], linewidths=0.9)
+    ax.set_title(tile.title, fontsize=8)
+
+
+def curves(history: list[dict[str, Any]], outcomes: dict[str, Outcome], findings: list[str]) -> Figure:
+    """Losses, lambda and validation figures by epoch, and the ROC of each split; ``findings`` names the classes, class 0 first."""
+    figure = Figure(figsize=(13, 3.2), layout="constrained")
+    axes = figure.subplots(1, 4)
+    epochs = [line for line in history if "val_loss" in line]
+    steps = [line for line in history if "ce" in line]
+    axes[0].set_title("cross-entropy")
+    axes[1].set_title("attention loss and lambda")
+    axes[2].set_title("validation")
+    axes[3].set_title("ROC")
+    axes[0].plot([line["position"] for line in steps], [line["ce"] for line in steps], lw=0.8, label="train")
+    axes[0].plot([line["epoch"] + 1 for line in epochs], [line["val_loss"] for line in epochs], "o-", ms=3, label="val")
+    attended = [line for line in steps if line.get("attention") is not None]
+    if attended:
+        axes[1].plot([line["position"] for line in attended], [line["attention"] for line in attended], lw=0.8, label="attention, train")
+        axes[1].plot([line["position"] for line in steps], [line["lambda"] for line in steps], lw=0.8, label="lambda")
+    else:
+        axes[1].text(0.5, 0.5, "none: plain cross-entropy", ha="center", va="center", transform=axes[1].transAxes)
+    for name in ("val_accuracy", "val_auc", "val_energy"):
+        known = [line for line in epochs if line.get(name) is not None]
+        if known:
+            axes[2].plot([line["epoch"] + 1 for line in known], [line[name] for line in known], "o-", ms=3, label=name[4:])
+    for split, outcome in outcomes.items():
+        scores = torch.softmax(outcome.logits.double(), 1)
+        for k in range(1, scores.shape[1]):
+            if 0 < (outcome.labels == k).sum() < len(outcome.labels):
+                fpr, tpr, _ = roc_curve((outcome.labels == k).numpy(), scores[:, k].numpy())
+                axes[3].plot(fpr, tpr, lw=1, label=split if scores.shape[1] == 2 else f"{split}, {short(findings[k])}")
+    for ax, label in zip(axes, ("epoch", "epoch", "epoch", "1 - specificity"), strict=True):
+        ax.set_xlabel(label)
+        ax.grid(alpha=0.3)
+        if ax.get_legend_handles_labels()[0]:
+            entries = len(ax.get_legend_handles_labels()[0])
+            ax.legend(fontsize=7 if entries <= 12 else 3.5, ncols=1 if entries <= 12 else 2)
+    return figure
+
+
+def png(figure: Figure, dpi: int = 110) -> bytes:
+    """A figure as the bytes of a PNG."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # names in letters that the font has not are boxes in pictures, and whole in the page
+        figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()

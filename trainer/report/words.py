@@ -1,0 +1,197 @@
+"""Figures in words: names of files, the published text report, the summary of runs side by side."""
+
+import hashlib
+import json
+import math
+import re
+from typing import Any
+
+from trainer.config import Config
+
+LONGEST = 200  # bytes of a file name that is made of others' names; file systems take 255
+
+
+def text_name(config: Config, dataset: str) -> str:
+    """``<backbone>_<dataset>_<task>_la<lambda>_t<threshold>.txt`` as published; the published schedule is ``laa``."""
+    lam = {"fixed": f"{config.balance.lam:g}", "published": "a"}.get(config.balance.policy, config.balance.policy)
+    task = config.task.replace(",", "-").replace(" ", "").replace("/", "-")
+    return file_name(f"{config.backbone}_{dataset}_{task}_la{lam}_t{config.attention.threshold:g}", ".txt")
+
+
+def file_name(text: str, suffix: str = "") -> str:
+    """A name of one file, whatever the names in it: no folder, no control or foreign sign, and not too long, with a checksum where it was cut."""
+    plain = re.sub(r"[^\w .,+=@()-]", "-", text).lstrip(".") or "-"
+    data = plain.encode()
+    if len(data) + len(suffix) > LONGEST:
+        plain = data[: LONGEST - len(suffix) - 9].decode(errors="ignore") + "-" + hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:8]
+    return plain + suffix
+
+
+def printable(text: str) -> str:
+    """Text that can be drawn, printed and written: what is none, as of a file's name in another encoding, becomes an escape."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def short(name: str) -> str:
+    """A name for a picture, where a long one would leave no room for the rest."""
+    return name if len(name) <= 28 else f"{name[:27]}\u2026"
+
+
+def text_report(content: dict[str, Any]) -> str:
+    """The published text report, then what it lacks."""
+    lines = [f"Execution Time: {content['training'].get('minutes', 0):.2f} minutes"]
+    shown = [(split, content[split]) for split in ("val", "test") if split in content]
+    for number, (split, figures) in enumerate(shown):
+        if number or split == "test":
+            lines += ["-" * 30, "Metrics of unseen test data:"]
+        lines += [_classification_table(figures, content["findings"]), f"AUC Score: {figures['auc']:.4f}"]
+        if "binary" in figures:
+            b = figures["binary"]
+            lines += [
+                f"Best Threshold: {b['best_threshold']:.4f}",
+                f"Specificity: {b['specificity']:.4f}",
+                f"False Discovery Rate (FDR): {b['fdr']:.4f}",
+                f"False Omission Rate (FOR): {b['for']:.4f}",
+            ]
+    for split, figures in shown:
+        lines += ["-" * 30, f"Beyond the published report, {split}:"]
+        if "binary" in figures:
+            b = figures["binary"]
+            lines.append(f"(Best Threshold above is chosen on {split} itself; the figures beside it, and these, are at the predicted class)")
+            lines += [f"Sensitivity: {b['sensitivity']:.4f}", f"Positive Predictive Value (PPV): {b['ppv']:.4f}"]
+            lines += [f"Youden's Index: {b['youden']:.4f}", f"Discriminant Power: {b['dp']:.4f}"]
+            if at := figures.get("at_threshold"):
+                told = (
+                    f"{words} {at[name]:.4f}" for name, words in (("sensitivity", "sensitivity"), ("specificity", "specificity"), ("youden", "Youden's index"))
+                )
+                lines.append(f"At the threshold {at['threshold']:.4f}, chosen on val: {', '.join(told)}")
+        for kind, what in KINDS.items():
+            if kind not in figures["localization"]:
+                continue
+            found = figures["localization"][kind]["all"]
+            if found is None:
+                lines.append(f"Localization, {what}: no ground truth")
+                continue
+            lines.append(f"Localization, {what} ({found['images']} images{without_map(found)}):")
+            for name, words in LOCALIZATION_WORDS.items():
+                if name in found:
+                    at = f" at {found['iou_threshold']:g}" if name == "iou" else ""
+                    low, high = found[f"{name}_95"]
+                    lines.append(f"  {words}{at}: {found[name]:.4f} [{low:.4f}, {high:.4f}]")
+        if figures.get("probe"):
+            lines.append("Probes of the localization:")
+            known = {words: found for words, found in probes(figures["probe"]).items() if found[0] is not None}
+            lines += [f"  {words}: {value:.4f} [{low:.4f}, {high:.4f}]" for words, (value, (low, high)) in known.items()]
+    for split, keys in content["lungs_not_found"].items():
+        lines.append(f"No lungs found, whole image used ({split}): {len(keys)}")
+    lines += [f"Expected regions replaced by their part of the lung box ({split}): {n}" for split, n in content.get("regions_replaced", {}).items()]
+    return "\n".join(lines) + "\n"
+
+
+def without_map(found: dict[str, Any]) -> str:
+    """How many CAMs are zero everywhere: they have no energy, and miss."""
+    return f", {found['without_map']} of them without a map: no energy, pointing misses" if found.get("without_map") else ""
+
+
+KINDS = {"expected": "expected region", "expected_box": "part of the lung box, as published or as the rule has it", "lesion": "lesion boxes"}
+
+LOCALIZATION_WORDS = {
+    "energy": "CAM energy inside",
+    "lift": "CAM energy inside minus area",
+    "pointing": "Pointing hit",
+    "pointing_near": "Pointing hit with tolerance",
+    "coverage": "Coverage at the threshold",
+    "iou_otsu": "IoU at Otsu's threshold",
+    "iou": "IoU, threshold from val",
+}
+
+
+def probes(probe: dict[str, Any]) -> dict[str, tuple[float, list[float]]]:
+    """The figures of `Evaluator.probe` in words, each with its 95% interval."""
+    chance = probe["random"]
+    figures = [(probe[name], probe[f"{name}_95"]) for name in ("drop_outside", "drop_inside")]
+    figures += [(chance[name], chance[f"{name}_95"]) if chance else (None, [None, None]) for name in ("energy", "similarity")]
+    return dict(zip(PROBES, figures, strict=True))
+
+
+def _classification_table(figures: dict[str, Any], findings: list[str]) -> str:
+    """Laid out as scikit-learn's classification_report with 3 digits, which the published code prints."""
+    width = max(12, *map(len, findings))
+    lines = [f"{'':>{width}} {'precision':>9} {'recall':>9} {'f1-score':>9} {'support':>9}", ""]
+    rows = figures["per_class"]
+    total = sum(row["support"] for row in rows)
+    for name, row in zip(findings, rows, strict=True):
+        lines.append(f"{name:>{width}} {row['precision']:>9.3f} {row['recall']:>9.3f} {row['f1']:>9.3f} {row['support']:>9}")
+    lines += ["", f"{'accuracy':>{width}} {'':>9} {'':>9} {figures['accuracy']:>9.3f} {total:>9}"]
+    macro = [figures["macro_precision"], figures["macro_recall"], figures["macro_f1"]]
+    weighted = [sum(row[n] * row["support"] for row in rows) / total for n in ("precision", "recall", "f1")]
+    for name, average in (("macro avg", macro), ("weighted avg", weighted)):
+        lines.append(f"{name:>{width}} " + " ".join(f"{value:>9.3f}" for value in average) + f" {total:>9}")
+    return "\n".join(lines) + "\n"
+
+
+PROBES = ("AUC lost, outside blurred", "AUC lost, region blurred", "energy, random weights", "likeness to random weights")
+
+SUMMARY = ("accuracy", "AUC", "energy in region", "lift over area", "pointing hit", "energy in lesion", "pointing at lesion", *PROBES)
+
+MEANING = {
+    "energy in region": "share of the CAM's sum that lies in the region where the finding is expected (green; where its weight is a half or more), "
+    "mean over the images of a finding",
+    "lift over area": "that share minus the region's share of the image: 0 is no better than a map that is the same everywhere",
+    "pointing hit": "share of those images whose CAM has its peak in the region",
+    "energy in lesion": "as above, in the lesion boxes (red) of the image's own finding, on images that have some",
+    "pointing at lesion": "as above",
+    PROBES[0]: "fall of the AUC when everything but the expected region is blurred, paired by image: what the model gets from elsewhere on these "
+    "images. Near 0 or below it does not mean that it reads the region: a mark that misleads on these images is no loss",
+    PROBES[1]: "fall of the AUC when the expected region is blurred: what the model gets from there",
+    PROBES[2]: "energy in region of the same network with random weights: what an untrained map gets for nothing",
+    PROBES[3]: "mean rank correlation of the model's CAMs with those of the random network; near 1, the maps do not depend on what was learned",
+}
+
+CAUTION = (
+    "A region is where a finding is expected, not where it is: a model can look there and be wrong, so read these figures beside AUC, "
+    "and where there are lesion boxes, beside those of the lesions. Higher is better, but for the loss outside and the two rows of random weights. "
+    "The CAM of a No Finding image is that of its own class and has no region: nothing is asked of it."
+)
+
+
+def shown_split(content: dict[str, Any]) -> str:
+    """The split that the summary is of: test, or val where there is no test."""
+    return "test" if "test" in content else "val"
+
+
+def summary(content: dict[str, Any]) -> list[tuple[float, list[float]] | None]:
+    """The figures of `SUMMARY`, each with its 95% interval; None where there is no ground truth."""
+    figures = content[shown_split(content)]
+    pairs: list[tuple[float, list[float]] | None] = [(figures[name], figures[f"{name}_95"]) for name in ("accuracy", "auc")]
+    for kind, names in (("expected", ("energy", "lift", "pointing")), ("lesion", ("energy", "pointing"))):
+        found = figures["localization"][kind]["all"]
+        pairs += [(found[name], found[f"{name}_95"]) if found else None for name in names]
+    probe = figures.get("probe")
+    return pairs + (list(probes(probe).values()) if probe else [None] * len(PROBES))
+
+
+def notes(runs: dict[str, dict[str, Any]]) -> list[str]:
+    """What a reader of runs side by side must know."""
+    told = [f"{name} has not finished: its best model so far" for name, content in runs.items() if content["training"].get("unfinished")]
+    kinds = {json.dumps([c["findings"], c["dataset"], shown_split(c), c[shown_split(c)]["images"]]) for c in runs.values()}
+    if len(kinds) > 1:
+        told.append("these runs differ in their findings or images: their figures cannot be compared")
+    if len({content.get("regions") for content in runs.values()}) > 1:
+        told.append("these runs differ in their expected regions: figures of the region cannot be compared")
+    return told
+
+
+def table(runs: dict[str, dict[str, Any]]) -> str:
+    """Runs side by side as text."""
+    first = next(iter(runs.values()))
+    head = f"{shown_split(first)}, {first[shown_split(first)]['images']} images"
+    width = max(len(head), *(len(name) for name in SUMMARY))
+    columns = [max(10, len(name)) for name in runs]
+    lines = [f"{head:{width}}  " + "  ".join(f"{name:>{c}}" for name, c in zip(runs, columns, strict=True))]
+    values = [summary(content) for content in runs.values()]
+    for i, name in enumerate(SUMMARY):
+        cells = ["-" if (pair := row[i]) is None or pair[0] is None or math.isnan(pair[0]) else f"{pair[0]:.3f}" for row in values]
+        if set(cells) != {"-"}:
+            lines.append(f"{name:{width}}  " + "  ".join(f"{cell:>{c}}" for cell, c in zip(cells, columns, strict=True)))
+    return "\n".join([*lines, *(f"note: {note}" for note in notes(runs))])

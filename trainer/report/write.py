@@ -1,0 +1,77 @@
+"""Writing a run's reports."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from shards import atomic
+from shards.dataset import Split
+from shards.errors import InputError, finite
+from trainer.checkpoint import read_lines
+from trainer.config import Config
+from trainer.measure import Outcome
+from trainer.metrics import LOCALIZATION, measured
+from trainer.report.figures import TILES, Tile, curves, panel, png, whole
+from trainer.report.page import page
+from trainer.report.words import short, text_name, text_report
+
+
+def write_run(
+    out: Path,
+    config: Config,
+    content: dict[str, Any],
+    outcomes: dict[str, Outcome],
+    shown: list[Tile],
+    splits: Mapping[str, Split],
+    lost: Mapping[str, Sequence[int]],
+) -> None:
+    """Write report.json, the text report, predictions, panel.png, curves.png, no_lungs.png and report.html into the run folder.
+
+    Args:
+        content: of report.json.
+        shown: tiles of the panel.
+        lost: by split, positions of the images in which no lungs were found.
+    """
+    history = read_lines(out / "metrics.jsonl")
+    pictures = {"panel": png(panel(shown)), "curves": png(curves(history, outcomes, content["findings"]))}
+    if (without := whole(splits, lost)) is not None:
+        pictures["no_lungs"] = png(without)
+    for name, data in pictures.items():
+        atomic.write(out / f"{name}.png", data)
+    for name, outcome in outcomes.items():
+        atomic.write(out / f"predictions_{name}.jsonl", _predictions(outcome, splits[name]))
+    text = text_report(content)
+    atomic.write(out / text_name(config, content["dataset"]), text)
+    atomic.write(out / "report.html", page(out.resolve().name, {out.resolve().name: content}, {out.resolve().name: pictures}, text))
+    atomic.write(out / "report.json", json.dumps(finite(content), indent=1))
+
+
+def _predictions(outcome: Outcome, split: Split) -> str:
+    """One JSON line an image: key, label, probabilities, localization."""
+    probability = torch.softmax(outcome.logits.double(), 1)
+    lines = []
+    for i in range(len(split)):
+        line: dict[str, Any] = {"key": split.key(i), "label": split.classes[split.labels[i]]}
+        line["probability"] = {name: round(p, 6) for name, p in zip(split.classes, probability[i].tolist(), strict=True)}
+        for kind, table in outcome.tables().items():
+            if measured(table[i : i + 1]).any():  # an energy that is null: the CAM is zero everywhere
+                line[kind] = {n: round(v, 6) for n, v in zip(LOCALIZATION, table[i].tolist(), strict=False)}  # the rest: IoU by threshold
+        lines.append(json.dumps(finite(line)) + "\n")
+    return "".join(lines)
+
+
+def rehearse(config: Config, dataset: str, findings: tuple[str, ...], out: Path) -> None:
+    """What is drawn and written at the end, tried with these names at the start. InputError: it cannot be."""
+    nothing = np.zeros((8, 8), np.float32)
+    try:
+        png(panel([Tile(short(name), nothing, nothing, *[nothing > 1] * 3) for name in findings][:TILES]))
+        png(curves([], {}, list(findings)))
+        if not (name := out / text_name(config, dataset)).exists():
+            atomic.write(name, "")
+            name.unlink()
+    except Exception as error:
+        raise InputError(f"--task {config.task}: a report with these names cannot be made ({error}); rename the findings in a file of --findings") from error

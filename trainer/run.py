@@ -1,0 +1,134 @@
+"""A run folder: the names of its files, writing its model, opening it."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from shards.dataset import Split
+from shards.errors import InputError, read_json
+from trainer.checkpoint import save_weights
+from trainer.classifier import FocusClassifier
+from trainer.command import from_yaml
+from trainer.config import Config
+from trainer.lungs.load import load_segmenter
+from trainer.lungs.memory import LungFinder
+from trainer.lungs.segmenter import LungSegmenter
+from trainer.measure import Evaluator
+from trainer.rules import Finding, read_file, read_findings, rules_of, task_findings
+
+MODEL, LUNGS, FINDINGS = "model.safetensors", "lungs.safetensors", "findings.yaml"
+
+
+def save_model(path: Path, model: FocusClassifier, config: Config, stored: Mapping[str, Any], epoch: int, precision: str) -> None:
+    """Weights with all that is needed to use them; whole or not there.
+
+    Args:
+        stored: how the training images were packed: size in pixels, and where they are known aspect and scales.
+        precision: of the training.
+    """
+    metadata = {
+        "backbone": config.backbone,
+        "findings": json.dumps(task_findings(config.task)),
+        "layer": config.attention.layer,
+        "size": str(config.size),
+        "stored_size": str(stored["size"]),
+        "stored": json.dumps(dict(stored)),
+        "epoch": str(epoch),
+        "precision": precision,
+    }
+    save_weights(path, model.state_dict(), metadata)
+
+
+@dataclass
+class Run:
+    """A run folder, opened: its best model is in eval mode; segmenter None: trained without one; metadata of the model's file."""
+
+    config: Config
+    model: FocusClassifier
+    segmenter: LungSegmenter | None
+    findings: dict[str, Finding]
+    metadata: dict[str, str]
+
+    @property
+    def precision(self) -> str:
+        """What it was trained in; empty where that was not written down."""
+        return self.metadata.get("precision", "")
+
+
+def open_run(path: Path) -> Run:
+    """Read a run folder. InputError: it is none, or has no model yet, or its files do not belong together."""
+    if not (path / "config.yaml").is_file():
+        raise InputError(f"--run {path}: is not a run folder (no config.yaml)")
+    if (path / "lung_unet.safetensors").is_file():
+        raise InputError(f"--run {path}: is a run of trainer.train_lungs; name one of trainer.train")
+    if not (path / MODEL).is_file():
+        raise InputError(f"--run {path}: has no {MODEL} yet; train it, or go on with `-m trainer.train --out {path} --resume`")
+    config = from_yaml(Config, path / "config.yaml")
+    try:
+        with safe_open(path / MODEL, "pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+        options: dict[str, Any] = {"size": config.size, "pretrained": "false", "layer": config.attention.layer, "needs_map": False}
+        model = FocusClassifier(config.backbone, len(task_findings(config.task)), **options)
+        model.load_state_dict(load_file(path / MODEL))
+    except (SafetensorError, OSError, RuntimeError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise InputError(f"{path / MODEL}: does not fit the run's config.yaml ({why}); was one of the two changed?") from error
+    segmenter = load_segmenter(path / LUNGS) if (path / LUNGS).is_file() else None
+    return Run(config, model.eval(), segmenter, run_findings(path, config), metadata)
+
+
+def run_findings(path: Path, config: Config) -> dict[str, Finding]:
+    """The findings of a run: its own copy, or, for a run from before there were such copies, the published ones."""
+    own = path / FINDINGS
+    known = read_file(own) if own.is_file() else read_findings("published")
+    return {name: known[name] for name in task_findings(config.task) if name in known}
+
+
+def among(findings: Mapping[str, Finding]) -> list[str]:
+    """Findings that an image may have beside others."""
+    return [name for name, finding in findings.items() if finding.images == "any"]
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """The content of a folder's report.json; nothing where there is none. InputError: it is damaged."""
+    path = folder / "report.json"
+    if not path.is_file():
+        return {}
+    content = read_json(path, f"{path}")
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: is not a report; remove it, and the run writes it again")
+    return content
+
+
+def evaluator_of(
+    accelerator: Accelerator,
+    model: FocusClassifier,
+    config: Config,
+    findings: Mapping[str, Finding],
+    splits: Mapping[str, Split],
+    lungs: Mapping[str, LungFinder],
+) -> Evaluator:
+    """The evaluator of a run's model, as its configuration says."""
+    return Evaluator(
+        accelerator,
+        model,
+        attention=config.attention,
+        size=config.size,
+        seed=config.seed,
+        rules=rules_of(findings),
+        splits=splits,
+        lungs=lungs,
+        batch=config.batch,
+        workers=config.workers,
+    )
+
+
+def stored_as(split: Split) -> dict[str, Any]:
+    """How images of a split were packed, so that others can be packed alike: size, and aspect and scales where the index says them."""
+    return {"size": int(split.image(0).shape[0])} | {name: split.stored[name] for name in ("aspect", "scales") if name in split.stored}

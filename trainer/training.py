@@ -1,0 +1,217 @@
+"""Everything that a training consists of, and its checkpoint."""
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from shards.dataset import Split
+from shards.errors import InputError
+from trainer import checkpoint
+from trainer.balance import Balance, StepSums
+from trainer.classifier import FocusClassifier
+from trainer.config import Config
+from trainer.launching import on_main
+from trainer.lungs.memory import LungFinder
+from trainer.measure import Evaluator
+from trainer.regions.lesions import Annotations
+from trainer.rules import Finding
+from trainer.run import read_report
+from trainer.schedule import Schedule
+from trainer.tracking import Tracking
+from trainer.upload import Download
+
+
+@dataclass
+class State:
+    """Where the run is. All of it is saved and restored."""
+
+    epoch: int = 0
+    position: int = 0  # samples of the epoch that were trained on
+    step: int = 0
+    best: float = -math.inf
+    best_epoch: int = -1
+    since_best: int = 0  # epochs in a row without a better model
+    seconds: float = 0.0  # of training, without evaluation and pauses
+    images: int = 0  # trained on in those seconds
+    warmup: int = 0  # images of the learning rate's warm-up, as the run began
+    changes: list[dict[str, Any]] = field(default_factory=list)  # of how it is carried out, at resumes: step, what, from, to
+
+
+class Clock:
+    """Seconds of training; what runs while it is paused does not count."""
+
+    def __init__(self) -> None:
+        self.counted = 0.0
+        self.since: float | None = None  # when it was started; None: it is paused
+
+    def start(self) -> None:
+        """Count from now on."""
+        self.since = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """So far."""
+        return self.counted + (time.monotonic() - self.since if self.since is not None else 0.0)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within the block nothing counts."""
+        self.counted, self.since = self.seconds, None
+        try:
+            yield
+        finally:
+            self.start()
+
+
+@dataclass(kw_only=True)
+class Training:
+    """Everything a run consists of; saved, and restored by ``--resume``."""
+
+    config: Config
+    accelerator: Accelerator
+    splits: dict[str, Split]
+    model: FocusClassifier
+    net: Any  # the model as Accelerate prepared it
+    optimizer: Any
+    schedule: Schedule
+    balance: Balance
+    lungs: dict[str, LungFinder]
+    evaluator: Evaluator
+    tracking: Tracking
+    findings: dict[str, Finding]  # of the task
+    annotations: Annotations | None  # lesion boxes that are used as regions
+    identity: dict[str, Any]
+    state: State = field(default_factory=State)
+
+    def __post_init__(self) -> None:
+        device = self.accelerator.device
+        self.clock = Clock()
+        self.logged = torch.zeros(len(StepSums._fields), dtype=torch.float64, device=device)  # of this process, since the last line of the log
+        self.unseen: Download | None = None  # sums of the last step, of which lambda does not know yet
+
+    def refuse_not_finite(self) -> None:
+        """InputError on every process where losses since the last line, or weights, are not finite: nothing of the kind is ever saved."""
+        sums = self.accelerator.reduce(self.logged.clone(), "sum")
+        if not bool(sums.isfinite().all()) or checkpoint.not_finite(self.model):
+            raise InputError(NOT_FINITE.format(step=self.state.step))
+
+    def save(self) -> None:
+        """The checkpoint that `--resume` goes on from. Every process takes part: lungs are shared first."""
+        self.refuse_not_finite()
+        for finder in self.lungs.values():
+            finder.share(self.accelerator)
+        logged = self.accelerator.reduce(self.logged.clone(), "sum").tolist()
+        self.state.seconds = self.clock.seconds
+        unseen = self.unseen.get().tolist() if self.unseen is not None else None
+        scaler = self.accelerator.scaler
+        folder = Path(self.config.out) / "checkpoints"
+
+        def write() -> None:
+            if not all(finder.memory.saved for finder in self.lungs.values()):  # after the first epoch all are
+                checkpoint.save(folder / "lungs.pt", {name: finder.memory.state_dict() for name, finder in self.lungs.items()})
+            content = {
+                "identity": self.identity,
+                "launch": self.launch(),
+                "state": asdict(self.state),
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+                "scaler": scaler.state_dict() if scaler is not None else None,
+                "balance": self.balance.state_dict(),
+                "logged": logged,
+                "unseen": unseen,
+            }
+            checkpoint.save(folder / "last.pt", content)
+
+        on_main(self.accelerator, write)
+        for finder in self.lungs.values():
+            finder.memory.saved = True
+        self.accelerator.wait_for_everyone()
+
+    def recall_lungs(self, path: Path) -> None:
+        """The lungs that the run has found; what does not fit is looked for again, which is said."""
+        if not path.is_file():
+            return  # cross-entropy alone looks for none, and earlier versions kept boxes alone
+        try:
+            remembered = checkpoint.load(path)
+        except InputError:
+            self.accelerator.print(f"{path} is damaged: the lungs of all images are looked for again")
+            return
+        for name, finder in self.lungs.items():
+            if name not in remembered or not finder.memory.load_state_dict(remembered[name]):
+                self.accelerator.print(f"the lungs of the {name} images are looked for again: these are not the images that were segmented before")
+
+    def launch(self) -> dict[str, Any]:
+        """How the run is carried out: it may change, but not unsaid."""
+        c, acc = self.config, self.accelerator
+        return {
+            "images a step": c.batch * acc.num_processes * c.accumulate,
+            "precision": acc.mixed_precision,
+            "optim.lr": c.optim.lr,
+            "optim.clip": c.optim.clip,
+        } | ({"epochs": c.epochs} if c.optim.schedule == "cosine" else {})  # whose rate is a function of the run's length
+
+    def restore(self) -> None:
+        """Model, optimizer, schedule, scaler, lambda, lungs, position; then the log is cut back to that step."""
+        out = Path(self.config.out)
+        path = out / "checkpoints" / "last.pt"
+        if not path.is_file():
+            self.accelerator.print(f"{out} was stopped before its first checkpoint: it starts from the beginning")
+            if self.accelerator.is_main_process:
+                checkpoint.rewind(out / "metrics.jsonl", -1)
+            return
+        content = checkpoint.load(path)
+        words = {"shards": "other images in --shards", "lungs.weights": "another --lungs.weights", "findings": "other rules of its findings"}
+        checkpoint.refuse_other(out, content["identity"], self.identity, words)
+        self.model.load_state_dict(content["model"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.schedule.load_state_dict(content["schedule"])
+        if content["scaler"] is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(content["scaler"])
+        self.balance.load_state_dict(content["balance"])
+        self.recall_lungs(path.with_name("lungs.pt"))
+        self.state = State(**content["state"])
+        was = content["launch"]
+        for name, value in self.launch().items():
+            if was.get(name, value) != value:
+                self.accelerator.print(f"note: {name} was {was[name]} before, now it is {value}")
+                self.state.changes.append({"step": self.state.step, "what": name, "from": was[name], "to": value})
+        self.schedule.scale(self.config.optim.lr / was.get("optim.lr", self.config.optim.lr))
+        self.state.warmup = self.state.warmup or self.config.optim.warmup * was["images a step"]
+        self.clock.counted = self.state.seconds
+        if self.accelerator.is_main_process:  # sums of all processes since the last line of the log; earlier versions kept fewer
+            logged = content.get("logged", [])
+            self.logged[: len(logged)] += torch.tensor(logged, dtype=torch.float64, device=self.accelerator.device)
+        if content.get("unseen") is not None:
+            self.unseen = Download(torch.tensor(content["unseen"], dtype=torch.float64))
+        if self.accelerator.is_main_process:
+            checkpoint.rewind(out / "metrics.jsonl", self.state.step)
+        self.accelerator.print(f"resumed after step {self.state.step}: {self.state.epoch} epochs and {self.state.position} images of the next are done")
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do: the epochs are done and the report is of this very checkpoint."""
+        try:
+            training = read_report(Path(self.config.out)).get("training", {})
+        except (InputError, OSError):
+            return False  # a damaged one is written again
+        of = training.get("step", self.state.step) == self.state.step and training.get("epochs") == self.state.epoch
+        return self.done and of and not training.get("unfinished")
+
+    @property
+    def done(self) -> bool:
+        """Whether epochs or patience are used up."""
+        return self.state.epoch >= self.config.epochs or self.state.since_best >= self.config.patience
+
+
+NOT_FINITE = (
+    "the loss is not finite in one of the steps up to {step}, or a weight after them; lower --optim.lr, set --optim.clip 1, or launch with "
+    "--mixed_precision bf16 or no. --resume with one of these goes on from the last checkpoint, which is sound"
+)
