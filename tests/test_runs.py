@@ -835,3 +835,12 @@ def test_notes_of_the_start_are_not_among_the_data(monkeypatch, capsys):
     captured = capsys.readouterr()
     assert not captured.out
     assert "fp16 needs a GPU" in captured.err
+
+
+def test_a_gradient_s_norm_that_overflows_is_no_loss_that_does(flags):
+    job = build(resolve([*flags, "--balance.policy", "balanced"]))
+    job.logged[4] = math.inf
+    job.refuse_not_finite()
+    job.logged[1] = math.inf
+    with pytest.raises(InputError, match="the loss is not finite"):
+        job.refuse_not_finite()

@@ -64,6 +64,15 @@ def waits(monkeypatch):
             return ordinary(self, *args, **kwargs)
 
         monkeypatch.setattr(torch.Tensor, name, asked)
+    for name in ("tensor", "as_tensor"):  # a constant that is made on the host: its copy to a GPU waits
+        ordinary = getattr(torch, name)
+
+        def made(*args, name=name, ordinary=ordinary, **kwargs):
+            if mode.on:
+                mode.tell(name)
+            return ordinary(*args, **kwargs)
+
+        monkeypatch.setattr(torch, name, made)
     return mode
 
 

@@ -121,9 +121,8 @@ def _move_boxes(boxes: torch.Tensor, matrix: torch.Tensor, width: int, height: i
     corners = torch.stack([x0, y0, x1, y0, x1, y1, x0, y1], 1).view(-1, 4, 2)
     moved = kornia.geometry.linalg.transform_points(matrix, corners) + 0.5
     low, high = moved.amin(1).round(), moved.amax(1).round()
-    limit = torch.tensor([width, height], device=boxes.device)
-    low = torch.minimum(low.clamp(min=0), limit - 1.0)
-    high = torch.maximum(torch.minimum(high, limit.float()), low + 1)
+    low = torch.stack([low[:, 0].clamp(0, width - 1.0), low[:, 1].clamp(0, height - 1.0)], 1)
+    high = torch.maximum(torch.stack([high[:, 0].clamp(max=width), high[:, 1].clamp(max=height)], 1), low + 1)
     return torch.cat([low, high], 1).long()
 
 

@@ -57,6 +57,8 @@ class Balance:
             return published_lambda(epoch)
         if self.policy == "constrained":
             return self.current
+        if not self.follows_losses:
+            raise ValueError(f"unknown policy of lambda {self.policy!r}")
         if self.means is None:
             return self._clamp(0.5)
         ce, attention = self.means.tolist()

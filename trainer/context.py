@@ -59,9 +59,9 @@ def under(boxes: torch.Tensor, size: int, dilate: float, feather: float, reach: 
 
 def kept_mask(masks: torch.Tensor, feather: float) -> torch.Tensor:
     """As `kept_box` for any shape: bool [B,S,S] -> float [B,S,S], 1 in the mask, falling to 0 around it."""
-    reach = max(1, round(feather * masks.shape[-1]))
-    grown = F.max_pool2d(masks[:, None].float(), 2 * reach + 1, 1, reach)
-    soft = F.avg_pool2d(grown, 2 * reach + 1, 1, reach, count_include_pad=False)[:, 0]
+    radius = max(1, round(feather * masks.shape[-1]))
+    grown = F.max_pool2d(masks[:, None].float(), 2 * radius + 1, 1, radius)
+    soft = F.avg_pool2d(grown, 2 * radius + 1, 1, radius, count_include_pad=False)[:, 0]
     return torch.where(masks, 1.0, soft)
 
 

@@ -1,4 +1,6 @@
-"""The way of an image, written once: raw -> resized -> lungs -> expected region -> logits and CAM. Training, evaluation, panels and predict go it.
+"""The way of an image: raw -> resized -> lungs -> expected region -> logits and CAM.
+
+Evaluation, panels and predict go it with `look`. Training goes it with `locate`, and augments and swaps surroundings in between (`Trainer.prepare`).
 
 Legend: raw uint8 [B,1,H,W], as stored; images float [B,1,S,S] in [0,1]; boxes int64 [B,4]; lungs bool [B,S,S]; cam float [B,S,S] in [0,1].
 """

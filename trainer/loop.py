@@ -1,4 +1,4 @@
-"""The training loop.
+"""The training loop: L = lambda * cross-entropy / images + (1 - lambda) * attention / positives, over all processes.
 
 Legend: B images of a process and micro-batch, W processes, K classes, S pixels of a side, h x w positions of the CAM.
 A step is `accumulate` micro-batches; its losses are divided by the counts of the whole step over all processes, so W
@@ -46,7 +46,7 @@ class Prepared:
     labels: torch.Tensor
     region: torch.Tensor
     weight: torch.Tensor
-    positive: torch.Tensor  # what counts for attention
+    positive: torch.Tensor  # 1 where attention counts: the image has a region
     swapped: torch.Tensor  # how many images got other surroundings, and how many there are: [2]
 
 
@@ -124,7 +124,7 @@ class Trainer(Training):
         attend = lam < 1  # lambda = 1 is plain cross-entropy and pays nothing for attention
         hard = config.attention.form == "published"  # as published: of the predicted class, without a gradient, averaged over all images
 
-        # Where the lungs are, and so where each finding is expected. New images are segmented, known ones looked up.
+        # Each batch: find the lungs (new images are segmented, known ones looked up), augment, say where the finding is expected, swap surroundings.
         batches = [self.prepare(batch, attend) for batch in group]
 
         # How many images and positives the whole step has, over all processes.

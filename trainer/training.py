@@ -93,13 +93,14 @@ class Training:
     def __post_init__(self) -> None:
         device = self.accelerator.device
         self.clock = Clock()
-        self.logged = torch.zeros(len(StepSums._fields), dtype=torch.float64, device=device)  # of this process, since the last line of the log
+        self.logged = torch.zeros(len(StepSums._fields), dtype=torch.float64, device=device)  # `StepSums` of this process since the last line of the log
         self.unseen: Download | None = None  # sums of the last step, of which lambda does not know yet
 
     def refuse_not_finite(self) -> None:
         """InputError on every process where losses since the last line, or weights, are not finite: nothing of the kind is ever saved."""
-        sums = self.accelerator.reduce(self.logged.clone(), "sum")
-        if not bool(sums.isfinite().all()) or checkpoint.not_finite(self.model):
+        sums = StepSums(*self.accelerator.reduce(self.logged.clone(), "sum").tolist())
+        # Norms of gradients may overflow in half precision: lambda leaves such a step out.
+        if not math.isfinite(sums.ce + sums.attention) or checkpoint.not_finite(self.model):
             raise InputError(NOT_FINITE.format(step=self.state.step))
 
     def save(self) -> None:
