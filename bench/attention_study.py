@@ -45,7 +45,7 @@ from trainer.command import parse
 from trainer.config import Config
 from trainer.loop import Trainer
 from trainer.lungs import LungFinder, load_segmenter
-from trainer.metrics import multiclass_auc, summarize
+from trainer.metrics import summarize
 from trainer.rules import read_findings, rules_of, task_findings
 
 HERE = Path(__file__).parent
@@ -220,11 +220,11 @@ def run(work: Path, spec: Spec) -> dict[str, Any]:
         if look:
             data.remember(finder, split, "test")
         seen = replace(trainer.evaluator, rules=RULES, splits={name: split}, lungs={name: finder}).measure(name, cams=look)
-        right = (seen.logits.argmax(1) == seen.labels).float()
-        result[name] = {"accuracy": float(right.mean()), "auc": multiclass_auc(seen.logits, seen.labels)}
+        right = (seen.logits.argmax(1) == seen.pairs.finding).float()
+        result[name] = {"accuracy": float(right.mean()), "auc": seen.auc()}
         if look:
             markers = torch.tensor([split.meta(p)["marker"] for p in range(len(split))])
-            groups = [right[(seen.labels == k) & (markers == m)].mean() for k in range(len(split.classes)) for m in range(len(split.classes))]
+            groups = [right[(seen.pairs.finding == k) & (markers == m)].mean() for k in range(len(split.classes)) for m in range(len(split.classes))]
             result[name]["worst"] = float(min(groups))
             for kind, table in seen.tables().items():
                 figures = summarize(table[~table[:, 0].isnan()][:, :6])

@@ -37,7 +37,7 @@ from sklearn.metrics import roc_auc_score
 from step import processor
 
 from shards.dataset import Split
-from trainer.regions.lesions import lesion_boxes, lesion_regions
+from trainer.regions.lesions import LesionRegions
 
 HERE = Path(__file__).parent
 BASE = "cross-entropy"
@@ -291,8 +291,9 @@ def floor(shards: Path, finding: str) -> tuple[float, float]:
     Each is chosen on one half of the patients and measured on the other: the mean over both ways of 10 partitions.
     """
     split = Split(shards, "test", ("No Finding", finding))
-    positive = np.array([p for p in np.flatnonzero(split.labels == 1).tolist() if lesion_boxes(split, p)])
-    maps = lesion_regions(split, torch.from_numpy(positive), split.image(0).shape, 224).numpy()
+    lesions = LesionRegions(split)
+    positive = lesions.used[split.targets(lesions.used)[:, 1] == 1]
+    maps = lesions(torch.from_numpy(positive), torch.ones(len(positive), dtype=torch.int64), split.image(0).shape, 224).numpy()
     patients = np.array([split.key(p).split("_")[0] for p in positive])
     hits, energy = [], []
     for turn in range(10):

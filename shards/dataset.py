@@ -8,25 +8,37 @@ import os
 import tarfile
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from shards.errors import InputError, listed, nearest
+from shards.errors import InputError, nearest
 from shards.gray import MAX_PIXELS, Scale
-from shards.index import ROW
+from shards.index import BOX, ID, ROW, Indexed, hashed
 from shards.pixels import decode_image
-from shards.sample import SUPPORT_DEVICES, parse_meta
+from shards.sample import parse_meta
 from shards.store import Folder, Remote, open_store
+from shards.targets import SingleLabel, Targets, Unlabelled
 
 MAX_OPEN_FILES = 64
+
+
+class Lesions(NamedTuple):
+    """Lesion boxes of a split, M of them in the order of its samples, of findings that are present and of the task.
+
+    position int64 [M]; finding int64 [M], its number in the task; xyxy float64 [M,4], pixels of the stored image, ends exclusive.
+    """
+
+    position: np.ndarray
+    finding: np.ndarray
+    xyxy: np.ndarray
 
 
 class Split:
@@ -35,18 +47,14 @@ class Split:
     Args:
         root: folder or URL with ``index.json``, or its opened store.
         split: ``train``, ``val`` or ``test``.
-        classes: finding of each class; a sample belongs to class k when classes[k] is its one finding. None: all
-            samples, label 0 (for lung masks).
-        among: those classes to which a sample belongs whatever else it shows, as long as it belongs to no other class.
+        labels: what findings are to the task; names stand for one finding an image, None for all samples (for lung masks).
         masks: read lung masks; every sample must have one.
 
     Raises:
         InputError: no index, an index that does not match its tars, an unknown finding, a class without samples.
     """
 
-    def __init__(
-        self, root: str | Path | Folder | Remote, split: str, classes: Sequence[str] | None = None, *, masks: bool = False, among: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, root: str | Path | Folder | Remote, split: str, labels: Targets | Sequence[str] | None = None, *, masks: bool = False) -> None:
         self.store = root if isinstance(root, Folder | Remote) else open_store(root)
         index = self.store.index()
         if split not in index["splits"]:
@@ -59,69 +67,62 @@ class Split:
         self.shards: list[dict[str, Any]] = entry["shards"]
         self.store.check(self.shards)
         self.starts = list(accumulate((shard["samples"] for shard in self.shards), initial=0))  # first sample of each shard
-        self.table = self._table(f"{split}.npy", ROW, entry)
-        self.classes, self.among = tuple(classes or ()), frozenset(among)
-        self.rows, self.labels = self._select(index, entry)
+        self.table = self._table(f"{split}.npy", ROW, entry, entry["samples"])
+        self._entry, self._boxed = entry, index.get("boxed", [])
+        self._lesions: Lesions | None = None
+        self.labels: Targets = Unlabelled() if not labels else SingleLabel(labels) if isinstance(labels, Sequence) else labels
+        self.classes = self.labels.findings
+        self.rows, self._set, self._of_set = self._select(index, entry)
         self.left_out = entry["samples"] - len(self.rows)
         digest = hashlib.sha256("".join(shard["sha256"] for shard in self.shards).encode())
-        digest.update(self.labels.tobytes())
+        digest.update(self.labels.signature(self._of_set)[self._set].tobytes())
         digest.update(self.rows.tobytes())
         self.fingerprint = digest.hexdigest()
         self._files: OrderedDict[int, int] = OrderedDict()
 
-    def _table(self, name: str, dtype: Any, entry: dict[str, Any]) -> np.ndarray:
+    def _table(self, name: str, dtype: Any, entry: dict[str, Any], rows: int | None) -> np.ndarray:
         path = self.store.table(name, entry["tables"].get(name, {}))
         try:
             table: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: cannot be read ({error}); {self.store.remedy}") from error
-        if table.dtype != dtype or len(table) != entry["samples"] or len(table) != self.starts[-1]:
+        if table.dtype != dtype or table.ndim != 1 or (rows is not None and len(table) != rows) or entry["samples"] != self.starts[-1]:
             raise InputError(f"{path}: does not match index.json ({len(table)} rows, {entry['samples']} expected); {self.store.remedy}")
         return table
 
-    def _select(self, index: dict[str, Any], entry: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of the split that belong to the task, int64 [n], and the class of each, int16 [n]."""
+    def _later_table(self, kind: str, dtype: Any, rows: int | None = None) -> np.ndarray | None:
+        """A table that shards of an earlier version lack."""
+        name = f"{self.split}.{kind}.npy"
+        return self._table(name, dtype, self._entry, rows) if name in self._entry["tables"] else None
+
+    def _select(self, index: dict[str, Any], entry: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows of the split that belong to the task, int64 [n]; which of its sets of targets each has, int [n]; those sets, int8 [sets,K]."""
         if not self.classes:
-            missing = entry["samples"] - entry["masks"]
-            if self.masks and missing:
+            lacking = entry["samples"] - entry["masks"]
+            if self.masks and lacking:
                 raise InputError(
-                    f"{self.store.name}/{self.split}: {missing} of {entry['samples']} samples have no lung mask; "
+                    f"{self.store.name}/{self.split}: {lacking} of {entry['samples']} samples have no lung mask; "
                     "pack them with `python -m shards masks` or `python -m shards phantom`"
                 )
-            return np.arange(entry["samples"]), np.zeros(entry["samples"], np.int16)
+            return np.arange(entry["samples"]), np.zeros(entry["samples"], np.uint8), np.zeros((1, 0), np.int8)
         if not index["findings"]:
             raise InputError(f"{self.store.name}: its images have no findings; are these shards of lung masks?")
         for name in self.classes:
             if name not in index["findings"]:
                 raise InputError(f"{self.store.name}: has no images with finding {name!r}; {nearest(name, index['findings'])}")
-        codes = self._codes(index, entry)
-        none = len(self.classes)
-        label = np.array([self._class(found) for found in index["labels"]], np.int16)[codes]
-        rows = np.flatnonzero(label != none)
-        counts = np.bincount(label, minlength=none)
-        empty = [name for name, count in zip(self.classes, counts, strict=False) if not count]
-        if empty:
-            beside = int(sum(empty[0] in index["labels"][code] for code in codes.tolist()))
-            told = f"{self.store.name}: the {self.split} split has no image {'of' if empty[0] in self.among else 'whose one finding is'} {listed(empty)}"
-            if beside and empty[0] not in self.among:
-                told += f" ({beside} have {empty[0]} beside others: to take those, declare it with `images: any` in a file of --findings)"
-            torn = [found for found in index["labels"] if empty[0] in found and sum(name in self.classes for name in found) > 1]
-            several = int(sum(index["labels"][code] in torn for code in codes.tolist()))
-            if several and empty[0] in self.among:
-                told += f" alone of the task's classes ({several} show {empty[0]} and another of them: an image belongs to one class or to none)"
-            raise InputError(f"{told}; pack images of it into every split, or train a task without it")
-        return rows, label[rows]
-
-    def _class(self, found: Sequence[str]) -> int:
-        """The class of an image with these findings; the number of classes where it has none."""
-        found = [name for name in found if name != SUPPORT_DEVICES or name in self.classes]  # a device is no disease, of the ill or the healthy
-        of_task = [k for k, name in enumerate(self.classes) if name in found]
-        if len(of_task) == 1 and (len(found) == 1 or self.classes[of_task[0]] in self.among):
-            return of_task[0]
-        return len(self.classes)
+        codes, sets = self._codes(index, entry), index["labels"]
+        targets = [self.labels.of(found) for found in sets]
+        of_set = np.array([target or (0,) * len(self.classes) for target in targets], np.int8).reshape(len(sets), len(self.classes))
+        belongs = np.array([target is not None for target in targets], bool)
+        rows = np.flatnonzero(belongs[codes])
+        own = np.ascontiguousarray(codes[rows])
+        lacking = self.labels.lacking(sets, codes, np.bincount(own, minlength=len(sets)) @ of_set.astype(np.int64))
+        if lacking:
+            raise InputError(f"{self.store.name}: the {self.split} split has {lacking}; pack images of it into every split, or train a task without it")
+        return rows, own, of_set
 
     def _codes(self, index: dict[str, Any], entry: dict[str, Any]) -> np.ndarray:
-        codes = self._table(f"{self.split}.labels.npy", np.dtype("<u2"), entry)
+        codes = self._table(f"{self.split}.labels.npy", np.dtype("<u2"), entry, entry["samples"])
         if len(codes) and codes.max() >= len(index["labels"]):
             raise InputError(f"{self.store.name}: {self.split}.labels.npy names labels that index.json does not have; {self.store.remedy}")
         return codes
@@ -139,9 +140,58 @@ class Split:
         """The folder or URL, for messages."""
         return self.store.name
 
+    def targets(self, positions: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """What each sample, or each of ``positions``, shows of the task's findings: int8 [n,K]."""
+        return self._of_set[self._set[positions]]
+
+    def ids(self) -> np.ndarray:
+        """Hashes of the key and of the patient of each sample: `shards.index.ID` [n]."""
+        known = self._later_table("ids", ID, len(self.table))
+        if known is not None:
+            return known[self.rows]
+        return np.array([(hashed(self.key(p)), hashed(self.meta(p).get("patient"))) for p in range(len(self))], ID)
+
+    def lesions(self) -> Lesions:
+        """The lesion boxes, read once."""
+        if self._lesions is None:
+            self._lesions = self._read_lesions()
+        return self._lesions
+
+    def _read_lesions(self) -> Lesions:
+        known, names = self._later_table("boxes", BOX), self._boxed
+        if known is not None:
+            row, number, xyxy = np.asarray(known["row"], np.int64), np.asarray(known["finding"]), np.array(known["xyxy"])
+            if len(row) and (number.max() >= len(names) or row.max() >= len(self.table) or (np.diff(row) < 0).any()):
+                raise InputError(f"{self.store.name}: {self.split}.boxes.npy names samples or findings that index.json does not have; {self.store.remedy}")
+            position = np.searchsorted(self.rows, row)
+            of_task = position < len(self.rows)
+            of_task[of_task] = self.rows[position[of_task]] == row[of_task]
+        else:
+            boxes = [(p, box.finding, box.xyxy) for p in range(len(self)) for box in self.meta(p)["boxes"]]
+            names = list(dict.fromkeys(finding for _, finding, _ in boxes))
+            position = np.array([p for p, _, _ in boxes], np.int64)
+            number = np.array([names.index(finding) for _, finding, _ in boxes], np.int64)
+            xyxy = np.array([edges for _, _, edges in boxes], np.float64).reshape(-1, 4)
+            of_task = np.ones(len(boxes), bool)
+        place = np.array([self.classes.index(name) if name in self.classes else -1 for name in names] or [-1], np.int64)
+        finding = place[number.astype(np.int64)]
+        kept = np.flatnonzero(of_task & (finding >= 0))
+        if self.classes:
+            kept = kept[self._of_set[self._set[position[kept]], finding[kept]] == 1]
+        return Lesions(position[kept], finding[kept], xyxy[kept])
+
+    def indexed(self) -> Iterator[Indexed]:
+        """What the index says of each shard, of the task or not; where it has no ids or boxes, there are none."""
+        findings, ids, boxes = self.findings(), self._later_table("ids", ID, len(self.table)), self._later_table("boxes", BOX)
+        for start, stop in pairwise(self.starts):
+            own = boxes[np.searchsorted(boxes["row"], start) : np.searchsorted(boxes["row"], stop)] if boxes is not None else ()
+            known = [(int(box["row"]) - start, self._boxed[box["finding"]], *box["xyxy"].tolist()) for box in own]
+            yield Indexed(np.array(self.table[start:stop]), findings[start:stop], np.array(ids[start:stop] if ids is not None else [], ID), known)
+
     def counts(self) -> dict[str, int]:
-        """Images of each class."""
-        return {name: int((self.labels == k).sum()) for k, name in enumerate(self.classes)}
+        """Images with each finding."""
+        of_set = np.bincount(self._set, minlength=len(self._of_set)) @ self._of_set.astype(np.int64)
+        return dict(zip(self.classes, of_set.tolist(), strict=True))
 
     def shard_sizes(self) -> np.ndarray:
         """Samples of each shard that belong to the task: int64 [shards]."""
@@ -153,9 +203,9 @@ class Split:
         """Radiograph: uint8 [H, W]."""
         return _decode(self._member(position, "image"), lambda: self.name(position), self.scales)
 
-    def image_length(self, position: int) -> int:
-        """Bytes of the radiograph as stored."""
-        return int(self.table[self.rows[position]]["image_len"])
+    def image_lengths(self) -> np.ndarray:
+        """Bytes of each radiograph as stored: int [n]."""
+        return np.asarray(self.table["image_len"])[self.rows]
 
     def image_bytes(self, position: int) -> bytes:
         """The radiograph as stored, encoded."""
@@ -246,11 +296,11 @@ class Split:
 
     def __reduce__(self) -> Any:
         # A loader's process that is spawned opens the index itself: rows and tables of ten million samples are 360 MB.
-        return partial(Split, masks=self.masks, among=tuple(self.among)), (self.store, self.split, self.classes)
+        return partial(Split, masks=self.masks), (self.store, self.split, self.labels)
 
 
 class Joined:
-    """Several splits read as one, such as lung masks of several hospitals: their positions follow each other, labels are the number of the part.
+    """Several splits read as one, such as lung masks of several hospitals: their positions follow each other.
 
     Raises:
         InputError: images of different sizes.
@@ -260,7 +310,6 @@ class Joined:
         self.parts = list(parts)
         self.masks = all(part.masks for part in parts)
         self.ends = list(accumulate(len(part) for part in parts))
-        self.labels = np.repeat(np.arange(len(parts), dtype=np.int16), [len(part) for part in parts])
         self.fingerprint = hashlib.sha256("".join(part.fingerprint for part in parts).encode()).hexdigest()
         sizes = {part.image(0).shape: part.store.name for part in parts if len(part)}
         if len(sizes) > 1:
@@ -277,6 +326,10 @@ class Joined:
     def where(self) -> str:
         """See Split."""
         return ", ".join(part.where for part in self.parts)
+
+    def targets(self, positions: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """None: int8 [n,0]."""
+        return np.zeros((len(np.arange(len(self))[positions]), 0), np.int8)
 
     def shard_sizes(self) -> np.ndarray:
         """See Split."""

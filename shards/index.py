@@ -4,6 +4,10 @@ DIR/index.json           what is here: findings, counts, shards with their sizes
 DIR/<split>/000000.tar   ordinary WebDataset shards
 DIR/<split>.npy          one row a sample: where its members lie
 DIR/<split>.labels.npy   one number a sample: its set of findings, as in ``labels`` of index.json
+DIR/<split>.boxes.npy    one row a lesion box, in the order of the samples
+DIR/<split>.ids.npy      one row a sample: hashes of its key and its patient
+
+The last two say what the samples' JSON says, so that nobody has to read ten million of them. Shards from before they were written lack them.
 """
 
 import hashlib
@@ -12,9 +16,9 @@ import re
 import sys
 import tarfile
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -31,6 +35,37 @@ VERSION = 2
 # One row a sample. Members are (offset of the data in the tar, bytes); a length of 0 says that there is none.
 ROW = np.dtype([("image_at", "<u8"), ("image_len", "<u4"), ("json_at", "<u8"), ("json_len", "<u4"), ("mask_at", "<u8"), ("mask_len", "<u4")])
 
+BOX = np.dtype([("row", "<u4"), ("finding", "<u2"), ("xyxy", "<f8", (4,))])  # finding: a number into ``boxed`` of index.json
+ID = np.dtype([("key", "<u8"), ("patient", "<u8")])  # `hashed`
+
+
+class Indexed(NamedTuple):
+    """What an index says of some samples, n of them.
+
+    rows: `ROW` [n]; findings: of each sample; ids: `ID` [n]; boxes: of lesions, each with the sample's number here, its finding, x0, y0, x1, y1.
+    """
+
+    rows: np.ndarray
+    findings: list[tuple[str, ...]]
+    ids: np.ndarray
+    boxes: list[tuple[int, str, float, float, float, float]]
+
+    def note(self) -> dict[str, Any]:
+        """As JSON."""
+        return {"rows": self.rows.tolist(), "findings": self.findings, "ids": self.ids.tolist(), "boxes": self.boxes}
+
+    @classmethod
+    def of(cls, note: Mapping[str, Any]) -> "Indexed":
+        """From the JSON."""
+        rows, ids = (np.array([tuple(row) for row in note[name]], kind) for name, kind in (("rows", ROW), ("ids", ID)))
+        return cls(rows, [tuple(found) for found in note["findings"]], ids, [tuple(box) for box in note["boxes"]])
+
+
+def hashed(text: Any) -> int:
+    """64 bits of a key or of a patient's ID, as `ID` has them; 0 for none."""
+    text = "" if text is None else str(text).strip()
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).digest(), "little") if text else 0
+
 
 def build_index(root: Path, *, dataset: str, classes: Sequence[str] | None = None) -> dict[str, Any]:
     """Index every tar of ``root`` (``<split>/*.tar`` or ``<split>-*.tar``): writes the tables, then ``index.json``.
@@ -41,24 +76,22 @@ def build_index(root: Path, *, dataset: str, classes: Sequence[str] | None = Non
     if not any(tars.values()):
         raise InputError(f"{root}: has no shards; expected {{train,val,test}}/*.tar or {{train,val,test}}-*.tar")
     shards: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    tables: dict[str, list[np.ndarray]] = defaultdict(list)
-    findings: dict[str, list[tuple[str, ...]]] = defaultdict(list)
+    parts: dict[str, list[Indexed]] = defaultdict(list)
     deep: list[Extent] = []
     with tqdm(total=sum(map(len, tars.values())), desc=f"indexing {root.name}", unit="tar", mininterval=0.5) as bar:
         for split, paths in tars.items():
             keys: dict[bytes, Path] = {}
             for path in paths:
-                rows, found, _ = index_tar(path, classes, keys)
-                deep += _extents(path, rows)
+                part, _ = index_tar(path, classes, keys)
+                deep += _extents(path, part.rows)
                 name = path.relative_to(root).as_posix()
-                shards[split].append({"name": name, "bytes": path.stat().st_size, "sha256": file_sha256(path), "samples": len(rows)})
-                tables[split].append(rows)
-                findings[split] += found
+                shards[split].append({"name": name, "bytes": path.stat().st_size, "sha256": file_sha256(path), "samples": len(part.rows)})
+                parts[split].append(part)
                 bar.update()
     more: dict[str, Any] = {"classes": list(classes)} if classes else {}
     if deep:
         more["stored"] = {"scales": [list(scale) for scale in choose_scales(deep)]}
-    return write_index(root, dataset, [], shards, tables, findings, more)
+    return write_index(root, dataset, [], shards, parts, more)
 
 
 def _extents(path: Path, rows: np.ndarray) -> list[Extent]:
@@ -88,47 +121,61 @@ def write_index(
     dataset: str,
     classes: Sequence[str],
     shards: dict[str, list[dict[str, Any]]],
-    tables: dict[str, list[np.ndarray]],
-    findings: dict[str, list[tuple[str, ...]]],
+    parts: dict[str, list[Indexed]],
     more: dict[str, Any],
 ) -> dict[str, Any]:
     """Write the tables, then ``index.json``, into the folder of the shards; returns the content of the latter.
 
     Args:
-        shards, tables, findings: by split: its shards as they stand in the index, their rows (`ROW`), the findings of each sample.
+        shards, parts: by split: its shards as they stand in the index, and what is in each.
         classes: findings in the order of the index; others follow.
         more: what else the index says.
     """
     number: dict[tuple[str, ...], int] = {}
+    boxed: dict[str, int] = {}
     splits: dict[str, Any] = {}
     names = dict.fromkeys(classes)
     for split in (s for s in SPLITS if shards[s]):
-        table = np.concatenate(tables[split])
-        labels = np.array([number.setdefault(found, len(number)) for found in findings[split]])
+        table = np.concatenate([part.rows for part in parts[split]])
+        findings = [found for part in parts[split] for found in part.findings]
+        labels = np.array([number.setdefault(found, len(number)) for found in findings])
+        boxes = _boxes(parts[split], boxed)
         if len(number) > np.iinfo(np.uint16).max:
             raise InputError(f"{root}: more than {np.iinfo(np.uint16).max} different sets of findings; are these class names?")
-        counts = Counter(name for found in findings[split] for name in found)
+        counts = Counter(name for found in findings for name in found)
         names.update(dict.fromkeys(counts))
         splits[split] = {"samples": len(table), "masks": int((table["mask_len"] > 0).sum()), "findings": counts, "shards": shards[split]}
-        for file, array in ((f"{split}.npy", table), (f"{split}.labels.npy", labels.astype("<u2"))):
+        of_split = {"": table, ".labels": labels.astype("<u2"), ".boxes": boxes, ".ids": np.concatenate([part.ids for part in parts[split]])}
+        for file, array in ((f"{split}{kind}.npy", array) for kind, array in of_split.items()):
             with atomic.whole(root / file) as partial, partial.open("wb") as raw:
                 np.save(raw, array)
             splits[split].setdefault("tables", {})[file] = {"bytes": (root / file).stat().st_size, "sha256": file_sha256(root / file)}
     for entry in splits.values():
         entry["findings"] = {name: entry["findings"][name] for name in names}
-    index = {"version": VERSION, "dataset": dataset, "findings": list(names), "labels": [list(found) for found in number], **more, "splits": splits}
+    known = {"version": VERSION, "dataset": dataset, "findings": list(names), "labels": [list(found) for found in number], "boxed": list(boxed)}
+    index = {**known, **more, "splits": splits}
     atomic.write(root / "index.json", json.dumps(index, indent=1))
     return index
 
 
-def index_tar(path: Path, classes: Sequence[str] | None = None, keys: dict[bytes, Path] | None = None) -> tuple[np.ndarray, list[tuple[str, ...]], list[str]]:
-    """Rows of one tar, the findings and the key of each; ``keys`` remembers the keys of other tars of the split.
+def _boxes(parts: Sequence[Indexed], boxed: dict[str, int]) -> np.ndarray:
+    """`BOX` of all parts of a split; ``boxed`` numbers the findings."""
+    start, lines = 0, []
+    for part in parts:
+        lines += [(start + row, boxed.setdefault(finding, len(boxed)), tuple(xyxy)) for row, finding, *xyxy in part.boxes]
+        start += len(part.rows)
+    return np.array(lines, BOX)
+
+
+def index_tar(path: Path, classes: Sequence[str] | None = None, keys: dict[bytes, Path] | None = None) -> tuple[Indexed, list[str]]:
+    """What is in one tar, and the key of each sample; ``keys`` remembers the keys of other tars of the split.
 
     InputError: not a whole tar, a member that is not a plain file, a key that could leave a folder, two samples of one key,
     a sample without an image.
     """
     rows: dict[str, dict[str, int]] = {}
     found: dict[str, tuple[str, ...]] = {}
+    metas: dict[str, dict[str, Any]] = {}
     classed: set[str] = set()  # keys with a .cls member
     named: dict[tuple[str, str], str] = {}  # the suffix of the member that a row has
     end = 0
@@ -170,6 +217,7 @@ def index_tar(path: Path, classes: Sequence[str] | None = None, keys: dict[bytes
                     raw.seek(member.offset_data)
                     meta = parse_meta(raw.read(member.size), f"{path}:{member.name}")
                     found[key] = tuple(dict.fromkeys(meta["findings"])) or found.get(key, ())
+                    metas[key] = {name: meta.get(name) for name in ("patient", "boxes")}
             # tarfile takes a broken header for the end of the file: there must be nothing but zeros from here on.
             raw.seek(tar.offset)
             rest = raw.read(tarfile.BLOCKSIZE)
@@ -198,7 +246,9 @@ def index_tar(path: Path, classes: Sequence[str] | None = None, keys: dict[bytes
             keys[digest] = path
         for field, value in row.items():
             table[field][i] = value
-    return table, [found.get(key, ()) for key in rows], list(rows)
+    ids = np.array([(hashed(key), hashed(metas.get(key, {}).get("patient"))) for key in rows], ID)
+    boxes = [(i, box.finding, *box.xyxy) for i, key in enumerate(rows) for box in metas.get(key, {}).get("boxes") or ()]
+    return Indexed(table, [found.get(key, ()) for key in rows], ids, boxes), list(rows)
 
 
 def _field(suffix: str) -> str:

@@ -32,12 +32,12 @@ SHM_REMEDY = "use fewer --workers (0: none) or a smaller --batch, or give the co
 class Batch:
     """What one process gets. A process whose share is empty gets others' images with weight 0.
 
-    image: uint8 [B,1,H,W]; label: int64 [B]; index: int64 [B], position in the split; weight: float32 [B], 1 or 0;
+    image: uint8 [B,1,H,W]; target: int8 [B,K] (`shards.targets`); index: int64 [B], position in the split; weight: float32 [B], 1 or 0;
     mask: bool [B,H,W] or None (only a Split opened with ``masks=True``); total: images of the global batch, of all processes.
     """
 
     image: torch.Tensor
-    label: torch.Tensor
+    target: torch.Tensor
     index: torch.Tensor
     weight: torch.Tensor
     mask: torch.Tensor | None = None
@@ -91,7 +91,7 @@ class _Reader(Dataset["Batch | InputError"]):
             masks = torch.from_numpy(np.stack([m for m in known if m is not None]))  # all are there: checked when opened
         return Batch(
             image=torch.from_numpy(images)[:, None],
-            label=torch.from_numpy(self.samples.labels[share.positions].astype(np.int64)),
+            target=torch.from_numpy(self.samples.targets(share.positions)),
             index=torch.from_numpy(share.positions),
             weight=torch.full((len(images),), float(share.counts)),
             mask=masks,
@@ -135,12 +135,9 @@ class Loader:
         # Sets of lung masks, which are joined, are small: a shard of theirs is fetched when it is needed.
         ahead = _Ahead(self.samples, self.plan, shares) if isinstance(self.samples, Split) and self.samples.store.remote else None
         self.sampler.shares = ahead or shares
-        others = set(multiprocessing.active_children())
-        loader = iter(self.loader)
-        self.processes = self.processes or [child for child in multiprocessing.active_children() if child not in others]
-        watch = _Watch(self.processes)
+        watch = _Watch()
         try:
-            yield from _watched(loader, watch)
+            yield from self._watched(watch)
         except (RuntimeError, OSError, EOFError) as error:
             if watch.stalled:
                 what = f"have delivered nothing for {STALLED:g} s: is the disk or network of {self.samples.where} stuck, or a process stopped?"
@@ -151,6 +148,26 @@ class Loader:
         finally:
             if ahead is not None:
                 ahead.close(wait=not watch.stalled)  # what is stuck is not waited for
+
+    def _watched(self, watch: "_Watch") -> Iterator[Batch]:
+        """What the loader's processes deliver; the first InputError of theirs is raised here."""
+        watch.start(self.processes)  # those of an earlier epoch: one that stopped since then does not answer when it is asked to begin anew
+        try:
+            others = set(multiprocessing.active_children())
+            with watch.waiting():
+                loader = iter(self.loader)
+            self.processes = self.processes or [child for child in multiprocessing.active_children() if child not in others]
+            watch.start(self.processes)
+            while True:
+                with watch.waiting():
+                    got = next(loader, None)
+                if got is None:
+                    return
+                if isinstance(got, InputError):
+                    raise got
+                yield got
+        finally:
+            watch.end()  # before the error is told: what torch's signal handler still raises would take its place
 
 
 class _Armed(Sampler[Share]):
@@ -163,33 +180,23 @@ class _Armed(Sampler[Share]):
         return iter(self.shares)
 
 
-def _watched(loader: Iterator[Any], watch: "_Watch") -> Iterator[Batch]:
-    """What the loader's processes deliver; the first InputError of theirs is raised here."""
-    try:
-        while True:
-            with watch.waiting():
-                got = next(loader, None)
-            if got is None:
-                return
-            if isinstance(got, InputError):
-                raise got
-            yield got
-    finally:
-        watch.end()
-
-
 class _Watch:
     """Ends loader processes for which the main one has waited longer than `STALLED` seconds.
 
     The loader's own timeout does not see a process that is frozen while it hands a batch over; a killed one ends every kind of waiting.
     """
 
-    def __init__(self, processes: list[Any]) -> None:
-        self.processes, self.stalled = processes, False
+    def __init__(self) -> None:
+        self.processes: list[Any] = []
+        self.stalled = False
         self.since: float | None = None
         self.over = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
-        if processes:
+
+    def start(self, processes: list[Any]) -> None:
+        """Watch them; none, before the loader has any, are not watched (a thread would be copied by the fork)."""
+        self.processes = processes
+        if processes and not self.thread.is_alive():
             self.thread.start()
 
     @contextmanager

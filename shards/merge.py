@@ -9,11 +9,9 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from shards.atomic import sync
 from shards.errors import InputError, listed, read_json
-from shards.index import ROW, write_index
+from shards.index import Indexed, write_index
 
 SHARDS, NOTES = "shards", "notes"  # in the working folder
 
@@ -53,8 +51,7 @@ def merge(out: Path) -> dict[str, Any]:
     if missing:
         raise InputError(f"{work}: {len(missing)} of {len(names)} shards are not made yet: {listed(missing)}; run the parts that make them")
     shards: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    tables: dict[str, list[np.ndarray]] = defaultdict(list)
-    findings: dict[str, list[tuple[str, ...]]] = defaultdict(list)
+    parts: dict[str, list[Indexed]] = defaultdict(list)
     skipped: list[dict[str, str]] = []
     homes: dict[str, set[str]] = defaultdict(set)  # of each image
     remarks: Counter[str] = Counter()
@@ -68,8 +65,7 @@ def merge(out: Path) -> dict[str, Any]:
         if not tar.is_file() or tar.stat().st_size != note["bytes"]:
             raise InputError(f"{tar}: is not the shard that was made; copy it again or run its part again")
         shards[split].append({"name": name, "bytes": note["bytes"], "sha256": note["sha256"], "samples": len(note["rows"])})
-        tables[split].append(np.array([tuple(row) for row in note["rows"]], ROW))
-        findings[split] += [tuple(found) for found in note["findings"]]
+        parts[split].append(Indexed.of(note))
         for content in note["contents"]:
             homes[content].add(split)
     if not shards:
@@ -81,7 +77,7 @@ def merge(out: Path) -> dict[str, Any]:
     for path in whole.glob("*/*"):  # of an earlier plan, or of a process that was killed
         if path.relative_to(whole).as_posix() not in wanted:
             path.unlink()
-    index = write_index(whole, plan["dataset"], plan["classes"], shards, tables, findings, more)
+    index = write_index(whole, plan["dataset"], plan["classes"], shards, parts, more)
     if out.exists():
         out.rmdir()  # refuse_existing made sure that it is empty
     whole.rename(out)

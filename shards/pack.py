@@ -266,7 +266,7 @@ class _Packer:
             try:
                 old: dict[str, Any] = read_json(note)
                 still = old["made_from"] == made_from and (not old["skipped"] or self.on_bad == "skip")
-                if still and (not old["rows"] or file_sha256(path) == old["sha256"]):
+                if still and (not old["rows"] or (old["ids"] and file_sha256(path) == old["sha256"])):
                     for _ in items:
                         tick()
                     return old
@@ -294,12 +294,11 @@ class _Packer:
                             why = why.replace(f"{file}: ", "").replace(file, "the file")
                         skipped.append({"split": job.split, "key": item.key, "why": why})
                     tick()
-            done: dict[str, Any] = {"made_from": made_from, "skipped": skipped, "remarks": remarks, "rows": [], "findings": []}
+            done: dict[str, Any] = {"made_from": made_from, "skipped": skipped, "remarks": remarks, "rows": []}
             if len(skipped) < len(items):
-                rows, findings, _ = index_tar(partial)
+                part, _ = index_tar(partial)
                 done |= {
-                    "rows": [row.tolist() for row in rows],
-                    "findings": findings,
+                    **part.note(),
                     "contents": contents,
                     "bytes": partial.stat().st_size,
                     "sha256": file_sha256(partial),

@@ -19,14 +19,14 @@ from shards.cache import Cache
 from shards.cores import cores
 from shards.errors import InputError, listed
 from shards.files import file_sha256
-from shards.index import index_tar
+from shards.index import Indexed, index_tar
 from shards.pack import SMALL
 from shards.pixels import decode_image
 from shards.sample import parse_meta
 from shards.store import Folder, Remote, open_store
 
-# Store, shard, rows of its index, findings of its samples, names of the classes of .cls members.
-Job = tuple[Folder | Remote, dict[str, Any], np.ndarray, list[tuple[str, ...]], list[str] | None]
+# Store, shard, what the index says of it, names of the classes of .cls members.
+Job = tuple[Folder | Remote, dict[str, Any], Indexed, list[str] | None]
 
 
 @dataclass
@@ -66,15 +66,14 @@ def _verify(store: Folder | Remote, workers: int | None) -> tuple[dict[str, Any]
         opened = Split(store, split)  # the cheap checks, which stop with one message
         labels = opened.findings()
         problems += [f"{store.name}/{split}: {told}; {store.remedy}" for told in _counts(entry, opened.table, labels)]
-        for shard, start, stop in zip(entry["shards"], opened.starts[:-1], opened.starts[1:], strict=True):
-            jobs.append((store, shard, np.array(opened.table[start:stop]), labels[start:stop], index.get("classes")))
+        jobs += [(store, shard, known, index.get("classes")) for shard, known in zip(entry["shards"], opened.indexed(), strict=True)]
     where: list[str] = [split for split, entry in index["splits"].items() for _ in entry["shards"]]
     patients: dict[str, dict[str, str]] = defaultdict(dict)
     contents: dict[bytes, dict[str, str]] = defaultdict(dict)
     keys: dict[str, set[str]] = defaultdict(set)
     images = sum(entry["samples"] for entry in index["splits"].values())
     with tqdm(total=images, desc="verifying", unit="img", mininterval=0.5, dynamic_ncols=True) as bar:
-        for split, found, (_, shard, rows, *_) in zip(where, _each(jobs, workers, images), jobs, strict=True):
+        for split, found, (_, shard, known, _) in zip(where, _each(jobs, workers, images), jobs, strict=True):
             problems += found.problems
             for key, patient, content in zip(found.keys, found.patients, found.contents, strict=True):
                 name = f"{shard['name']}:{key}"
@@ -84,7 +83,7 @@ def _verify(store: Folder | Remote, workers: int | None) -> tuple[dict[str, Any]
                 contents[content].setdefault(split, name)
                 if patient:
                     patients[patient].setdefault(split, name)
-            bar.update(len(rows))
+            bar.update(len(known.rows))
     for patient, homes in patients.items():
         if len(homes) > 1:
             problems.append(f"patient {patient} is in {' and '.join(homes)} ({listed(homes.values())}); split by patient and pack again")
@@ -126,17 +125,20 @@ def _check(job: Job) -> Found:
     return Found([f"{job[0].name}/{job[1]['name']}: does not stay in the cache long enough to be read; raise CXR_FOCUS_CACHE_GB"])
 
 
-def _check_shard(store: Folder | Remote, shard: dict[str, Any], rows: np.ndarray, findings: list[tuple[str, ...]], classes: list[str] | None) -> Found:
+def _check_shard(store: Folder | Remote, shard: dict[str, Any], known: Indexed, classes: list[str] | None) -> Found:
     found, name = Found(), f"{store.name}/{shard['name']}"
     try:
         path = store.shard(shard)
         if file_sha256(path) != shard["sha256"]:
             found.problems.append(f"{name}: changed since it was indexed; copy it again, or {store.remedy}")
-        there, labels, keys = index_tar(path, classes)
+        there, keys = index_tar(path, classes)
     except InputError as error:
         found.problems.append(str(error))
         return found
-    if len(there) != len(rows) or (there != rows).any() or labels != findings:
+    same = np.array_equal(there.rows, known.rows) and there.findings == known.findings
+    if len(known.ids):  # of shards from before these were in the index nothing is said
+        same = same and np.array_equal(there.ids, known.ids) and there.boxes == known.boxes
+    if not same:
         found.problems.append(f"{name}: its members are not those of the index; {store.remedy}")
         return found
     with path.open("rb") as raw:
@@ -145,7 +147,7 @@ def _check_shard(store: Folder | Remote, shard: dict[str, Any], rows: np.ndarray
             raw.seek(int(row[f"{kind}_at"]))
             return raw.read(int(row[f"{kind}_len"]))
 
-        for row, key in zip(rows, keys, strict=True):
+        for row, key in zip(known.rows, keys, strict=True):
             try:
                 image = decode_image(member(row, "image"), f"{name}:{key}")
                 meta = parse_meta(member(row, "json"), f"{name}:{key}") if row["json_len"] else {}

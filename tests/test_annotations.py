@@ -1,9 +1,12 @@
 import itertools
+import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
+from shards.__main__ import main
 from shards.dataset import Split
 from shards.errors import InputError
 from shards.loader import Loader
@@ -11,7 +14,7 @@ from shards.plan import EpochPlan
 from trainer.augment import draw, lung_masks
 from trainer.build import build
 from trainer.command import resolve
-from trainer.regions.lesions import Annotations, drawn, lesion_boxes, lesion_regions
+from trainer.regions.lesions import LesionRegions, drawn
 
 SMALL = ["--backbone", "resnet18", "--pretrained", "false", "--size", "64", "--batch", "8", "--workers", "0", "--tracker", "none", "--task", "nep"]
 
@@ -19,6 +22,10 @@ SMALL = ["--backbone", "resnet18", "--pretrained", "false", "--size", "64", "--b
 @pytest.fixture
 def split(shards):
     return Split(shards, "train", ("No Finding", "Effusion", "Pneumothorax"))
+
+
+def finding_of(split):
+    return split.targets().argmax(1)
 
 
 @pytest.fixture
@@ -39,26 +46,48 @@ def test_boxes_are_drawn_outward_at_any_size():
 
 
 def test_a_share_is_part_of_a_larger_one_and_the_seed_decides(split):
-    everything = Annotations(split, 1.0, 0)
-    positives = int((split.labels > 0).sum())
-    assert everything.known == len(everything.boxes) == positives
-    chosen = [set(Annotations(split, share, 0).boxes) for share in (0.0, 0.01, 0.3, 0.7, 1.0)]
+    everything = LesionRegions(split, 1.0, 0)
+    positives = int((finding_of(split) > 0).sum())
+    assert everything.known == len(everything.used) == positives
+    chosen = [set(LesionRegions(split, share, 0).used) for share in (0.0, 0.01, 0.3, 0.7, 1.0)]
     assert [len(c) for c in chosen] == [0, 1, -(-3 * positives // 10), -(-7 * positives // 10), positives]
     assert all(a <= b for a, b in itertools.pairwise(chosen))
-    assert set(Annotations(split, 0.3, 1).boxes) != chosen[2]
-    assert set(Annotations(split, 0.3, 0).boxes) == chosen[2]
+    assert set(LesionRegions(split, 0.3, 1).used) != chosen[2]
+    assert set(LesionRegions(split, 0.3, 0).used) == chosen[2]
 
 
 def test_regions_are_those_of_the_images_that_are_used(split):
-    used = Annotations(split, 0.3, 0)
-    index = torch.arange(len(split))
-    regions = used.regions(index, (64, 64), 64)
-    full = lesion_regions(split, index, (64, 64), 64)
+    used = LesionRegions(split, 0.3, 0)
+    index, findings = torch.arange(len(split)), torch.from_numpy(finding_of(split))
+    regions = used(index, findings, (64, 64), 64)
+    full = LesionRegions(split)(index, findings, (64, 64), 64)
     for position in range(len(split)):
-        expected = full[position] if position in used.boxes else torch.zeros(64, 64, dtype=torch.bool)
+        expected = full[position] if position in used.used else torch.zeros(64, 64, dtype=torch.bool)
         assert torch.equal(regions[position], expected)
-    assert full.flatten(1).any(1).tolist() == (split.labels > 0).tolist()
-    assert lesion_boxes(split, int(np.flatnonzero(split.labels == 0)[0])) == []
+    assert full.flatten(1).any(1).tolist() == (findings > 0).tolist()
+    ill = int(np.flatnonzero(finding_of(split) == 1)[0])
+    assert LesionRegions(split).boxes(ill, 1) == [box.xyxy for box in split.meta(ill)["boxes"]]
+    assert LesionRegions(split).boxes(ill, 2) == []
+
+
+def test_boxes_are_read_from_the_table_or_from_the_samples(shards, tmp_path):
+    """Shards of an earlier version have no table of boxes and ids."""
+    shutil.copytree(shards, tmp_path / "old")
+    index = json.loads((tmp_path / "old" / "index.json").read_text())
+    assert index.pop("boxed") == ["Effusion", "Pneumothorax", "Subcutaneous Emphysema"]
+    for name, entry in index["splits"].items():
+        for kind in ("boxes", "ids"):
+            del entry["tables"][f"{name}.{kind}.npy"]
+            (tmp_path / "old" / f"{name}.{kind}.npy").unlink()
+    (tmp_path / "old" / "index.json").write_text(json.dumps(index))
+    task = ("No Finding", "Pneumothorax")
+    new, old = (Split(root, "train", task) for root in (shards, tmp_path / "old"))
+    assert len(new.lesions().position)
+    for a, b in zip(new.lesions(), old.lesions(), strict=True):
+        assert a.dtype == b.dtype
+        assert np.array_equal(a, b)
+    assert np.array_equal(new.ids(), old.ids())
+    assert main(["verify", str(tmp_path / "old")]) is None
 
 
 @pytest.mark.parametrize("region", ["anatomy", "annotation", "both"])
@@ -69,23 +98,24 @@ def test_which_region_an_image_gets(flags, region):
     batch = next(iter(Loader(split, EpochPlan(split.shard_sizes()), batch=20, workers=0).batches(0)))
     seen = job.prepare(batch, True)
     known = job.lungs["train"](batch.image, batch.index)
-    anatomy = job.regions(batch.label, known.boxes, lung_masks(known.outlines, known.boxes, (64, 64))).weight
+    anatomy = job.regions(batch.target.argmax(1), known.boxes, lung_masks(known.outlines, known.boxes, (64, 64))).weight
     for b, position in enumerate(batch.index.tolist()):
-        used = job.annotations is not None and position in job.annotations.boxes
+        used = job.annotations is not None and position in job.annotations.used
         if used:
-            assert torch.equal(seen.region[b] > 0, drawn([job.annotations.boxes[position]], (64, 64), 64)[0])
+            boxes = job.annotations.boxes(position, int(batch.target[b].argmax()))
+            assert torch.equal(seen.region[b] > 0, drawn([boxes], (64, 64), 64)[0])
         else:
             assert torch.equal(seen.region[b], anatomy[b] if region != "annotation" else torch.zeros(64, 64))
-        assert seen.positive[b] == float((seen.region[b] > 0).any())
+        assert seen.has_region[b] == float((seen.region[b] > 0).any())
 
 
 def test_annotations_move_with_the_image(flags):
     job = build(resolve([*flags, "--attention.region", "annotation", "--swap.probability", "0", "--augment.shift", "0.2"]))
     split = job.splits["train"]
     batch = next(iter(Loader(split, EpochPlan(split.shard_sizes()), batch=20, workers=0).batches(0)))
-    moved, still = job.prepare(batch, True), job.annotations.regions(batch.index, (64, 64), 64)
+    moved, still = job.prepare(batch, True), job.annotations(batch.index, batch.target.argmax(1), (64, 64), 64)
     draws = draw(0, 0, batch.index)
-    for b, label in enumerate(batch.label.tolist()):
+    for b, label in enumerate(batch.target.argmax(1).tolist()):
         if label:
             dx, dy = ((2 * draws[b, :2] - 1) * 0.2 * 64).tolist()
             centre = [torch.nonzero(r).float().mean(0) for r in (still[b], moved.region[b])]

@@ -217,5 +217,12 @@ def test_blur_removes_detail_there_and_nothing_else():
 
 def test_images_without_a_finding_are_blurred_like_one_of_the_others():
     rules = {"A": Rule(((0, 0, 1, 0.5),)), "B": Rule(((0, 0.5, 1, 1),))}
-    assert probed([0, 1, 0, 3], torch.arange(4), ("No Finding", "A", "B", "C"), rules) == [1, 1, 1, 2]
-    assert probed([0, 1], torch.arange(2), ("No Finding", "C"), rules) == [0, 1]
+
+    def whose(labels, names):
+        one = torch.eye(len(names), dtype=torch.bool)[labels]
+        return [row.nonzero().flatten().tolist() for row in probed(one, torch.arange(len(labels)), names, rules)]
+
+    assert whose([0, 1, 0, 3], ("No Finding", "A", "B", "C")) == [[1], [1], [1], [2]]
+    assert whose([0, 1], ("No Finding", "C")) == [[], []]
+    both = torch.tensor([[False, True, True, True]])
+    assert probed(both, torch.tensor([5]), ("No Finding", "A", "B", "C"), rules).tolist() == [[False, True, True, False]]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 from multiprocessing import resource_sharer
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from shards.pack import pack
 from shards.pixels import decode_image
 from shards.plan import EpochPlan, Shares
 from shards.sources.item import Item, Source
+from shards.targets import SingleLabel
 
 
 def positions(plan, epoch, start, *, batch, world):
@@ -124,7 +126,7 @@ def test_batches_carry_images_labels_and_weights(shards, workers):
         assert batch.image.shape[1:] == (1, 64, 64)
         for i, p in enumerate(batch.index.tolist()):
             assert (batch.image[i, 0].numpy() == split.image(p)).all()
-            assert split.meta(p)["findings"] == [split.classes[batch.label[i]]]
+            assert split.meta(p)["findings"] == [split.classes[batch.target[i].argmax()]]
         seen += batch.index.tolist()
     assert sorted(seen) == list(range(30))
 
@@ -181,7 +183,7 @@ def ten_million(root: Path) -> Path:
         os.symlink(root / "one/train/000000.tar", root / f"many/train/{i:06d}.tar")
     entry["shards"] = [shard | {"name": f"train/{i:06d}.tar"} for i in range(40_000)]
     entry["samples"] = 10_000_000
-    for name in ("train.npy", "train.labels.npy"):
+    for name in ("train.npy", "train.labels.npy", "train.ids.npy", "train.boxes.npy"):
         np.save(root / "many" / name, np.tile(np.load(root / "one" / name), 40_000))
     (root / "many/index.json").write_text(json.dumps(index))
     return root / "many"
@@ -478,6 +480,29 @@ def test_a_loader_process_that_is_lost_ends_the_run_in_one_line(shards, monkeypa
     assert not [child for child in multiprocessing.active_children() if child.is_alive() and trouble != "kill"]
 
 
+def lose(process, trouble):
+    """Stop a loader's process between two epochs, or kill it: then torch's signal handler raises at once, in the main one."""
+    if trouble == "stop":
+        os.kill(process.pid, signal.SIGSTOP)
+        return
+    with pytest.raises(RuntimeError, match="DataLoader worker"):  # noqa: PT012 - the handler raises in one of these lines
+        os.kill(process.pid, signal.SIGKILL)
+        process.join(20)
+        time.sleep(20)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(("trouble", "words"), [("stop", "have delivered nothing for 2 s"), ("kill", "a loader process was killed")])
+def test_a_loader_process_that_is_lost_between_two_epochs_is_found_at_the_next(shards, monkeypatch, trouble, words):
+    monkeypatch.setattr(loader, "STALLED", 2)
+    split = Split(shards, "train")
+    batches = Loader(split, EpochPlan(split.shard_sizes(), shuffle=False), batch=8, workers=2)
+    assert len(list(batches.batches(0)))
+    lose(batches.processes[0], trouble)
+    with pytest.raises(InputError, match=words):
+        list(batches.batches(1))
+
+
 def test_a_loader_process_that_is_killed_in_the_middle_of_a_step_is_one_line(capsys):
     """Torch's signal handler raises wherever the main process is."""
 
@@ -576,7 +601,7 @@ def test_the_loader_s_processes_stay_for_the_whole_run(shards):
 
 
 def test_a_spawned_process_opens_the_index_itself(shards):
-    for split in (Split(shards, "train", ("No Finding", "Effusion"), among=("Effusion",)), Split(shards, "val", masks=True)):
+    for split in (Split(shards, "train", SingleLabel(("No Finding", "Effusion"), ("Effusion",))), Split(shards, "val", masks=True)):
         data = pickle.dumps(split)
         assert len(data) < 1000
         other = pickle.loads(data)

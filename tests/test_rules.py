@@ -6,6 +6,7 @@ import torch
 
 from shards.errors import InputError
 from shards.sample import LesionBox, Sample
+from shards.targets import SingleLabel
 from trainer.regions import finding_regions
 from trainer.rules import Finding, Rule, read_findings, rules_of, to_yaml, without_rule
 
@@ -193,12 +194,12 @@ def test_findings_of_a_file_reach_the_samples(tmp_path):
     items = [Item("train", f"a{i}", found) for i, found in enumerate(labels)]
     pack(Few(items, {}, ("No Finding", "Mine", "Other"), 40), tmp_path / "shards", dataset="few", workers=1)
     only = Split(tmp_path / "shards", "train", ("No Finding", "Mine"))
-    both = Split(tmp_path / "shards", "train", ("No Finding", "Mine"), among=["Mine"])
+    both = Split(tmp_path / "shards", "train", SingleLabel(("No Finding", "Mine"), ["Mine"]))
     assert only.counts() == {"No Finding": 2, "Mine": 2}
     assert both.counts() == {"No Finding": 2, "Mine": 4}
     assert (only.left_out, both.left_out) == (4, 2)
     # An image of two classes of the task is of neither.
-    two = Split(tmp_path / "shards", "train", ("Mine", "Other"), among=["Mine", "Other"])
+    two = Split(tmp_path / "shards", "train", SingleLabel(("Mine", "Other"), ["Mine", "Other"]))
     assert two.counts() == {"Mine": 2, "Other": 2}
 
 
@@ -219,4 +220,4 @@ def test_findings_that_only_come_together_are_counted(tmp_path):
     pack(Few([Item("train", f"a{i}", found) for i, found in enumerate(labels)]), tmp_path / "shards", dataset="few", workers=1)
     words = r"no image of Effusion alone of the task's classes \(2 show Effusion and another of them: an image belongs to one class or to none\)"
     with pytest.raises(InputError, match=words):
-        Split(tmp_path / "shards", "train", ("No Finding", "Effusion", "Infiltration"), among=["Effusion", "Infiltration"])
+        Split(tmp_path / "shards", "train", SingleLabel(("No Finding", "Effusion", "Infiltration"), ["Effusion", "Infiltration"]))

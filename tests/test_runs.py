@@ -282,7 +282,7 @@ def test_predict_brightens_deep_images_as_the_shards_did(tmp_path, segmenter, ca
     split = Split(tmp_path / "shards", "test", ("No Finding", "Effusion"))
     known = [json.loads(line) for line in (tmp_path / "run/predictions_test.jsonl").read_text().splitlines()]
     files = [str(next((tmp_path / "images/test" / folder).glob(split.meta(i)["source"]))) for i, folder in enumerate(
-        ("0NoFinding", "1Effusion")[split.labels[i]] for i in range(len(split)))]  # fmt: skip
+        ("0NoFinding", "1Effusion")[split.targets()[i].argmax()] for i in range(len(split)))]  # fmt: skip
     capsys.readouterr()
     predict.main(["--run", str(tmp_path / "run"), *files])
     for line, reference in zip(map(json.loads, capsys.readouterr().out.splitlines()), known, strict=True):

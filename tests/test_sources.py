@@ -10,6 +10,7 @@ from shards.dataset import Split
 from shards.errors import InputError
 from shards.sources.folders import folder_finding
 from shards.store import open_store
+from shards.targets import SingleLabel
 
 
 def picture(path, value=100, size=(40, 30), mode="L"):
@@ -529,7 +530,7 @@ def test_a_rare_finding_beside_others_need_not_be_in_every_split(tmp_path):
     with pytest.raises(InputError, match="the val split gets no image of Hernia"):
         main([*flags, "--findings", "No Finding,Mass,Hernia"])
     main(flags)
-    assert Split(tmp_path / "out", "train", ("No Finding", "Mass"), among=["Mass"]).counts() == {"No Finding": 2, "Mass": 2}
+    assert Split(tmp_path / "out", "train", SingleLabel(("No Finding", "Mass"), ["Mass"])).counts() == {"No Finding": 2, "Mass": 2}
     rows[1] = "1.png,Hernia,train"  # alone it is a class
     with pytest.raises(InputError, match="the val split gets no image of Hernia"):
         main([*table_of(tmp_path, rows, "path,finding,split"), "--split-column", "split"])

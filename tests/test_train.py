@@ -81,7 +81,7 @@ def test_every_task_backbone_and_policy_takes_two_steps(flags, t, b):
         assert sums[0] > 0
         assert sums[2] == 4
         # No Finding (label 0) is no positive; the published form counts all images.
-        assert sums[3] <= (batch.label > 0).sum()
+        assert sums[3] <= (batch.target[:, 0] == 0).sum()
     moved = [name for name, value in job.model.named_parameters() if (value != before[name]).any()]
     assert all(torch.isfinite(value).all() for value in job.model.parameters())
     assert len(moved) > len(before) / 2
@@ -338,7 +338,7 @@ def test_regions_follow_the_lungs(flags, tmp_path, shards):
     split = job.splits["train"]
     batch = next(iter(Loader(split, EpochPlan(split.shard_sizes()), batch=20, workers=0).batches(0)))
     seen = job.prepare(batch, True)
-    ill = batch.label > 0
+    ill = batch.target[:, 0] == 0
     truth = torch.stack([torch.from_numpy(split.mask(p)) for p in batch.index.tolist()]) > 0
     draws = draw(job.config.seed, 0, batch.index)
     lungs = augment(batch.image.float() / 255, draws, job.config.augment, masks=truth).masks
@@ -463,7 +463,7 @@ def test_bad_input_leaves_nothing_behind(flags, tmp_path, more, words):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_the_remedy(flags, monkeypatch):
-    monkeypatch.setattr("trainer.loop.classification", lambda logits, _labels, weight: (logits.sum() * float("nan"), weight.sum()))
+    monkeypatch.setattr("trainer.task.OneOf.loss", lambda _task, logits, _target, _weight: logits.sum() * float("nan"))
     with pytest.raises(InputError, match=r"the loss is not finite .* lower --optim\.lr"):
         build(resolve(flags)).train()
 

@@ -36,7 +36,7 @@ def gradients(argv: list[str]) -> tuple[dict[str, torch.Tensor], list[list[int]]
     loader = Loader(split, plan, batch=c.batch, rank=acc.process_index, world=acc.num_processes, workers=0).batches(0)
     group = next(groups(loader, c.accumulate))
     sums = job.step(group, c.balance.lam)
-    return kept, [b.label.tolist() for b in group], sums.cpu()
+    return kept, [b.target.argmax(1).tolist() for b in group], sums.cpu()
 
 
 def watched(argv: list[str]) -> dict[str, list]:

@@ -23,11 +23,11 @@ from trainer.launching import on_main, seen_by_all, start
 from trainer.loop import Trainer
 from trainer.lungs.load import load_segmenter
 from trainer.lungs.memory import LungFinder
-from trainer.regions.lesions import Annotations
+from trainer.regions.lesions import LesionRegions
 from trainer.report.write import rehearse
 from trainer.rules import Finding, read_findings, rules_of, task_findings, without_rule
 from trainer.rules import to_yaml as findings_to_yaml
-from trainer.run import FINDINGS, LUNGS, among, evaluator_of, run_findings
+from trainer.run import FINDINGS, LUNGS, evaluator_of, run_findings, task_of
 from trainer.schedule import Schedule
 from trainer.tracking import Tracking
 
@@ -53,10 +53,10 @@ def build(config: Config) -> Trainer:
     """Check everything that can be checked, say what will happen, claim the run folder, make the parts."""
     trackers = None if config.tracker == "none" else config.tracker
     accelerator = start(config.seed, log_with=trackers, project_dir=config.out)
-    store, out, classes = open_store(config.shards), Path(config.out), task_findings(config.task)
-    findings = findings_of(config)
-    index = store.index()
-    splits = {n: Split(store, n, classes, among=among(findings)) for n in ("train", "val", "test") if n in index["splits"] or n != "test"}
+    store, out, findings = open_store(config.shards), Path(config.out), findings_of(config)
+    task, index = task_of(config, findings), store.index()
+    classes = task.findings
+    splits = {n: Split(store, n, task.labels) for n in ("train", "val", "test") if n in index["splits"] or n != "test"}
     total, world = len(splits["train"]), accelerator.num_processes
     per_step = config.batch * world * config.accumulate
     if per_step > total:
@@ -123,7 +123,7 @@ def build(config: Config) -> Trainer:
     if config.resume and findings_changed(config, findings):
         accelerator.print(f"note: the run keeps the rules of its own {FINDINGS}; {config.findings or 'the ready-made findings'} now say others")
     if annotations:
-        accelerator.print(f"{annotations.known} of {total} training images have lesion boxes of their finding, {len(annotations.boxes)} are used as regions")
+        accelerator.print(f"{annotations.known} of {total} training images have lesion boxes of their finding, {len(annotations.used)} are used as regions")
     unplaced = without_rule(classes, rules_of(findings))
     if unplaced and config.attention.region != "annotation":
         accelerator.print(
@@ -149,8 +149,9 @@ def build(config: Config) -> Trainer:
         schedule=schedule,
         balance=balance,
         lungs=lungs,
-        evaluator=evaluator_of(accelerator, model, config, findings, splits, lungs),
+        evaluator=evaluator_of(accelerator, model, config, task, findings, splits, lungs),
         tracking=tracking,
+        task=task,
         findings=findings,
         annotations=annotations,
         identity=identity(config, splits, key, findings),
@@ -189,13 +190,13 @@ def findings_changed(config: Config, findings: dict[str, Finding]) -> bool:
     return False
 
 
-def annotated(config: Config, split: Split) -> Annotations | None:
+def annotated(config: Config, split: Split) -> LesionRegions | None:
     """The lesion boxes that training uses. InputError where there are none."""
     a = config.attention
     if a.region == "anatomy" or (config.plain and not config.swap_probability):
         return None
-    boxes = Annotations(split, a.annotated, config.seed)
-    if not boxes.boxes:
+    boxes = LesionRegions(split, a.annotated, config.seed)
+    if not len(boxes.used):
         why = (
             f"--attention.annotated {a.annotated} leaves none of {boxes.known} images with boxes"
             if boxes.known

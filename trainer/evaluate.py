@@ -14,7 +14,6 @@ if __name__ == "__main__":  # what is wrong with the flags is said before torch 
     _run(_check)
 
 import os
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from datetime import datetime
@@ -36,32 +35,31 @@ from trainer.launching import close, on_main, set_threads, start
 from trainer.look import look
 from trainer.lungs import LungFinder
 from trainer.measure import Evaluator, Outcome
-from trainer.regions.lesions import lesion_regions
+from trainer.regions.lesions import LesionRegions
 from trainer.report.figures import TILES, Tile
 from trainer.report.words import file_name, short, table
 from trainer.report.write import write_run
-from trainer.rules import Finding, task_findings, to_yaml
-from trainer.run import among, evaluator_of, open_run, read_report
+from trainer.rules import Finding, to_yaml
+from trainer.run import evaluator_of, open_run, read_report, task_of
 
 
 def tiles(evaluator: Evaluator, name: str) -> list[Tile]:
-    """Up to 12 images of a split, the first ones of each class in turn, with the CAM of their label's class."""
-    split, model, device = evaluator.splits[name], evaluator.model, evaluator.accelerator.device
-    per_class = [np.flatnonzero(split.labels == k) for k in range(len(split.classes))]
-    chosen = [c[i] for i in range(max(map(len, per_class))) for c in reversed(per_class) if i < len(c)][:TILES]
-    index = torch.as_tensor(np.array(chosen))
-    raw = torch.from_numpy(np.stack([split.image(p) for p in chosen]))[:, None].to(device)
-    labels = torch.as_tensor(split.labels[chosen].astype(np.int64)).to(device)
+    """Up to 12 pairs of a split, the first ones of each finding in turn, each with its CAM."""
+    split, model, device, task = evaluator.splits[name], evaluator.model, evaluator.accelerator.device, evaluator.task
+    pairs = task.pairs(torch.from_numpy(split.targets()))
+    of_finding = [pairs.image[pairs.finding == k].tolist() for k in range(len(task.findings))]
+    chosen = [(c[i], k) for i in range(max(map(len, of_finding))) for k, c in reversed(list(enumerate(of_finding))) if i < len(c)][:TILES]
+    index, finding = torch.tensor(chosen).reshape(-1, 2).unbind(1)
+    raw = torch.from_numpy(np.stack([split.image(p) for p, _ in chosen]))[:, None].to(device)
     with evaluating(model):
-        seen = look(evaluator.accelerator, model, raw, index, labels, evaluator.lungs.get(name), evaluator.regions(split), labels)
+        seen = look(evaluator.accelerator, model, raw, index, finding.to(device), evaluator.lungs.get(name), evaluator.regions(split), finding)
     blank = torch.zeros_like(seen.images[:, 0])
     cams, lungs = (part.float().cpu().numpy() for part in (seen.cam if seen.cam is not None else blank, seen.lungs if seen.lungs is not None else blank))
-    lesions = lesion_regions(split, index, raw.shape[-2:], evaluator.size).numpy()
-    probability = torch.softmax(seen.logits.float(), 1).cpu()
+    lesions = LesionRegions(split)(index, finding, raw.shape[-2:], evaluator.size).numpy()
+    probability, predicted = (of(seen.logits).cpu() for of in (task.probabilities, task.predicted))
     result = []
-    for b, k in enumerate(labels.tolist()):
-        guess = int(probability[b].argmax())
-        title = f"{short(split.classes[k])}\npredicted {short(split.classes[guess])} {probability[b, guess]:.2f}"
+    for b, (k, guess) in enumerate(zip(finding.tolist(), predicted.tolist(), strict=True)):
+        title = f"{short(task.findings[k])}\npredicted {short(task.findings[guess])} {probability[b, guess]:.2f}"
         title += "" if cams[b].any() else ", no map"
         result.append(Tile(title, seen.images[b, 0].float().cpu().numpy(), cams[b], seen.region[b].cpu().numpy(), lesions[b], lungs[b] > 0))
     return result
@@ -83,13 +81,13 @@ def finish(
     InputError: the report could not be written; the run is as it was.
     """
     accelerator, splits, lungs = evaluator.accelerator, evaluator.splits, evaluator.lungs
-    classes, known = task_findings(config.task), dict(known or {})
+    known = dict(known or {})
     outcomes: dict[str, Outcome] = {name: evaluator.measure(name) for name in ("val", "test") if name in splits}
     for name in outcomes:
         if name in lungs:
             lungs[name].share(accelerator)
     lost = {name: finder.memory.not_found().tolist() for name, finder in lungs.items()}
-    content: dict[str, Any] = {"findings": classes, "dataset": next(iter(splits.values())).dataset, "training": training}
+    content: dict[str, Any] = {"findings": evaluator.task.findings, "dataset": next(iter(splits.values())).dataset, "training": training}
     content["images"] = known.get("images", {}) | {name: split.fingerprint for name, split in splits.items()}
     content["regions"] = to_yaml(findings)
     content["written"] = f"cxr-focus {__version__}, {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}"
@@ -101,7 +99,7 @@ def finish(
     point = outcomes["val"].operating_point() if "val" in outcomes else known.get("threshold")
     content["iou_threshold"], content["threshold"] = thresholds, point
     content |= {split: known[split] for split in ("val", "test") if split in known and split not in outcomes}
-    content |= {name: outcome.report(classes, intervals=True, chosen=thresholds, threshold=point) for name, outcome in outcomes.items()}
+    content |= {name: outcome.report(intervals=True, chosen=thresholds, threshold=point) for name, outcome in outcomes.items()}
     content["config"] = known.get("config") or asdict(config)
     shown = "test" if "test" in splits else "val"
     content[shown]["probe"] = evaluator.probe(shown, outcomes[shown])
@@ -121,23 +119,21 @@ def finish(
 
 def overlap(train: Split, split: Split) -> tuple[int, int]:
     """How many images of ``split`` have the key or the bytes of a training image, and how many others the ID of a patient of theirs."""
-    keys = {train.key(p) for p in range(len(train))}
-    patients = {train.meta(p).get("patient") for p in range(len(train))} - {None}
-    of_length: dict[int, list[int]] = defaultdict(list)
-    for p in range(len(train)):
-        of_length[train.image_length(p)].append(p)
-
-    def known(p: int) -> bool:
-        return split.key(p) in keys or any(train.image_bytes(q) == split.image_bytes(p) for q in of_length[split.image_length(p)])
-
-    others = [p for p in range(len(split)) if not known(p)]
-    return len(split) - len(others), sum(split.meta(p).get("patient") in patients for p in others)
+    there, here = train.ids(), split.ids()
+    known = np.isin(here["key"], there["key"])
+    order = np.argsort(train.image_lengths(), kind="stable")
+    lengths, own = train.image_lengths()[order], split.image_lengths()
+    first, last = np.searchsorted(lengths, own), np.searchsorted(lengths, own, side="right")
+    for p in np.flatnonzero(~known & (first < last)).tolist():
+        known[p] = any(train.image_bytes(q) == split.image_bytes(p) for q in order[first[p] : last[p]].tolist())
+    patients = there["patient"][there["patient"] != 0]
+    return int(known.sum()), int((~known & np.isin(here["patient"], patients)).sum())
 
 
 def tell_overlap(config: Config, trained_on: str | None, findings: Mapping[str, Finding], splits: Mapping[str, Split]) -> None:
     """Say how many images of other shards the run has most likely been trained on: figures on those prove nothing."""
     try:
-        train = Split(open_store(config.shards), "train", task_findings(config.task), among=among(findings)) if os.path.isdir(config.shards) else None
+        train = Split(open_store(config.shards), "train", task_of(config, findings).labels) if os.path.isdir(config.shards) else None
     except InputError:
         train = None
     if train is None or trained_on not in (None, train.fingerprint):
@@ -146,7 +142,7 @@ def tell_overlap(config: Config, trained_on: str | None, findings: Mapping[str, 
     for name, split in splits.items():
         images, patients = overlap(train, split)
         told = f"of the {len(split)} {name} images {images or 'none'} have the name or the bytes of a training image of this run, "
-        told += f"{patients or 'none'} more the ID of a patient" if train.meta(0).get("patient") is not None else "patients are not known"
+        told += f"{patients or 'none'} more the ID of a patient" if train.ids()["patient"].any() else "patients are not known"
         print(f"WARNING: {told}: if they are the same, the figures say nothing about new ones" if images or patients else told)
 
 
@@ -173,7 +169,8 @@ def main(argv: list[str] | None = None) -> None:
     config, model, segmenter = opened.config, opened.model, opened.segmenter
     accelerator = start(config.seed, opened.precision)
     index = store.index()
-    splits = {name: Split(store, name, task_findings(config.task), among=among(opened.findings)) for name in SPLITS[1:] if name in index["splits"]}
+    task = task_of(config, opened.findings)
+    splits = {name: Split(store, name, task.labels) for name in SPLITS[1:] if name in index["splits"]}
     if not splits:
         raise InputError(f"--shards {store.name}: has neither val nor test; pack one")
 
@@ -200,7 +197,7 @@ def main(argv: list[str] | None = None) -> None:
         if own
         else {"config": asdict(config)} | {name: old[name] for name in ("iou_threshold", "threshold", "config") if name in old}
     )
-    evaluator = evaluator_of(accelerator, model, replace(config, batch=options.batch, workers=options.workers), opened.findings, splits, lungs)
+    evaluator = evaluator_of(accelerator, model, replace(config, batch=options.batch, workers=options.workers), task, opened.findings, splits, lungs)
     content = finish(evaluator, config, opened.findings, training, out, known)
     if accelerator.is_main_process:
         print(table({path.resolve().name: content}))

@@ -28,9 +28,9 @@ from trainer.classifier import normalize_cam
 from trainer.context import swap_context
 from trainer.launching import loader_of, on_main, seed_step, share_buffers
 from trainer.look import locate
-from trainer.losses import attention, attention_term, classification
+from trainer.losses import attention_term
 from trainer.measure import validation_figures
-from trainer.regions.lesions import chosen
+from trainer.regions.lesions import attended_regions
 from trainer.regions.place import Regions, placed
 from trainer.rules import Rule, rules_of
 from trainer.run import MODEL, save_model, stored_as
@@ -40,13 +40,14 @@ from trainer.upload import Download, upload
 
 @dataclass
 class Prepared:
-    """A micro-batch on the device: images float [B,1,S,S]; labels int64 [B]; region float [B,S,S] in [0,1]; weight, positive float [B]."""
+    """A micro-batch on the device: images float [B,1,S,S]; target int8 [B,K]; region float [B,S,S] in [0,1]; weight, has_region float [B]."""
 
     images: torch.Tensor
-    labels: torch.Tensor
-    region: torch.Tensor
+    target: torch.Tensor
+    attended: torch.Tensor  # int64 [B], the finding whose CAM is taken
+    region: torch.Tensor  # where it is expected
     weight: torch.Tensor
-    positive: torch.Tensor  # 1 where attention counts: the image has a region
+    has_region: torch.Tensor  # 1 where attention counts
     swapped: torch.Tensor  # how many images got other surroundings, and how many there are: [2]
 
 
@@ -70,8 +71,7 @@ class Trainer(Training):
         if self.inside:
             self.inside.add(NO_FINDING)
         self.swaps = bool(self.inside or self.annotations) and config.swap_probability > 0
-        self.shows_inside = torch.tensor([name in self.inside for name in split.classes], device=device)
-        self.is_healthy = torch.tensor([name == NO_FINDING for name in split.classes], device=device)
+        self.shows_outside = torch.tensor([name not in self.inside for name in split.classes], device=device)
 
     def train(self) -> None:
         """Epochs until they are done or patience ends."""
@@ -128,19 +128,19 @@ class Trainer(Training):
         batches = [self.prepare(batch, attend) for batch in group]
 
         # How many images and positives the whole step has, over all processes.
-        own = torch.stack([torch.stack([batch.weight.sum(), batch.positive.sum()]) for batch in batches]).sum(0)
+        own = torch.stack([torch.stack([self.task.counted(batch.target, batch.weight), batch.has_region.sum()]) for batch in batches]).sum(0)
         images, positives = accelerator.reduce(own, "sum").clamp(min=1)
 
         # One forward gives logits and CAM; the CAM's gradient goes through the head into the backbone.
         losses, norms = torch.zeros(2, 2, dtype=torch.float64, device=accelerator.device)
         for i, batch in enumerate(batches):
             with contextlib.nullcontext() if i == len(batches) - 1 else accelerator.no_sync(self.net):
-                logits, cam = self.net(batch.images, None if hard else batch.labels, cam=attend, mode=config.attention.mode, differentiable=not hard)
-                ce, _ = classification(logits, batch.labels, batch.weight)
+                logits, cam = self.net(batch.images, None if hard else batch.attended, cam=attend, mode=config.attention.mode, differentiable=not hard)
+                ce = self.task.loss(logits, batch.target, batch.weight)
                 loss, term = lam * ce / images, torch.zeros_like(ce)
                 if attend:
                     per_image = attention_term(normalize_cam(cam, config.size), batch.region, config.attention.threshold, config.attention.form)
-                    term, _ = attention(per_image, batch.weight if hard else batch.positive)
+                    term = (per_image * (batch.weight if hard else batch.has_region)).sum()
                     loss = loss + (1 - lam) * term / (images if hard else positives)
                     if self.balance.follows_gradients:
                         norms += torch.stack([squared_norm(x, self.model.kept) for x in (ce / images, term / positives)])
@@ -158,26 +158,29 @@ class Trainer(Training):
     def prepare(self, batch: Batch, attend: bool) -> Prepared:
         """A batch on the device: resized, augmented together with its lung box, surroundings swapped, with the region of its finding."""
         config, device = self.config, self.accelerator.device
-        raw, labels, weight = upload(batch.image, device), upload(batch.label, device), upload(batch.weight, device)
+        raw, target, weight = upload(batch.image, device), upload(batch.target, device), upload(batch.weight, device)
+        attended = self.task.attended(batch.target)  # the host knows it: lesion boxes are looked up by it
         located = locate(self.accelerator, raw, batch.index, self.lungs["train"] if attend or self.swaps else None, config.size)
-        lesions = self.annotations.regions(batch.index, raw.shape[-2:], config.size, device) if self.annotations else None
+        lesions = self.annotations(batch.index, attended, raw.shape[-2:], config.size, device) if self.annotations else None
+        attended = upload(attended, device)
         draws = upload(draw(config.seed, self.state.epoch, batch.index), device)
         outlines = located.outlines if attend and self.regions.uses_lungs else None
         images, boxes, lesions, lungs = augment(located.images, draws, config.augment, boxes=located.boxes, masks=lesions, outlines=outlines)
         if boxes is None:
             nothing = torch.zeros(len(images), 1, 1, device=device)
-            return Prepared(images, labels, nothing, weight, torch.zeros_like(weight), torch.zeros(2, device=device))
-        region = self.regions(labels, boxes, lungs).weight
+            return Prepared(images, target, attended, nothing, weight, torch.zeros_like(weight), torch.zeros(2, device=device))
+        region = self.regions(attended, boxes, lungs).weight
         if lesions is not None:
-            region = chosen(region, lesions, config.attention.region)
+            region = attended_regions(region, lesions, config.attention.region)
         swapped = torch.zeros(2, device=device)
         if self.swaps:
             found = upload(located.found, device)
-            inside, healthy = found & self.shows_inside[labels], found & self.is_healthy[labels]
+            inside = found & ~(self.task.may_show(target) & self.shows_outside).any(1)
+            healthy = found & self.task.healthy(target)
             images, lenders = swap_context(images, boxes, inside, draws[:, SWAPS], self.swap, lesions=lesions, healthy=healthy, reach=self.reach)
             others = lenders != torch.arange(len(lenders), device=device)
             swapped = torch.stack([others.sum(), torch.ones_like(lenders).sum()]).float()
-        return Prepared(images, labels, region, weight, weight * placed(region), swapped)
+        return Prepared(images, target, attended, region, weight, weight * placed(region), swapped)
 
     def tell_balance(self, sums: torch.Tensor) -> None:
         """Give lambda the sums of the step before, which have arrived on the host, and send those of this step on their way."""
@@ -221,7 +224,7 @@ class Trainer(Training):
         share_buffers(self.model)
         self.refuse_not_finite()
         outcome = self.evaluator.measure("val", cams=self.attends)
-        figures = validation_figures(outcome, self.balance.value(state.epoch) if self.attends else 1.0, c.attention, self.evaluator.splits["val"].classes)
+        figures = validation_figures(outcome, self.balance.value(state.epoch) if self.attends else 1.0, c.attention)
         self.balance.validated(figures["val_loss"])
         self.schedule.validated(figures["val_weighted" if c.optim.watch == "weighted" else "val_loss"])
         score = {"accuracy": figures["val_accuracy"], "auc": figures["val_auc"], "loss": -figures["val_loss"], "last": state.epoch}[c.best]

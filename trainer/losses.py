@@ -1,11 +1,9 @@
-"""Classification and attention terms. Losses come as (sum, count), so that processes can be added before dividing.
+"""Attention terms, per image; the classification loss is the task's (`trainer.task`). The step sums both before it divides, over all processes.
 
-Legend: logits float [B,K]; labels int64 [B]; weight float [B], 0 for stand-ins; cam float [B,S,S] in [0,1];
-region bool, or weights float in [0,1], [B,S,S]; term float [B] in [0,1].
+Legend: cam float [B,S,S] in [0,1]; region bool, or weights float in [0,1], [B,S,S].
 """
 
 import torch
-from torch.nn import functional as F
 
 SHARPNESS = 0.1  # width of the sigmoid that softens "cam > threshold" in `coverage`
 TINY = 1e-6  # a map whose total is below this is no map
@@ -14,12 +12,6 @@ TINY = 1e-6  # a map whose total is below this is no map
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     """Half precision becomes float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
-
-
-def classification(logits: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy as (sum, count): scalars."""
-    losses = F.cross_entropy(at_least_float32(logits), labels, reduction="none")
-    return (losses * weight).sum(), weight.sum()
 
 
 def attention_term(cam: torch.Tensor, region: torch.Tensor, threshold: float, form: str) -> torch.Tensor:
@@ -61,8 +53,3 @@ def attention_term(cam: torch.Tensor, region: torch.Tensor, threshold: float, fo
     else:
         raise ValueError(f"unknown attention form {form!r}, expected published, coverage, energy or lift")
     return torch.where(area > 0, term, torch.zeros_like(term))
-
-
-def attention(term: torch.Tensor, counted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Terms [B] and which of them count (float [B]) as (sum, count): scalars."""
-    return (term * counted).sum(), counted.sum()

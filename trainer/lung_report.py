@@ -4,8 +4,6 @@ Legend: masks bool [B,H,W]; errors of the box's edges are signed, in shares of t
 found minus true, so that a negative bottom is a box that ends too high.
 """
 
-import base64
-import html
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +22,7 @@ from trainer.launching import Accelerator
 from trainer.lungs import LungSegmenter, lung_boxes
 from trainer.metrics import bootstrap
 from trainer.report.figures import LUNGS, REGION, png
-from trainer.report.page import STYLE, html_table
+from trainer.report.template import render, stacked
 
 EDGES = ("left", "top", "right", "bottom")
 COLUMNS = ("dice", "iou", "box_iou", *EDGES, "fallback", "surface")
@@ -137,14 +135,8 @@ def write(out: Path, content: dict[str, Any], sheet: Figure) -> None:
     picture = png(sheet)
     atomic.write(out / "worst.png", picture)
     head = ["source", "images", "Dice", "IoU", "box IoU", "95% surface distance", *(f"{e} edge" for e in EDGES), "bottom within 4%", "no lungs"]
-    table = html_table(head, [_row(name, s) for name, s in content["sources"].items()])
-    page = f"""<!doctype html><html lang=en><meta charset=utf-8><title>Lung segmenter</title><style>{STYLE}</style>
-<h1>Lung segmenter</h1><p>{html.escape(content["about"])}</p>{table}
-<p><small>Means with 95% bootstrap intervals over images; below them the worst image. Surface distance and edges in percent of the image's
-side; an edge is found minus true, bias ± deviation: a negative bottom is a box that ends too high.</small></p>
-<h2>Worst boxes</h2><p>Found: blue; true: green. Dotted: no plausible pair of lungs, the whole image stands in.</p>
-<img alt="worst boxes" src="data:image/png;base64,{base64.b64encode(picture).decode()}">"""
-    atomic.write(out / "report.html", page)
+    rows = [_row(name, s) for name, s in content["sources"].items()]
+    atomic.write(out / "report.html", render("lungs.html", title="Lung segmenter", about=content["about"], head=head, rows=rows, sheet=picture))
     atomic.write(out / "report.json", json.dumps(content, indent=1))
 
 
@@ -154,8 +146,8 @@ def _row(name: str, s: dict[str, Any]) -> list[str]:
             return "-"
         low, high = s[f"{key}_interval"]
         m, low, high, extreme = (f"{scale * v:.{digits}f}" for v in (s[key], low, high, s[f"{key}_worst"]))
-        return f"{m}<br><small>{low} to {high}<br>{extreme}</small>"
+        return stacked(m, f"{low} to {high}", extreme)
 
-    edges = [f"{100 * s[e]['bias']:+.1f}<br><small>± {100 * s[e]['deviation']:.1f}</small>" for e in EDGES]
+    edges = [stacked(f"{100 * s[e]['bias']:+.1f}", f"± {100 * s[e]['deviation']:.1f}") for e in EDGES]
     figures = [mean("dice"), mean("iou"), mean("box_iou"), mean("surface", 100, 1), *edges]
-    return [html.escape(name), str(s["images"]), *figures, f"{100 * s['bottom_within_4_percent']:.0f}%", str(s["fallback"])]
+    return [name, str(s["images"]), *figures, f"{100 * s['bottom_within_4_percent']:.0f}%", str(s["fallback"])]

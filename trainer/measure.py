@@ -1,17 +1,15 @@
 """What is measured of a model on a split, every image once, over all processes."""
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch.nn import functional as F
 
 from shards.dataset import Split
-from shards.loader import Loader
+from shards.loader import Batch, Loader
 from shards.plan import EpochPlan
 from trainer.classifier import FocusClassifier, evaluating, normalize_cam
 from trainer.config import AttentionConfig
@@ -22,37 +20,34 @@ from trainer.lungs.memory import LungFinder
 from trainer.metrics import (
     LOCALIZATION,
     THRESHOLDS,
-    at_threshold,
-    auc_interval,
     best_threshold,
-    binary_report,
-    classification_report,
     localize,
     measured,
-    multiclass_auc,
     rank_correlation,
     summarize,
-    wilson,
     without_dead,
 )
 from trainer.probe import blurred, probed, random_twin
-from trainer.regions.lesions import chosen, lesion_regions
+from trainer.regions.lesions import LesionRegions, attended_regions
 from trainer.regions.place import PUBLISHED, Regions, placed
 from trainer.rules import Rule
+from trainer.task import Pairs, Task
 
 
 @dataclass
 class Outcome:
-    """What was measured for every image of a split, in its order, on every process.
+    """What was measured of a split, in its order, on every process: of N images, and of their P pairs.
 
-    logits float [N,K]; labels int64 [N]; term float [N], the attention term of the trained form, NaN without a region;
-    expected, expected_box, lesion float [N,21], columns of `metrics.localize` against the expected region (where its weight is a half or more), against
+    logits float [N,K]; target int8 [N,K]; pairs: which they are (`task.Pairs`); term float [P], the attention term of the trained form, NaN without a region;
+    expected, expected_box, lesion float [P,21], columns of `metrics.localize` against the expected region (where its weight is a half or more), against
     what it was as a part of the lung box (the published region, else the rule's own part), and against lesion boxes, NaN where there is no such ground truth;
-    replaced bool [N], whether that part stands in for the region; similarity float [N], rank correlation with the CAM of a twin, NaN without one.
+    replaced bool [P], whether that part stands in for the region; similarity float [P], rank correlation with the CAM of a twin, NaN without one.
     """
 
+    task: Task
     logits: torch.Tensor
-    labels: torch.Tensor
+    target: torch.Tensor
+    pairs: Pairs
     term: torch.Tensor
     expected: torch.Tensor
     expected_box: torch.Tensor
@@ -69,28 +64,23 @@ class Outcome:
         return {kind: best_threshold(table[measured(table)]) for kind, table in self.tables().items()}
 
     def operating_point(self) -> float | None:
-        """The probability from which on a task with two classes says class 1, by Youden's index on these images; None of other tasks."""
-        if self.logits.shape[1] != 2:
-            return None
-        threshold = binary_report(self.logits, self.labels)["best_threshold"]
-        return threshold if math.isfinite(threshold) else None
+        """See `Task.operating_point`."""
+        return self.task.operating_point(self.logits, self.target)
 
-    def report(
-        self, findings: tuple[str, ...], *, intervals: bool = False, chosen: dict[str, int | None] | None = None, threshold: float | None = None
-    ) -> dict[str, Any]:
+    def auc(self) -> float:
+        """See `Task.auc`."""
+        return self.task.auc(self.logits, self.target)
+
+    def report(self, *, intervals: bool = False, chosen: dict[str, int | None] | None = None, threshold: float | None = None) -> dict[str, Any]:
         """Classification and localization figures; from validation ``chosen``, thresholds of the IoU, and ``threshold``, of the probability."""
-        figures = classification_report(self.logits, self.labels)
-        if threshold is not None:
-            figures["at_threshold"] = at_threshold(self.logits, self.labels, threshold)
-        if intervals:
-            figures |= {"accuracy_95": wilson(figures["accuracy"], len(self.labels)), "auc_95": auc_interval(self.logits, self.labels)}
+        figures = self.task.figures(self.logits, self.target, point=threshold, intervals=intervals)
         figures["localization"] = {}
         for kind, table in self.tables().items():
             at = (chosen or {}).get(kind)
             names = LOCALIZATION if at is None else (*LOCALIZATION, "iou")
             columns = list(range(len(LOCALIZATION))) + ([] if at is None else [len(LOCALIZATION) + at])
             known = measured(table)
-            each = {name: summarize(table[known & (self.labels == k)][:, columns], names) for k, name in enumerate(findings)}
+            each = {name: summarize(table[known & (self.pairs.finding == k)][:, columns], names) for k, name in enumerate(self.task.findings)}
             if kind == "expected_box" and not known.any():
                 continue
             figures["localization"][kind] = {"all": summarize(table[known][:, columns], names)} | {n: f for n, f in each.items() if f}
@@ -100,30 +90,34 @@ class Outcome:
 
 
 class Table:
-    """Figures of a split's images by position, gathered from all processes: each image is written once, by one of them.
+    """Figures of a split's images, or of its pairs, gathered from all processes: each row is written once, by one of them.
 
     Args:
-        count: images of the split.
-        widths: columns of each figure. An image may lack any of them.
+        count: rows.
+        widths: columns of each figure. A row may lack any of them.
     """
 
     def __init__(self, count: int, widths: Mapping[str, int]) -> None:
         self.widths = {"count": 1} | {part: width for name, wide in widths.items() for part, width in ((name, wide), (f"has {name}", 1))}
         self.rows = torch.zeros(count, sum(self.widths.values()), dtype=torch.float64)
 
-    def write(self, index: torch.Tensor, counts: torch.Tensor, figures: Mapping[str, torch.Tensor], known: Mapping[str, torch.Tensor]) -> None:
-        """Figures [B,width] of images int64 [B] on the CPU, as far as ``counts`` float [B] is not 0, and bool [B] whether each image has them."""
+    def write(self, index: torch.Tensor, own: torch.Tensor, figures: Mapping[str, torch.Tensor], known: Mapping[str, torch.Tensor]) -> None:
+        """Figures [B,width] of rows int64 [B] on the CPU, as far as they are ``own``, bool [B], and whether each has them, bool [B] by name."""
         device = next(iter(figures.values())).device
         given = {"count": torch.ones(len(index), 1)} | dict(figures) | {f"has {name}": has[:, None] for name, has in known.items()}
         row = [given[name].to(device).float() if name in given else torch.zeros(len(index), width, device=device) for name, width in self.widths.items()]
-        self.rows[index] += torch.where(counts[:, None] > 0, torch.cat(row, 1).cpu().double(), 0.0)
+        self.rows[index[own]] += torch.cat(row, 1).cpu().double()[own]
 
     def gather(self, accelerator: Accelerator) -> dict[str, torch.Tensor]:
-        """Every figure of all images, float64 [n,width], NaN where an image lacks it."""
+        """Every figure of all rows, float64 [n,width], NaN where a row lacks it."""
         rows = accelerator.reduce(self.rows.to(accelerator.device), "sum").cpu()
         of = dict(zip(self.widths, rows.split(list(self.widths.values()), 1), strict=True))
-        assert (of["count"] == 1).all(), "every image is evaluated exactly once"
+        assert (of["count"] == 1).all(), "every row is measured exactly once"
         return {name: torch.where(of[f"has {name}"] > 0, of[name], torch.nan) for name in self.widths if f"has {name}" in self.widths}
+
+    def nothing(self) -> dict[str, torch.Tensor]:
+        """What `gather` gives where nothing was written: NaN."""
+        return {name: torch.full((len(self.rows), width), torch.nan).double() for name, width in self.widths.items() if f"has {name}" in self.widths}
 
 
 @dataclass
@@ -132,6 +126,7 @@ class Evaluator:
 
     Args:
         model: unwrapped; its mode is restored.
+        task: what its labels are.
         attention: form and threshold of the attention term, and which regions it follows.
         size: S, pixels of a side of the classifier's input.
         seed: of the random weights of `probe`.
@@ -142,6 +137,7 @@ class Evaluator:
 
     accelerator: Accelerator
     model: FocusClassifier
+    task: Task
     attention: AttentionConfig
     size: int
     seed: int
@@ -153,6 +149,7 @@ class Evaluator:
 
     def __post_init__(self) -> None:
         self.loaders: dict[str, Loader] = {}
+        self.lesions: dict[str, LesionRegions] = {}
 
     def loader(self, name: str) -> Loader:
         """Of a split, in its order; made once, so that its processes stay."""
@@ -172,8 +169,8 @@ class Evaluator:
 
         Args:
             name: of the split.
-            cams: take CAMs, of the label's class, where the model has a map. False: logits only.
-            blur: ``outside`` or ``inside``: of the expected region, before the model sees the image (see `trainer.probe`).
+            cams: take CAMs, of every pair, where the model has a map. False: logits only.
+            blur: ``outside`` or ``inside``: of the expected regions, before the model sees the image (see `trainer.probe`).
             twin: another model, in eval mode, on the same images, whose CAMs are compared with this one's.
         """
         split, model, device = self.splits[name], self.model, self.accelerator.device
@@ -182,52 +179,86 @@ class Evaluator:
         regions = self.regions(split)
         # What figures can be compared by that were measured before regions followed the lungs' outline: the published region, else the rule's part of the box.
         boxed = Regions(split.classes, {finding: PUBLISHED.get(finding, rule) for finding, rule in self.rules.items()}, self.size, device)
-        widths = {"logits": len(split.classes), "expected": columns, "expected_box": columns, "lesion": columns}
-        table = Table(len(split), widths | {"similarity": 1, "term": 1, "replaced": 1})
-
-        def change(located: Located) -> torch.Tensor:
-            """The images, blurred in or outside the regions of findings of the task."""
-            assert located.boxes is not None
-            whose = torch.tensor(probed(batch.label.tolist(), batch.index, split.classes, self.rules))
-            region = regions(whose, located.boxes, located.lungs).region
-            return blurred(located.images, region if blur == "inside" else ~region)
+        target = torch.from_numpy(split.targets())
+        pairs = self.task.pairs(target)
+        images = Table(len(split), {"logits": len(split.classes)})
+        of_pairs = Table(len(pairs.image), {"expected": columns, "expected_box": columns, "lesion": columns, "similarity": 1, "term": 1, "replaced": 1})
+        if cams and name not in self.lesions:
+            self.lesions[name] = LesionRegions(split)
 
         with evaluating(model):
             for batch in self.loader(name).batches(0):
-                raw, labels = batch.image.to(device, non_blocking=True), batch.label.to(device, non_blocking=True)
-                changed = change if blur and lungs is not None else None
-                seen = look(self.accelerator, model, raw, batch.index, labels, lungs, regions, batch.label, cam=cams, change=changed)
-                figures, known = {"logits": seen.logits}, {"logits": torch.ones(len(raw), dtype=torch.bool)}
-                if cams:
-                    lesions = lesion_regions(split, batch.index, raw.shape[-2:], self.size).to(device)
-                    kinds = {"expected": seen.region, "lesion": lesions}
-                    if seen.boxes is not None and regions.uses_lungs:
-                        kinds["expected_box"] = boxed(batch.label, seen.boxes, None).region
-                    assert seen.cam is not None
-                    for kind, region in kinds.items():
-                        figures[kind] = without_dead(localize(seen.cam, region, self.attention.threshold), seen.cam)
-                        known[kind] = placed(region)
-                    if seen.expected is not None:
-                        known["replaced"] = seen.expected.replaced
-                    if twin is not None:
-                        figures["similarity"] = self._similarity(seen, labels, twin)
-                        known["similarity"] = known["logits"]
-                    weight = seen.expected.weight if seen.expected is not None else torch.zeros_like(seen.images[:, 0])
-                    weight = chosen(weight, lesions, self.attention.region)
-                    figures["term"] = attention_term(self._trained_cam(seen), weight, self.attention.threshold, self.attention.form)[:, None]
-                    known["term"] = placed(weight)
-                table.write(batch.index, batch.weight, figures, known)
-        of = table.gather(self.accelerator)
+                index, own, raw = batch.index, batch.weight > 0, batch.image.to(device, non_blocking=True)
+                change = self._blur(batch, split.classes, regions, blur) if blur and lungs is not None else None
+                # One forward for the first pair of every image, which gives the logits, too; then one for the second pair of those that have one, ...
+                first, count = (torch.searchsorted(pairs.image, index + after) for after in (0, 1))
+                count -= first
+                for turn in range(max(1, int(count.max()))):
+                    if turn:
+                        further = count > turn
+                        index, own, raw, first, count = index[further], own[further], raw[further.to(device)], first[further], count[further]
+                    has_pair = count > turn
+                    pair = torch.where(has_pair, first + turn, 0)
+                    finding = torch.where(has_pair, pairs.finding[pair], 0) if len(pairs.finding) else torch.zeros_like(index)
+                    classes = finding.to(device, non_blocking=True)
+                    seen = look(self.accelerator, model, raw, index, classes, lungs, regions, finding, cam=cams, change=change)
+                    if not turn:
+                        images.write(index, own, {"logits": seen.logits}, {"logits": torch.ones(len(raw), dtype=torch.bool)})
+                    if cams:
+                        lesions = self.lesions[name](index, finding, raw.shape[-2:], self.size).to(device)
+                        part = boxed(finding, seen.boxes, None).region if regions.uses_lungs and seen.boxes is not None else None
+                        figures, known = self._localized(seen, lesions, part)
+                        if twin is not None:
+                            figures["similarity"], known["similarity"] = self._similarity(seen, classes, twin), torch.ones(len(raw), dtype=torch.bool)
+                        of_pairs.write(pair, own & has_pair, figures, known)
+        of = of_pairs.gather(self.accelerator) if cams else of_pairs.nothing()
         return Outcome(
-            of["logits"].float(),
-            torch.from_numpy(split.labels.astype(np.int64)),
-            of["term"][:, 0],
-            of["expected"],
-            of["expected_box"],
-            of["lesion"],
-            of["similarity"][:, 0],
-            ~of["replaced"][:, 0].isnan(),
+            task=self.task,
+            logits=images.gather(self.accelerator)["logits"].float(),
+            target=target,
+            pairs=pairs,
+            term=of["term"][:, 0],
+            expected=of["expected"],
+            expected_box=of["expected_box"],
+            lesion=of["lesion"],
+            similarity=of["similarity"][:, 0],
+            replaced=~of["replaced"][:, 0].isnan(),
         )
+
+    def _blur(self, batch: Batch, findings: tuple[str, ...], regions: Regions, where: str) -> Callable[[Located], torch.Tensor]:
+        """What makes the images of a batch blurred, in or outside the regions of findings of the task."""
+
+        def change(located: Located) -> torch.Tensor:
+            assert located.boxes is not None
+            region = torch.zeros_like(located.images[:, 0], dtype=torch.bool)
+            whose = probed(batch.target == 1, batch.index, findings, self.rules)
+            for k in range(len(findings)):
+                if whose[:, k].any():
+                    of_finding = regions(torch.full((len(whose),), k), located.boxes, located.lungs).region
+                    region |= of_finding & whose[:, k].to(region.device)[:, None, None]
+            return blurred(located.images, region if where == "inside" else ~region)
+
+        return change
+
+    def _localized(self, seen: Seen, lesions: torch.Tensor, boxed: torch.Tensor | None) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Figures of the CAMs of a batch by name, and which of its images have them.
+
+        Args:
+            lesions: bool [B,S,S]; boxed: the region as a part of the lung box, where it is not that anyway.
+        """
+        assert seen.cam is not None
+        figures, known = {}, {}
+        kinds = {"expected": seen.region, "lesion": lesions} | ({"expected_box": boxed} if boxed is not None else {})
+        for kind, region in kinds.items():
+            figures[kind] = without_dead(localize(seen.cam, region, self.attention.threshold), seen.cam)
+            known[kind] = placed(region)
+        if seen.expected is not None:
+            known["replaced"] = seen.expected.replaced
+        weight = seen.expected.weight if seen.expected is not None else torch.zeros_like(seen.images[:, 0])
+        weight = attended_regions(weight, lesions, self.attention.region)
+        figures["term"] = attention_term(self._trained_cam(seen), weight, self.attention.threshold, self.attention.form)[:, None]
+        known["term"] = placed(weight)
+        return figures, known
 
     def _trained_cam(self, seen: Seen) -> torch.Tensor:
         """The CAM [B,S,S] that the attention term is of: the label's, but the predicted class's as published."""
@@ -239,10 +270,10 @@ class Evaluator:
         assert predicted is not None
         return normalize_cam(predicted, self.size)
 
-    def _similarity(self, seen: Seen, labels: torch.Tensor, twin: FocusClassifier) -> torch.Tensor:
+    def _similarity(self, seen: Seen, classes: torch.Tensor, twin: FocusClassifier) -> torch.Tensor:
         """Rank correlation of the CAMs with those of a twin: [B,1]."""
         with self.accelerator.autocast():
-            other = twin(seen.images, labels, cam=True).cam
+            other = twin(seen.images, classes, cam=True).cam
         assert other is not None
         assert seen.raw_cam is not None
         return rank_correlation(_grays(seen.raw_cam), _grays(other))[:, None]
@@ -259,14 +290,14 @@ class Evaluator:
         """
         if name not in self.lungs or not measured(seen.expected).any():
             return None
-        found: dict[str, Any] = {"auc": multiclass_auc(seen.logits, seen.labels)}
+        found: dict[str, Any] = {"auc": seen.auc()}
         for where in ("outside", "inside"):
             changed = self.measure(name, cams=False, blur=where)
-            drop = found["auc"] - multiclass_auc(changed.logits, changed.labels)
-            found[f"drop_{where}"], found[f"drop_{where}_95"] = drop, auc_interval(seen.logits, seen.labels, changed.logits)
+            drop = found["auc"] - changed.auc()
+            found[f"drop_{where}"], found[f"drop_{where}_95"] = drop, self.task.auc_interval(seen.logits, seen.target, changed.logits)
         twin = random_twin(self.model, self.seed).to(self.accelerator.device)
         other = replace(self, model=twin)
-        other.loaders = self.loaders
+        other.loaders, other.lesions = self.loaders, self.lesions
         with evaluating(self.model):
             chance = other.measure(name, twin=self.model)
         # A map that is zero everywhere, which some networks have before they are trained, is no map to compare with: nothing is in the region.
@@ -284,13 +315,13 @@ def _grays(cam: torch.Tensor) -> torch.Tensor:
     return (normalize_cam(F.adaptive_avg_pool2d(cam, side), side) * 255).round()
 
 
-def validation_figures(outcome: Outcome, lam: float, attention: AttentionConfig, findings: tuple[str, ...]) -> dict[str, Any]:
+def validation_figures(outcome: Outcome, lam: float, attention: AttentionConfig) -> dict[str, Any]:
     """Accuracy, AUC, cross-entropy; with attention also its term, the weighted loss and the energy in the region."""
-    report = outcome.report(findings)
+    report = outcome.report()
     figures = {"val_accuracy": report["accuracy"], "val_auc": report["auc"], "val_loss": report["loss"]}
     known = ~outcome.term.isnan()
     if known.any():
-        term = outcome.term[known].sum() / (len(known) if attention.form == "published" else known.sum())
+        term = outcome.term[known].sum() / (len(outcome.logits) if attention.form == "published" else known.sum())
         place = report["localization"]["lesion" if attention.region == "annotation" else "expected"]["all"]
         figures |= {"val_attention": float(term), "val_energy": place and place["energy"]}
     figures["val_weighted"] = lam * figures["val_loss"] + (1 - lam) * figures.get("val_attention", 0.0)

@@ -36,7 +36,7 @@ from trainer.regions import Regions, placed
 from trainer.report.figures import Tile, panel, png
 from trainer.report.words import file_name, printable
 from trainer.rules import rules_of
-from trainer.run import open_run, read_report
+from trainer.run import open_run, read_report, task_of
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -53,7 +53,8 @@ def main(argv: list[str] | None = None) -> None:
     config, model, segmenter, metadata, rules = opened.config, opened.model, opened.segmenter, opened.metadata, rules_of(opened.findings)
     if unfinished(Path(options.run)):
         print(f"{options.run} has not finished: its best model so far is used, of epoch {int(metadata['epoch']) + 1}", file=sys.stderr)
-    findings, size = json.loads(metadata["findings"]), config.size
+    task, size = task_of(config, opened.findings), config.size
+    findings = task.findings
     if options.look_at and options.look_at not in findings:
         raise InputError(f"--look_at {options.look_at}: is no finding of the run; {nearest(options.look_at, findings)}")
     images = named(names)
@@ -84,8 +85,8 @@ def main(argv: list[str] | None = None) -> None:
         index = torch.tensor([number])
         wanted = torch.tensor([findings.index(options.look_at)], device=device) if options.look_at else None
         seen = look(accelerator, model, raw, index, wanted, finder, regions, None)
-        probability = torch.softmax(seen.logits[0].float(), 0).tolist()
-        predicted = findings[int(np.argmax(probability))]
+        probability = task.probabilities(seen.logits)[0].tolist()
+        predicted = findings[int(task.predicted(seen.logits)[0])]
         shown = options.look_at or predicted
         found, outlined = bool(seen.found[0]), seen.lungs
         box = seen.boxes[0] if seen.boxes is not None and found else None

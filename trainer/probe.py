@@ -27,15 +27,22 @@ def blurred(images: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
     return blend(smooth, soft, images)
 
 
-def probed(labels: Sequence[int], index: torch.Tensor, findings: Sequence[str], rules: Collection[str]) -> list[int]:
-    """Whose region is blurred in each image: its own finding's; where it has none, one of the task's findings in turn, so that blur is no sign of disease.
+def probed(present: torch.Tensor, index: torch.Tensor, findings: Sequence[str], rules: Collection[str]) -> torch.Tensor:
+    """Whose regions are blurred in each image: its own findings'; where it has none, that of one of the task's in turn, so that blur is no sign of disease.
 
     Args:
-        labels: of the images, numbers of ``findings``, as what is returned.
+        present: bool [B,K], which of ``findings`` each image shows; index int64 [B]: its position, all on the CPU.
         rules: the findings that have a region.
+
+    Returns:
+        bool [B,K].
     """
     known = [k for k, name in enumerate(findings) if name in rules and name != NO_FINDING]
-    return [k if findings[k] in rules or not known else known[position % len(known)] for k, position in zip(labels, index.tolist(), strict=True)]
+    whose = present & torch.tensor([name in rules for name in findings])
+    if known:
+        lacking = torch.nonzero(~whose.any(1)).flatten()
+        whose[lacking, torch.tensor(known)[index[lacking] % len(known)]] = True
+    return whose
 
 
 def random_twin(model: FocusClassifier, seed: int) -> FocusClassifier:

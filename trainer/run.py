@@ -21,6 +21,7 @@ from trainer.lungs.memory import LungFinder
 from trainer.lungs.segmenter import LungSegmenter
 from trainer.measure import Evaluator
 from trainer.rules import Finding, read_file, read_findings, rules_of, task_findings
+from trainer.task import OneOf, Task
 
 MODEL, LUNGS, FINDINGS = "model.safetensors", "lungs.safetensors", "findings.yaml"
 
@@ -90,9 +91,9 @@ def run_findings(path: Path, config: Config) -> dict[str, Finding]:
     return {name: known[name] for name in task_findings(config.task) if name in known}
 
 
-def among(findings: Mapping[str, Finding]) -> list[str]:
-    """Findings that an image may have beside others."""
-    return [name for name, finding in findings.items() if finding.images == "any"]
+def task_of(config: Config, findings: Mapping[str, Finding]) -> Task:
+    """What labels are to a run."""
+    return OneOf(task_findings(config.task), [name for name, finding in findings.items() if finding.images == "any"])
 
 
 def read_report(folder: Path) -> dict[str, Any]:
@@ -110,6 +111,7 @@ def evaluator_of(
     accelerator: Accelerator,
     model: FocusClassifier,
     config: Config,
+    task: Task,
     findings: Mapping[str, Finding],
     splits: Mapping[str, Split],
     lungs: Mapping[str, LungFinder],
@@ -118,6 +120,7 @@ def evaluator_of(
     return Evaluator(
         accelerator,
         model,
+        task=task,
         attention=config.attention,
         size=config.size,
         seed=config.seed,

@@ -20,10 +20,11 @@ from trainer.config import Config
 from trainer.launching import on_main
 from trainer.lungs.memory import LungFinder
 from trainer.measure import Evaluator
-from trainer.regions.lesions import Annotations
+from trainer.regions.lesions import LesionRegions
 from trainer.rules import Finding
 from trainer.run import read_report
 from trainer.schedule import Schedule
+from trainer.task import Task
 from trainer.tracking import Tracking
 from trainer.upload import Download
 
@@ -85,8 +86,9 @@ class Training:
     lungs: dict[str, LungFinder]
     evaluator: Evaluator
     tracking: Tracking
+    task: Task
     findings: dict[str, Finding]  # of the task
-    annotations: Annotations | None  # lesion boxes that are used as regions
+    annotations: LesionRegions | None  # lesion boxes that are used as regions
     identity: dict[str, Any]
     state: State = field(default_factory=State)
 

@@ -1,4 +1,4 @@
-"""Lesion boxes of an image as a region: what a radiologist drew, where it was drawn.
+"""Lesion boxes as regions: what a radiologist drew, where it was drawn.
 
 Legend: regions bool [B,S,S] of a batch of B images, S pixels of a side.
 """
@@ -15,10 +15,38 @@ from trainer.upload import upload
 Box = tuple[float, float, float, float]
 
 
-def lesion_boxes(split: Split, position: int) -> list[Box]:
-    """The lesion boxes of an image's own finding, x0 y0 x1 y1 in pixels of the stored image."""
-    finding = split.classes[split.labels[position]]
-    return [box.xyxy for box in split.meta(position)["boxes"] if box.finding == finding]
+class LesionRegions:
+    """The lesion boxes of a split, drawn when they are asked for.
+
+    Args:
+        share: of the images with boxes; which, ``seed`` decides, and a smaller share is part of a larger one.
+    """
+
+    def __init__(self, split: Split, share: float = 1.0, seed: int = 0) -> None:
+        self._all = split.lesions()
+        drawn = np.unique(self._all.position)
+        order = np.random.default_rng([seed, len(split)]).permutation(drawn)
+        self.known = len(drawn)  # images with boxes
+        self.used = np.sort(order[: math.ceil(share * len(drawn) - 1e-9)])  # positions of those that are used
+
+    def boxes(self, position: int, finding: int) -> list[Box]:
+        """The boxes of a finding in an image, x0 y0 x1 y1 in pixels of the stored image; none where the image is not used."""
+        at = np.searchsorted(self.used, position)
+        if at == len(self.used) or self.used[at] != position:
+            return []
+        first, last = np.searchsorted(self._all.position, [position, position + 1])
+        of_image = slice(int(first), int(last))
+        return [(x0, y0, x1, y1) for x0, y0, x1, y1 in self._all.xyxy[of_image][self._all.finding[of_image] == finding].tolist()]
+
+    def __call__(self, index: torch.Tensor, findings: torch.Tensor, stored: Sequence[int], size: int, device: torch.device | str = "cpu") -> torch.Tensor:
+        """The lesions of one finding of each image as bool [B,size,size], empty where there are none.
+
+        Args:
+            index, findings: int64 [B] on the CPU, positions in the split and numbers of the task's findings.
+            stored: height and width of the stored images.
+        """
+        boxes = [self.boxes(position, finding) for position, finding in zip(index.tolist(), findings.tolist(), strict=True)]
+        return drawn(boxes, stored, size, device)
 
 
 def drawn(boxes: Sequence[Sequence[Box]], stored: Sequence[int], size: int, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -38,34 +66,10 @@ def drawn(boxes: Sequence[Sequence[Box]], stored: Sequence[int], size: int, devi
     return (rows[..., :, None] & columns[..., None, :]).any(1)
 
 
-def lesion_regions(split: Split, index: torch.Tensor, stored: Sequence[int], size: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """The lesions of each image's own finding, stored at (height, width), as bool [B,size,size]; empty where there are none."""
-    return drawn([lesion_boxes(split, position) for position in index.tolist()], stored, size, device)
-
-
-def chosen(expected: torch.Tensor, lesions: torch.Tensor, how: str) -> torch.Tensor:
+def attended_regions(expected: torch.Tensor, lesions: torch.Tensor, how: str) -> torch.Tensor:
     """The regions float [B,S,S] that attention follows by ``--attention.region``: anatomy, annotation or both; ``lesions`` is bool [B,S,S]."""
     if how == "anatomy":
         return expected
     if how == "annotation":
         return lesions.to(expected.dtype)
     return torch.where(lesions.flatten(1).any(1)[:, None, None], lesions.to(expected.dtype), expected)
-
-
-class Annotations:
-    """The lesion boxes of a split that training may use.
-
-    Args:
-        split: the metadata of all its samples are read once, from one end to the other; of remote shards, all are fetched.
-        share: of the images with boxes; which, ``seed`` decides, and a smaller share is part of a larger one.
-    """
-
-    def __init__(self, split: Split, share: float, seed: int) -> None:
-        found = {position: boxes for position in range(len(split)) if (boxes := lesion_boxes(split, position))}
-        self.known = len(found)
-        order = np.random.default_rng([seed, len(split)]).permutation(sorted(found))
-        self.boxes = {int(p): found[int(p)] for p in order[: math.ceil(share * len(found) - 1e-9)]}
-
-    def regions(self, index: torch.Tensor, stored: Sequence[int], size: int, device: torch.device | str = "cpu") -> torch.Tensor:
-        """As `lesion_regions`, of the images that are used."""
-        return drawn([self.boxes.get(position, ()) for position in index.tolist()], stored, size, device)

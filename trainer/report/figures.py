@@ -9,7 +9,6 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 
@@ -103,11 +102,11 @@ def curves(history: list[dict[str, Any]], outcomes: dict[str, Outcome], findings
         if known:
             axes[2].plot([line["epoch"] + 1 for line in known], [line[name] for line in known], "o-", ms=3, label=name[4:])
     for split, outcome in outcomes.items():
-        scores = torch.softmax(outcome.logits.double(), 1)
-        for k in range(1, scores.shape[1]):
-            if 0 < (outcome.labels == k).sum() < len(outcome.labels):
-                fpr, tpr, _ = roc_curve((outcome.labels == k).numpy(), scores[:, k].numpy())
-                axes[3].plot(fpr, tpr, lw=1, label=split if scores.shape[1] == 2 else f"{split}, {short(findings[k])}")
+        scored = list(outcome.task.scored(outcome.logits, outcome.target))
+        for finding, truth, score in scored:
+            if 0 < truth.sum() < len(truth):
+                fpr, tpr, _ = roc_curve(truth.numpy(), score.numpy())
+                axes[3].plot(fpr, tpr, lw=1, label=split if len(scored) == 1 else f"{split}, {short(findings[finding])}")
     for ax, label in zip(axes, ("epoch", "epoch", "epoch", "1 - specificity"), strict=True):
         ax.set_xlabel(label)
         ax.grid(alpha=0.3)

@@ -1,66 +1,74 @@
 """report.html: one file that needs nothing beside it."""
 
-import base64
-import html
 import json
 import math
 from typing import Any
 
+from markupsafe import Markup
+
+from trainer.report.template import render, small
 from trainer.report.words import CAUTION, KINDS, LOCALIZATION_WORDS, MEANING, SUMMARY, notes, shown_split, summary, without_map
 
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1280px;margin:2em auto;padding:0 1em;color:#222}
-table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em 1em;border-bottom:1px solid #ddd;text-align:right}
-td:first-child,th:first-child{text-align:left}small{color:#777;white-space:nowrap}
-dl{display:grid;grid-template-columns:minmax(7em,12em) 1fr;gap:.3em 1em}dt{font-weight:600}dd{margin:0}
-img{max-width:100%}pre{background:#f6f6f6;padding:1em;overflow:auto;font-size:12px}"""
+HEADINGS = {
+    "panel": "Where the model looks",
+    "curves": "Curves",
+    "no_lungs": "No lungs found: the whole image stands in for the box",
+}
+NOTHING = "\u2013"
+Cell = str | Markup
+Rows = tuple[list[str], list[list[Cell]]]  # a table: its head and its rows
 
 
 def page(title: str, runs: dict[str, dict[str, Any]], pictures: dict[str, dict[str, bytes]], text: str = "") -> str:
-    """One HTML file that needs nothing beside it."""
+    """The page of one run, or of several side by side.
+
+    Args:
+        runs: content of report.json by name of the run; pictures: PNGs of each, by kind.
+        text: the published text report.
+    """
     first = next(iter(runs.values()))
-    split, esc = shown_split(first), html.escape
-    parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{esc(title)}</title><style>{STYLE}</style><h1>{esc(title)}</h1>"]
-    parts.append(f"<p>{esc(', '.join(first['findings']))} on {esc(first['dataset'])}; {first[split]['images']} images of the {split} split.</p>")
-    parts += [f"<p><b>Note: {esc(note)}.</b></p>" for note in notes(runs)]
+    split = shown_split(first)
     values = [summary(content) for content in runs.values()]
     rows = [[name, *(_figure(row[i]) for row in values)] for i, name in enumerate(SUMMARY) if any(row[i] for row in values)]
-    parts.append(html_table(["with 95% intervals", *map(esc, runs)], rows))
     shown = {row[0] for row in rows}
-    meanings = "".join(f"<dt>{name}</dt><dd>{meaning}</dd>" for name, meaning in MEANING.items() if name in shown)
-    if meanings:
-        parts.append(f"<dl>{meanings}</dl><p>{CAUTION}</p>")
-    for name, content in runs.items():
-        parts.append(f"<h2>{esc(name)}</h2><p>{esc(_training(content))}</p>")
-        parts.append(_by_finding(content, split if split in content else shown_split(content)))
-        for kind, data in pictures[name].items():
-            heading = {"panel": "Where the model looks", "curves": "Curves", "no_lungs": "No lungs found: the whole image stands in for the box"}[kind]
-            parts.append(f"<h3>{heading}</h3><img alt='{kind}' src='data:image/png;base64,{base64.b64encode(data).decode()}'>")
-        settings = json.dumps({"training": content["training"], "config": content["config"]}, indent=1)
-        parts.append(f"<details><summary>Settings</summary><pre>{esc(settings)}</pre></details>")
-    if text:
-        parts.append(f"<h2>Text report</h2><pre>{esc(text)}</pre>")
-    return "\n".join(parts)
+    each = [
+        {
+            "name": name,
+            "training": _training(content),
+            "tables": _tables(content, split if split in content else shown_split(content)),
+            "pictures": [(kind, HEADINGS[kind], data) for kind, data in pictures[name].items()],
+            "settings": json.dumps({"training": content["training"], "config": content["config"]}, indent=1),
+        }
+        for name, content in runs.items()
+    ]
+    return render(
+        "runs.html",
+        title=title,
+        first=first,
+        split=split,
+        notes=notes(runs),
+        names=list(runs),
+        summary=rows,
+        meanings={name: meaning for name, meaning in MEANING.items() if name in shown},
+        caution=CAUTION,
+        runs=each,
+        text=text,
+    )
 
 
-def html_table(head: list[str], rows: list[list[str]]) -> str:
-    """A table of HTML cells."""
-    lines = ["".join(f"<th>{cell}</th>" for cell in head), *("".join(f"<td>{cell}</td>" for cell in row) for row in rows)]
-    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
-
-
-def _figure(pair: tuple[float, list[float]] | None) -> str:
-    """``0.838 <small>0.761 to 0.906</small>``."""
+def _figure(pair: tuple[float, list[float]] | None) -> Cell:
+    """``0.838``, in small print ``0.761 to 0.906``."""
     if pair is None or pair[0] is None or math.isnan(pair[0]):
-        return "&ndash;"
+        return NOTHING
     (value, (low, high)) = pair
-    return f"{value:.3f}" + (f" <small>{low:.3f} to {high:.3f}</small>" if low is not None and not math.isnan(low) else "")
+    return small(f"{value:.3f}", f"{low:.3f} to {high:.3f}") if low is not None and not math.isnan(low) else f"{value:.3f}"
 
 
-def _localization(found: dict[str, Any], head: str) -> str:
+def _localization(found: dict[str, Any], head: str) -> Rows:
     """All figures of one kind of localization."""
     names = [name for name in LOCALIZATION_WORDS if name in found]
     words = [LOCALIZATION_WORDS[name] + (f" ({found['iou_threshold']:g})" if name == "iou" else "") for name in names]
-    return html_table([head, *words], [["", *(_figure((found[name], found[f"{name}_95"])) for name in names)]])
+    return [head, *words], [["", *(_figure((found[name], found[f"{name}_95"])) for name in names)]]
 
 
 def _training(content: dict[str, Any]) -> str:
@@ -81,42 +89,35 @@ def _training(content: dict[str, Any]) -> str:
     return "; ".join(told) + f". {content.get('written', '')}"
 
 
-def _by_finding(content: dict[str, Any], split: str) -> str:
-    """Tables of each finding, and of the operating point of a binary task."""
+def _tables(content: dict[str, Any], split: str) -> list[Rows]:
+    """Of each finding, of localization, of the confusion, and of the operating point of a binary task."""
     figures = content[split]
-    place = figures["localization"]
-    head = [
-        "finding, at the predicted class",
-        "images",
-        "sensitivity",
-        "precision",
-        "F1",
-        "energy in region",
-        "pointing hit",
-        "energy in lesion",
-        "pointing at lesion",
-    ]
-    rows = []
-    for name, row in zip(content["findings"], figures["per_class"], strict=True):
-        cells = [html.escape(name), str(row["support"]), f"{row['recall']:.3f}", f"{row['precision']:.3f}", f"{row['f1']:.3f}"]
-        for kind in ("expected", "lesion"):
-            found = place[kind].get(name)
-            cells += [_figure((found[f], found[f"{f}_95"])) if found else "&ndash;" for f in ("energy", "pointing")]
-        rows.append(cells)
-    keep = [i for i in range(len(head)) if i < 5 or any(row[i] != "&ndash;" for row in rows)]
-    parts = [html_table([head[i] for i in keep], [[row[i] for i in keep] for row in rows])]
-    parts += [
-        _localization(place[kind]["all"], f"{what}, {place[kind]['all']['images']} images{without_map(place[kind]['all'])}")
-        for kind, what in KINDS.items()
-        if place.get(kind, {}).get("all")
-    ]
-    confusion = [[html.escape(name), *map(str, line)] for name, line in zip(content["findings"], figures["confusion"], strict=True)]
-    parts.append(html_table(["is \\ predicted", *map(html.escape, content["findings"])], confusion))
+    tables = [_by_finding(content["findings"], figures)]
+    for kind, what in KINDS.items():
+        if found := figures["localization"].get(kind, {}).get("all"):
+            tables.append(_localization(found, f"{what}, {found['images']} images{without_map(found)}"))
+    confusion: list[list[Cell]] = [[name, *map(str, line)] for name, line in zip(content["findings"], figures["confusion"], strict=True)]
+    tables.append((["is \\ predicted", *content["findings"]], confusion))
     if "binary" in figures:
         names = {"sensitivity": "sensitivity", "specificity": "specificity", "ppv": "PPV", "youden": "Youden's index"}
         points = [("predicted class, 0.5", figures["binary"])]
         if at := figures.get("at_threshold"):
             points.append((f"{at['threshold']:.3f}, the best Youden's index on val", at))
-        rows = [[what, *("&ndash;" if of[n] is None else f"{of[n]:.3f}" for n in names)] for what, of in points]
-        parts.append(html_table([f"{html.escape(content['findings'][1])} from a probability of", *names.values()], rows))
-    return "".join(parts)
+        rows: list[list[Cell]] = [[what, *(NOTHING if of[n] is None else f"{of[n]:.3f}" for n in names)] for what, of in points]
+        tables.append(([f"{content['findings'][1]} from a probability of", *names.values()], rows))
+    return tables
+
+
+def _by_finding(findings: list[str], figures: dict[str, Any]) -> Rows:
+    """A row a finding; columns without a figure are left out."""
+    head = ["finding, at the predicted class", "images", "sensitivity", "precision", "F1"]
+    head += ["energy in region", "pointing hit", "energy in lesion", "pointing at lesion"]
+    rows: list[list[Cell]] = []
+    for name, row in zip(findings, figures["per_class"], strict=True):
+        cells: list[Cell] = [name, str(row["support"]), f"{row['recall']:.3f}", f"{row['precision']:.3f}", f"{row['f1']:.3f}"]
+        for kind in ("expected", "lesion"):
+            found = figures["localization"][kind].get(name)
+            cells += [_figure((found[f], found[f"{f}_95"])) if found else NOTHING for f in ("energy", "pointing")]
+        rows.append(cells)
+    kept = [i for i in range(len(head)) if i < 5 or any(row[i] != NOTHING for row in rows)]
+    return [head[i] for i in kept], [[row[i] for i in kept] for row in rows]

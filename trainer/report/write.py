@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from shards import atomic
 from shards.dataset import Split
@@ -52,16 +51,16 @@ def write_run(
 
 def _predictions(outcome: Outcome, split: Split) -> str:
     """One JSON line an image: key, label, probabilities, localization."""
-    probability = torch.softmax(outcome.logits.double(), 1)
-    lines = []
-    for i in range(len(split)):
-        line: dict[str, Any] = {"key": split.key(i), "label": split.classes[split.labels[i]]}
-        line["probability"] = {name: round(p, 6) for name, p in zip(split.classes, probability[i].tolist(), strict=True)}
-        for kind, table in outcome.tables().items():
-            if measured(table[i : i + 1]).any():  # an energy that is null: the CAM is zero everywhere
-                line[kind] = {n: round(v, 6) for n, v in zip(LOCALIZATION, table[i].tolist(), strict=False)}  # the rest: IoU by threshold
-        lines.append(json.dumps(finite(line)) + "\n")
-    return "".join(lines)
+    probability = outcome.task.probabilities(outcome.logits).tolist()
+    lines: list[dict[str, Any]] = []
+    for i, target in enumerate(outcome.target):
+        of_finding = {name: round(p, 6) for name, p in zip(outcome.task.findings, probability[i], strict=True)}
+        lines.append({"key": split.key(i), **outcome.task.described(target), "probability": of_finding})
+    for kind, table in outcome.tables().items():
+        for pair in measured(table).nonzero().flatten().tolist():  # an energy that is null: the CAM is zero everywhere
+            figures = {n: round(v, 6) for n, v in zip(LOCALIZATION, table[pair].tolist(), strict=False)}  # the rest: IoU by threshold
+            lines[int(outcome.pairs.image[pair])][kind] = figures
+    return "".join(json.dumps(finite(line)) + "\n" for line in lines)
 
 
 def rehearse(config: Config, dataset: str, findings: tuple[str, ...], out: Path) -> None:
