@@ -3,7 +3,8 @@ import pytest
 import torch
 from scipy import ndimage
 
-from trainer.lungs.cleanup import believable, clean, complete, components, fill_holes, plain, tidy, two_largest
+from trainer.lungs import cleanup
+from trainer.lungs.cleanup import _labelled_by_kornia, _labelled_by_scipy, believable, clean, complete, components, fill_holes, tidy, two_largest
 
 EIGHT = np.ones((3, 3), bool)
 
@@ -22,31 +23,13 @@ def random_masks(seed, count=300, size=24):
     return torch.from_numpy(np.stack(masks))
 
 
-def holes(mask):
-    """Holes of 8-connected foreground are 4-connected background that does not reach the outside."""
-    return ndimage.label(~np.pad(mask, 1))[1] - 1
+LABELLED = {"scipy": _labelled_by_scipy, "kornia": _labelled_by_kornia}
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_masks_called_plain_have_no_hole_and_the_components_that_are_said(seed):
-    masks = random_masks(seed)
-    fine, count = plain(masks)
-    for mask, ok, n in zip(masks.numpy(), fine.tolist(), count.tolist(), strict=True):
-        components_there = ndimage.label(mask, EIGHT)[1]
-        assert n == components_there - holes(mask)  # the Euler number
-        if ok:
-            assert holes(mask) == 0
-            assert n == components_there
-    assert fine[0]
-    assert fine.sum() > 5
-
-
-def test_two_ellipses_are_plain():
-    assert plain(pair(64))[0].all()
-
-
+@pytest.mark.parametrize("by", LABELLED)
 @pytest.mark.parametrize("size", [24, 33])
-def test_components_are_those_of_scipy(size):
+def test_components_are_those_of_scipy(size, by, monkeypatch):
+    monkeypatch.setattr(cleanup, "_labelled_by_scipy", LABELLED[by])
     masks = random_masks(5, 60, size)
     labels, area = components(masks)
     for b in range(len(masks)):
@@ -56,7 +39,8 @@ def test_components_are_those_of_scipy(size):
             assert len(np.unique(labels[b].numpy()[expected == k])) == 1
 
 
-def test_a_spiral_is_one_component():
+@pytest.mark.parametrize("by", LABELLED)
+def test_a_spiral_is_one_component(by):
     """Union-find is exact; a search of 100 steps, kornia's default elsewhere, cuts it into pieces."""
     size = 96
     mask = np.zeros((size, size), bool)
@@ -66,7 +50,7 @@ def test_a_spiral_is_one_component():
         mask[low + 2 : high + 1, low] = True
         mask[low + 2, low : low + 3] = True
         low, high = low + 2, high - 2
-    labels, _ = components(torch.from_numpy(mask)[None])
+    labels = LABELLED[by](torch.from_numpy(mask)[None])
     assert len(labels.unique()) - 1 == ndimage.label(mask, EIGHT)[1]
 
 

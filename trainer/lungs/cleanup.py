@@ -1,13 +1,15 @@
 """From a net's foreground to the lungs of one chest: specks and holes go, a lung that is missing is mirrored, and what is no chest is said to be none.
 
 Legend: masks bool [B,S,S] at the segmenter's working size, where x runs to the image's right and y down; areas and lengths in
-shares of the image. Everything is batched and stays on the device; components are searched for only in masks that need it.
+shares of the image. Everything is batched and stays on the device.
 """
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from kornia.contrib import connected_components_union_find
+from scipy import ndimage
 
 # A second component below this share of the largest is a speck, not a lung.
 SPECK = 0.12
@@ -29,40 +31,33 @@ MOST_ACROSS = 0.2
 INNER_GAP = 0.13
 
 
-def plain(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which masks certainly have no hole, bool [B], and their 8-connected components, int64 [B]; exact, without labelling any.
-
-    Two counts decide. The Euler number E is components minus holes, from 2x2 patterns (Gray 1971). T counts runs of a row that touch
-    no foreground in the row above: every component has one. So components <= T, and T = E leaves no room for a hole.
-    """
-    padded = torch.nn.functional.pad(masks, (1, 1, 1, 1)).to(torch.int8)
-    a, b, c, d = padded[:, :-1, :-1], padded[:, :-1, 1:], padded[:, 1:, :-1], padded[:, 1:, 1:]
-    four = a + b + c + d
-    diagonal = ((four == 2) & (a == d)).sum((1, 2))
-    euler = ((four == 1).sum((1, 2)) - (four == 3).sum((1, 2)) - 2 * diagonal) // 4
-    row, above = padded[:, 1:-1, 1:-1], padded[:, :-2]
-    supported = row & (above[..., :-2] | above[..., 1:-1] | above[..., 2:])
-    seen = supported.cumsum(2, dtype=torch.int16)
-    starts = row & (1 - padded[:, 1:-1, :-2])
-    last = (row & (1 - padded[:, 1:-1, 2:])).bool()
-    before = torch.where(starts.bool(), seen - supported, 0).cummax(2).values
-    tops = (last & (seen == before)).sum((1, 2))
-    return euler == tops, euler
+EIGHT = np.ones((3, 3))  # neighbours: corners, too
 
 
 def components(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """8-connected components by union-find: labels int64 [B,S,S], 0 outside, and the area in pixels of each label, int64 [B,N] (0 beyond them)."""
-    labels = connected_components_union_find(masks[:, None].float())[:, 0].long()
-    # Whatever numbers the labels are: those that occur, image by image, are counted from 1.
-    image = torch.arange(len(masks), device=masks.device)[:, None, None].expand_as(labels)
-    _, numbers = torch.unique(image[masks] * (labels.max() + 1) + labels[masks], return_inverse=True) if masks.any() else (None, labels[masks])
-    first = torch.full((len(masks),), numbers.numel(), device=masks.device).scatter_reduce_(0, image[masks], numbers, "amin")
-    labels = torch.zeros_like(labels).masked_scatter_(masks, 1 + numbers - first[image[masks]])
+    """8-connected components: labels int64 [B,S,S], 0 outside, from 1 in each image; and the area in pixels of each, int64 [B,N] (0 beyond them)."""
+    labels = _labelled_by_scipy(masks) if masks.device.type == "cpu" else _labelled_by_kornia(masks)
     area = torch.zeros(len(masks), int(labels.max()) + 1 if labels.numel() else 1, dtype=torch.int64, device=masks.device)
     area = torch.nn.functional.pad(area, (0, 2))  # `two_largest` takes two
     area.scatter_add_(1, labels.flatten(1), torch.ones_like(labels.flatten(1)))
     area[:, 0] = 0
     return labels, area
+
+
+def _labelled_by_scipy(masks: torch.Tensor) -> torch.Tensor:
+    """For the CPU, where it takes a hundredth of the other's time."""
+    labels = [ndimage.label(mask, EIGHT)[0] for mask in masks.numpy()]
+    return torch.from_numpy(np.stack(labels).astype(np.int64)) if labels else torch.zeros(masks.shape, dtype=torch.int64)
+
+
+def _labelled_by_kornia(masks: torch.Tensor) -> torch.Tensor:
+    """For all other devices."""
+    labels = connected_components_union_find(masks[:, None].float())[:, 0].long()
+    # Whatever numbers the labels are: those that occur, image by image, are counted from 1.
+    image = torch.arange(len(masks), device=masks.device)[:, None, None].expand_as(labels)
+    _, numbers = torch.unique(image[masks] * (labels.max() + 1) + labels[masks], return_inverse=True) if masks.any() else (None, labels[masks])
+    first = torch.full((len(masks),), numbers.numel(), device=masks.device).scatter_reduce_(0, image[masks], numbers, "amin")
+    return torch.zeros_like(labels).masked_scatter_(masks, 1 + numbers - first[image[masks]])
 
 
 def two_largest(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,17 +80,9 @@ def fill_holes(masks: torch.Tensor) -> torch.Tensor:
 
 
 def tidy(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """At most two components without holes, and how many: bool [B,S,S], int64 [B]. Masks that are so already are not labelled."""
-    fine, count = plain(masks)
-    shape = Shape.of(masks)
-    # Two components with an empty column between them are the two sides: neither is a speck if their areas say so.
-    pair = (count == 2) & (shape.bridge == 0) & (shape.area.amin(1) >= SPECK * shape.area.amax(1))
-    todo = torch.nonzero(~fine | ~((count <= 1) | pair))[:, 0]
-    if len(todo):
-        kept, left = two_largest(masks[todo])
-        masks, count = masks.clone(), count.clone()
-        masks[todo], count[todo] = fill_holes(kept), left
-    return masks, count
+    """At most two components without holes, and how many: bool [B,S,S], int64 [B]."""
+    kept, count = two_largest(masks)
+    return fill_holes(kept), count
 
 
 @dataclass
