@@ -6,11 +6,13 @@
 import argparse
 import contextlib
 import dataclasses
+import math
 import os
-import re
 import sys
+import types
+import typing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jsonargparse
 import yaml
@@ -22,23 +24,14 @@ T = TypeVar("T")
 
 RECIPES = Path(__file__).parents[1] / "launch" / "recipes"
 
-KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+
+class _Refused(Exception):
+    """What jsonargparse says of a command line."""
 
 
 class _Parser(jsonargparse.ArgumentParser):
     def error(self, message: str, *_: Any) -> None:  # type: ignore[override]
-        text = " ".join(str(message).split()).removeprefix('Parser key "config": ').removesuffix("; see --help")  # told twice
-        wrong = re.search(r'Parser key "(.*?)": .*?Expected a (.*)\. Got value: (.*)', text)
-        either = re.search(r'Parser key "(.*?)": Does not validate against any of the Union subtypes Subtypes: (\[.*?\]).*Given value: (.*)', text)
-        missing = re.fullmatch(r"the following arguments are required: (.*)", text)
-        if wrong or either:
-            name, kind, value = (wrong or either).groups()  # type: ignore[union-attr]
-            choice = re.findall(r"'([^']*)'", kind)
-            expected = f"one of {', '.join(choice)}" if "Literal" in kind else " or ".join(KINDS.get(k, k) for k in choice if k != "NoneType")
-            text = f"--{name} {value}: expected {expected}"
-        elif missing:
-            text = "missing: " + ", ".join(f"--{name.strip()}" for name in missing[1].split(","))
-        raise InputError(f"{text}; see --help")
+        raise _Refused(" ".join(str(message).split()))
 
 
 def parse(kind: type[T], argv: list[str] | None = None, *, prog: str = "") -> T:
@@ -55,13 +48,71 @@ def parse(kind: type[T], argv: list[str] | None = None, *, prog: str = "") -> T:
         name = token.partition("=")[0]
         if name.startswith("--") and name not in flags:
             raise InputError(f"unknown flag {name}; {nearest(name, flags)}")
-    settings = [yaml.safe_dump(_read_yaml(kind, recipe(file))) for file in files]
-    namespace = parser.parse_args([part for text in settings for part in ("--config", text)] + argv)
+    settings = [_read_yaml(kind, recipe(file)) for file in files]
+    try:
+        namespace = parser.parse_args([part for content in settings for part in ("--config", yaml.safe_dump(content))] + argv)
+    except _Refused as refused:  # its sentences are its own business: what is wrong is found from the settings' types
+        given = [pair for content in settings for pair in flat(content).items()] + _pairs(argv)
+        raise InputError(f"{_problem(kind, given) or refused}; see --help") from None
     config = kind(**_sections(kind, namespace))
     problems = config.problems()  # type: ignore[attr-defined]
     if problems:
         raise InputError("; ".join(problems))
     return config
+
+
+def _pairs(argv: list[str]) -> list[tuple[str, Any]]:
+    """Names and values of ``--name value`` and ``--name=value``."""
+    pairs = []
+    for token, after in zip(argv, [*argv[1:], ""], strict=False):
+        if token.startswith("--"):
+            name, given, value = token[2:].partition("=")
+            pairs.append((name, value if given else after))
+    return pairs
+
+
+def _problem(kind: type, given: list[tuple[str, Any]]) -> str:
+    """Which setting has a value that is none of its type, or is missing, in words; empty: neither."""
+    kinds = _types(kind)
+    for name, value in given:
+        allowed = _alternatives(kinds[name]) if name in kinds else ()
+        if allowed and not any(_fits(one, value) for one in allowed):
+            return f"--{name} {value}: expected {' or '.join(_in_words(one) for one in allowed if one is not type(None))}"
+    needed = [item.name for item in dataclasses.fields(kind) if item.default is item.default_factory is dataclasses.MISSING]
+    missing = [name for name in needed if name not in dict(given)]
+    return f"missing: {', '.join(f'--{name}' for name in missing)}" if missing else ""
+
+
+def _types(kind: type, prefix: str = "") -> dict[str, Any]:
+    """The type of each setting by its dotted name."""
+    kinds: dict[str, Any] = {}
+    for name, of in typing.get_type_hints(kind).items():
+        kinds |= _types(of, f"{prefix}{name}.") if dataclasses.is_dataclass(of) and isinstance(of, type) else {f"{prefix}{name}": of}
+    return kinds
+
+
+def _alternatives(of: Any) -> tuple[Any, ...]:
+    return typing.get_args(of) if isinstance(of, types.UnionType) else (of,)
+
+
+def _fits(of: Any, value: Any) -> bool:
+    text = str(value)
+    if typing.get_origin(of) is Literal:
+        return text in map(str, typing.get_args(of))
+    if of in (int, float):
+        try:
+            return not math.isnan(of(text)) and not isinstance(value, bool)
+        except ValueError:
+            return False
+    if of is bool:
+        return text.lower() in ("true", "false")
+    return of is str or text.lower() in ("none", "null")
+
+
+def _in_words(of: Any) -> str:
+    if typing.get_origin(of) is Literal:
+        return f"one of {', '.join(map(str, typing.get_args(of)))}"
+    return {int: "a whole number", float: "a number", bool: "true or false"}.get(of, "text")
 
 
 def resumed(argv: list[str] | None, prog: str) -> list[str]:
