@@ -1,14 +1,16 @@
-"""python bench/attention_study.py --work DIR: what trains attention, and what breaks a shortcut? Many arms, paired by seed.
+"""python bench/attention_study.py --work DIR: what trains attention, and what breaks a shortcut? Many arms, paired by
+seed.
 
-Phantoms with a planted shortcut: a marker outside the lungs that agrees with the label in all, or in 95%, of the training images, and a
-tube inside a lung. Every run is the trainer's own loop (`trainer.train.build`, `Trainer.train`); its last model is tested on
-three sets of other phantoms, in which the shortcut is as in training, says nothing, or is always wrong. A run that is done has a line in
-bench/attention_study.jsonl and is not repeated, one that was interrupted starts anew (a run takes one or two minutes): stop and start as you
-like. `--minutes` ends it early. The tables in bench/attention_study.md are made from whatever is done.
+Phantoms with a planted shortcut: a marker outside the lungs that agrees with the label in all, or in 95%, of the
+training images, and a tube inside a lung. Every run is the trainer's own loop (`trainer.train.build`, `Trainer.train`);
+its last model is tested on three sets of other phantoms, in which the shortcut is as in training, says nothing, or is
+always wrong. A run that is done has a line in bench/attention_study.jsonl and is not repeated, one that was interrupted
+starts anew (a run takes one or two minutes): stop and start as you like. `--minutes` ends it early. The tables in
+bench/attention_study.md are made from whatever is done.
 
     python bench/attention_study.py --work DIR --minutes 100                   # train, then write the tables
-    python bench/attention_study.py --work DIR --cost                          # the cost of a step of each arm, alternating
-    python bench/attention_study.py --work DIR --tables                        # only write the tables
+    python bench/attention_study.py --work DIR --cost                          # the cost of a step of each arm,
+    alternating python bench/attention_study.py --work DIR --tables                        # only write the tables
 """
 
 import argparse
@@ -49,8 +51,17 @@ from trainer.metrics import summarize
 from trainer.rules import read_findings, rules_of, task_findings
 
 HERE = Path(__file__).parent
-SIZE, TRAIN, TEST = 128, 600, 600  # pixels; training images; test images where the shortcut says nothing, half of it elsewhere
-CONDITIONS = {"marker 0.95": ("marker", 0.95), "marker 1.0": ("marker", 1.0), "tube 1.0": ("tube", 1.0), "tube 0.95": ("tube", 0.95)}
+SIZE, TRAIN, TEST = (
+    128,
+    600,
+    600,
+)  # pixels; training images; test images where the shortcut says nothing, half of it elsewhere
+CONDITIONS = {
+    "marker 0.95": ("marker", 0.95),
+    "marker 1.0": ("marker", 1.0),
+    "tube 1.0": ("tube", 1.0),
+    "tube 0.95": ("tube", 0.95),
+}
 TESTS = {"as in training": None, "says nothing": 0.0, "reversed": -1.0}
 BACKBONES = {
     "resnet18": ["--backbone", "resnet18", "--task", "nep", "--optim.lr", "1e-3", "--epochs", "6"],
@@ -60,12 +71,25 @@ BACKBONES = {
     "test_resnet": ["--backbone", "test_resnet", "--task", "nep", "--optim.lr", "3e-3", "--epochs", "6"],
 }
 COMMON = ["--pretrained", "false", "--size", "128", "--batch", "16", "--workers", "0", "--tracker", "none"]
-COMMON += ["--best", "auc", "--log_every", "20", "--optim.name", "adamw", "--optim.weight_decay", "0.01", "--optim.schedule", "cosine"]
+COMMON += [
+    "--best",
+    "auc",
+    "--log_every",
+    "20",
+    "--optim.name",
+    "adamw",
+    "--optim.weight_decay",
+    "0.01",
+    "--optim.schedule",
+    "cosine",
+]
 COMMON += ["--optim.warmup", "20"]
 OFF, ON = ["--swap.probability", "0"], ["--swap.probability", "0.5"]
 CLASSES, RULES = task_findings("nep"), rules_of(read_findings())
 BOX = ["--findings", str(HERE / "whole_box.yaml")]
-SHAPED = {"default": []}  # energy + swap of three quarters, expected regions in the shape of the lungs; all other arms: parts of the lung box
+SHAPED = {
+    "default": []
+}  # energy + swap of three quarters, expected regions in the shape of the lungs; all other arms: parts of the lung box
 CORE = {
     "cross-entropy": ["--balance.lam", "1", *OFF],
     "published": ["--attention.form", "published", *OFF],
@@ -146,7 +170,12 @@ def specs(seeds: int) -> list[Spec]:
         ("marker 0.95", "pvt_v2_b0", balanced, more),
         ("marker 0.95", "resnet18", balanced, more),
     ]
-    return [Spec(condition, backbone, arm, seed) for condition, backbone, arms, some in every for seed in some for arm in arms]
+    return [
+        Spec(condition, backbone, arm, seed)
+        for condition, backbone, arms, some in every
+        for seed in some
+        for arm in arms
+    ]
 
 
 class Data:
@@ -165,8 +194,18 @@ class Data:
         for name, value in TESTS.items():
             if not (self.root / name).exists():
                 of_test = correlation if value is None else value
-                source = Phantoms(TEST * 5, 1000 + seed, size=SIZE, findings=CLASSES, shortcut=correlation, shortcut_test=of_test, kind=kind)
-                source.items = [item for item in source.items if item.split == "test"][: TEST if value == 0.0 else TEST // 2]
+                source = Phantoms(
+                    TEST * 5,
+                    1000 + seed,
+                    size=SIZE,
+                    findings=CLASSES,
+                    shortcut=correlation,
+                    shortcut_test=of_test,
+                    kind=kind,
+                )
+                source.items = [item for item in source.items if item.split == "test"][
+                    : TEST if value == 0.0 else TEST // 2
+                ]
                 pack(source, self.root / name, dataset="phantom", workers=1)
         if not (self.root / "train").exists():
             source = Phantoms(TRAIN * 5 // 3, seed, size=SIZE, findings=CLASSES, shortcut=correlation, kind=kind)
@@ -211,7 +250,10 @@ def run(work: Path, spec: Spec) -> dict[str, Any]:
     begin = time.monotonic()
     with contextlib.redirect_stderr(io.StringIO()):
         trainer.train()
-    result: dict[str, Any] = {"seconds": time.monotonic() - begin, "lambda": trainer.balance.value(trainer.state.epoch - 1)}
+    result: dict[str, Any] = {
+        "seconds": time.monotonic() - begin,
+        "lambda": trainer.balance.value(trainer.state.epoch - 1),
+    }
     lungs = trainer.lungs["train"]
     for name in TESTS:
         split = Split(open_store(data.root / name), "test", trainer.splits["train"].classes)
@@ -219,12 +261,18 @@ def run(work: Path, spec: Spec) -> dict[str, Any]:
         look = name == "says nothing"
         if look:
             data.remember(finder, split, "test")
-        seen = replace(trainer.evaluator, rules=RULES, splits={name: split}, lungs={name: finder}).measure(name, cams=look)
+        seen = replace(trainer.evaluator, rules=RULES, splits={name: split}, lungs={name: finder}).measure(
+            name, cams=look
+        )
         right = (seen.logits.argmax(1) == seen.pairs.finding).float()
         result[name] = {"accuracy": float(right.mean()), "auc": seen.auc()}
         if look:
             markers = torch.tensor([split.meta(p)["marker"] for p in range(len(split))])
-            groups = [right[(seen.pairs.finding == k) & (markers == m)].mean() for k in range(len(split.classes)) for m in range(len(split.classes))]
+            groups = [
+                right[(seen.pairs.finding == k) & (markers == m)].mean()
+                for k in range(len(split.classes))
+                for m in range(len(split.classes))
+            ]
             result[name]["worst"] = float(min(groups))
             for kind, table in seen.tables().items():
                 figures = summarize(table[~table[:, 0].isnan()][:, :6])
@@ -265,7 +313,10 @@ def worker(work: Path, results: Path, seeds: int, until: float, arms: list[str])
                 with results.open("a") as file:  # one write of a line: processes do not mix
                     file.write(json.dumps(result) + "\n")
                 nothing = result["says nothing"]
-                told = f"{nothing['accuracy']:.3f} (in distribution {result['as in training']['accuracy']:.3f}), energy {nothing['expected_energy']:.3f}"
+                told = (
+                    f"{nothing['accuracy']:.3f} (in distribution {result['as in training']['accuracy']:.3f}), "
+                    f"energy {nothing['expected_energy']:.3f}"
+                )
                 print(f"{time.strftime('%H:%M:%S')} {spec.name}: {told}, {result['seconds']:.0f} s", flush=True)
 
 
@@ -273,7 +324,9 @@ def worker(work: Path, results: Path, seeds: int, until: float, arms: list[str])
 
 
 def boxed(result: dict[str, Any], figure: str) -> float:
-    """A figure against the part of the lung box where the finding is expected: for all arms the same, whatever they were trained with."""
+    """A figure against the part of the lung box where the finding is expected: for all arms the same, whatever they
+    were trained with.
+    """
     seen = result["says nothing"]
     return seen.get(f"expected_box_{figure}", seen[f"expected_{figure}"])
 
@@ -294,7 +347,9 @@ FIGURES = {
 
 
 def interval(values: list[float]) -> str:
-    """Mean and 95% interval (Student's t) in points; of fewer than three values, whose interval says nothing, the mean alone."""
+    """Mean and 95% interval (Student's t) in points; of fewer than three values, whose interval says nothing, the mean
+    alone.
+    """
     mean = 100 * statistics.mean(values)
     if len(values) < 3:
         return f"{mean:.1f}"
@@ -303,7 +358,9 @@ def interval(values: list[float]) -> str:
 
 
 def tables(results: Path) -> str:
-    """Markdown: for each condition and backbone the figures of every arm, then the paired differences to cross-entropy."""
+    """Markdown: for each condition and backbone the figures of every arm,
+    then the paired differences to cross-entropy.
+    """
     done: dict[tuple[str, str], dict[str, dict[int, dict]]] = defaultdict(lambda: defaultdict(dict))
     ended = known(results)
     for spec in specs(1 + max((s.seed for s in ended), default=0)):
@@ -311,15 +368,31 @@ def tables(results: Path) -> str:
             done[spec.condition, spec.backbone][spec.arm][spec.seed] = ended[spec]
     text = []
     for (condition, backbone), arms in done.items():
-        text += [f"\n### {condition}, {backbone}\n", "| arm | seeds | " + " | ".join(FIGURES) + " |", "|---|---|" + "---|" * len(FIGURES)]
+        text += [
+            f"\n### {condition}, {backbone}\n",
+            "| arm | seeds | " + " | ".join(FIGURES) + " |",
+            "|---|---|" + "---|" * len(FIGURES),
+        ]
         for arm, runs in arms.items():
-            text.append(f"| {arm} | {len(runs)} | " + " | ".join(interval([f(r) for r in runs.values()]) for f in FIGURES.values()) + " |")
+            text.append(
+                f"| {arm} | {len(runs)} | "
+                + " | ".join(interval([f(r) for r in runs.values()]) for f in FIGURES.values())
+                + " |"
+            )
         base = arms.get("cross-entropy", {})
-        text += ["\nMinus cross-entropy, paired by seed:\n", "| arm | seeds | " + " | ".join(FIGURES) + " |", "|---|---|" + "---|" * len(FIGURES)]
+        text += [
+            "\nMinus cross-entropy, paired by seed:\n",
+            "| arm | seeds | " + " | ".join(FIGURES) + " |",
+            "|---|---|" + "---|" * len(FIGURES),
+        ]
         for arm, runs in arms.items():
             both = sorted(set(runs) & set(base))
             if arm != "cross-entropy" and both:
-                text.append(f"| {arm} | {len(both)} | " + " | ".join(interval([f(runs[s]) - f(base[s]) for s in both]) for f in FIGURES.values()) + " |")
+                text.append(
+                    f"| {arm} | {len(both)} | "
+                    + " | ".join(interval([f(runs[s]) - f(base[s]) for s in both]) for f in FIGURES.values())
+                    + " |"
+                )
     return "\n".join(text)
 
 
@@ -345,7 +418,11 @@ def cost(work: Path, turns: int) -> str:
                 trainer.step([batch], trainer.balance.value(0) if trainer.attends else 1.0)
                 if turn >= 2:
                     times[arm].append(time.perf_counter() - begin)
-        text += [f"\n### Cost of a step, {backbone}, batch 16, {turns} turns\n", "| arm | median ratio to cross-entropy | quartiles |", "|---|---|---|"]
+        text += [
+            f"\n### Cost of a step, {backbone}, batch 16, {turns} turns\n",
+            "| arm | median ratio to cross-entropy | quartiles |",
+            "|---|---|---|",
+        ]
         for arm, seconds in times.items():
             low, middle, high = quartiles(seconds, times["cross-entropy"])
             text.append(f"| {arm} | {middle:.2f} | {low:.2f} to {high:.2f} |")
@@ -364,7 +441,9 @@ def main() -> None:
     parser.add_argument("--cost", action="store_true")
     parser.add_argument("--tables", action="store_true")
     parser.add_argument("--worker", type=float, help=argparse.SUPPRESS)
-    parser.add_argument("--results", type=Path, default=HERE / "attention_study.jsonl", help="a line for each run that is done")
+    parser.add_argument(
+        "--results", type=Path, default=HERE / "attention_study.jsonl", help="a line for each run that is done"
+    )
     parser.add_argument("--write", type=Path, default=HERE / "attention_study.md")
     a = parser.parse_args()
     work = a.work.resolve()
@@ -378,7 +457,18 @@ def main() -> None:
         (work / "cost.md").write_text(cost(work, a.turns))
     elif not a.tables:
         until = str(time.time() + 60 * a.minutes)
-        command = [sys.executable, str(Path(__file__).resolve()), "--work", str(work), "--seeds", str(a.seeds), "--results", str(a.results), "--worker", until]
+        command = [
+            sys.executable,
+            str(Path(__file__).resolve()),
+            "--work",
+            str(work),
+            "--seeds",
+            str(a.seeds),
+            "--results",
+            str(a.results),
+            "--worker",
+            until,
+        ]
         command += ["--arms", *a.arms] if a.arms else []
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         helpers = [subprocess.Popen(command, env=environment, cwd=HERE.parent) for _ in range(a.workers)]
@@ -388,9 +478,12 @@ def main() -> None:
     if (work / "cost.md").exists():
         text += "\n" + (work / "cost.md").read_text()
     head = (
-        f"# Attention study\n\nWritten by `bench/attention_study.py`, {date.today()}; {processor()}; torch {torch.__version__}. {SIZE} px, {TRAIN} training "
-        f"and {TEST} test images a seed. Points (100 = all), mean over seeds ± half of the 95% interval (Student's t).\n\nUnless said otherwise a figure is of "
-        "the test set in which the shortcut says nothing. Energy, lift and pointing: of the positives' CAM in the half of the lung box where the finding is "
+        f"# Attention study\n\nWritten by `bench/attention_study.py`, {date.today()}; {processor()}; torch "
+        f"{torch.__version__}. {SIZE} px, {TRAIN} training "
+        f"and {TEST} test images a seed. Points (100 = all), mean over seeds ± half of the 95% interval (Student's "
+        "t).\n\nUnless said otherwise a figure is of "
+        "the test set in which the shortcut says nothing. Energy, lift and pointing: of the positives' CAM in the half "
+        "of the lung box where the finding is "
         "expected; the default alone was trained with regions in the shape of the lungs.\n"
     )
     a.write.write_text(head + text + "\n")

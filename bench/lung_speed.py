@@ -1,8 +1,8 @@
 """python bench/lung_speed.py: what a lung box costs, side by side in one run.
 
-The shipped segmenter with its clean-up, from 512 px images to boxes, against the published U-Net at 512 px (as published: one image at
-a time, float32) and against a cross-entropy step of the classifier, alternating. Appends medians of ratios with quartiles to
-bench/lung_speed.md.
+The shipped segmenter with its clean-up, from 512 px images to boxes, against the published U-Net at 512 px (as
+published: one image at a time, float32) and against a cross-entropy step of the classifier, alternating. Appends
+medians of ratios with quartiles to bench/lung_speed.md.
 """
 
 import argparse
@@ -37,10 +37,19 @@ def main() -> None:
     raw = np.stack([phantom(str(i), kinds[i % 4], np.random.default_rng(i), 512).image for i in range(a.batch)])
     images = torch.from_numpy(raw)[:, None].to(device)
     ours = load_segmenter().to(device).to(memory_format=torch.channels_last)
-    published = LungSegmenter(PUBLISHED_CHANNELS, PUBLISHED_SIZE, inputs=3, standardise=False, clean_up=False).to(device).eval()
-    model = FocusClassifier(a.backbone, 2, size=224, pretrained="false").to(device).to(memory_format=torch.channels_last).train()
+    published = (
+        LungSegmenter(PUBLISHED_CHANNELS, PUBLISHED_SIZE, inputs=3, standardise=False, clean_up=False).to(device).eval()
+    )
+    model = (
+        FocusClassifier(a.backbone, 2, size=224, pretrained="false")
+        .to(device)
+        .to(memory_format=torch.channels_last)
+        .train()
+    )
     optimizer = torch.optim.AdamW(model.parameters(), 1e-5)
-    pixels = torch.nn.functional.interpolate(images.float() / 255, (224, 224), mode="bilinear").contiguous(memory_format=torch.channels_last)
+    pixels = torch.nn.functional.interpolate(images.float() / 255, (224, 224), mode="bilinear").contiguous(
+        memory_format=torch.channels_last
+    )
     labels = torch.arange(a.batch, device=device) % 2
     index, remembered = torch.arange(a.batch), LungFinder(ours, 224, a.batch, "x")
 
@@ -91,7 +100,8 @@ def main() -> None:
 
     lines = [
         f"\n## {date.today()}, batch {a.batch}, {a.pairs} alternating turns\n",
-        f"{processor()}; torch {torch.__version__}; milliseconds an image, and medians of ratios within a turn with quartiles\n",
+        f"{processor()}; torch {torch.__version__}; milliseconds an image, and medians of ratios within a turn with "
+        "quartiles\n",
         "| | ms | published one at a time / this | this / cross-entropy step |",
         "|---|---|---|---|",
     ]

@@ -1,9 +1,10 @@
 """python bench/lungs.py [--weights FILE] [--pictures DIR]: how far the lung segmenter can be trusted.
 
-CXR_FOCUS_REAL_DATA names a folder with `lungs/{images,masks}` (CHN* is Shenzhen, MCU* is Montgomery), `effusion/*/<class>` and `nih/images`.
-Measured on the images that `python -m shards masks --val-share 0.1 --test-share 0.15` keeps for test, which the shipped weights have not
-seen: masks and boxes, the same exposed otherwise, with disease painted on, with each step of the clean-up left out; then on real images
-without masks: where the boxes of Effusion end beside those of No Finding, and how many images have no box. Writes bench/lungs.md.
+CXR_FOCUS_REAL_DATA names a folder with `lungs/{images,masks}` (CHN* is Shenzhen, MCU* is Montgomery),
+`effusion/*/<class>` and `nih/images`. Measured on the images that `python -m shards masks --val-share 0.1 --test-share
+0.15` keeps for test, which the shipped weights have not seen: masks and boxes, the same exposed otherwise, with disease
+painted on, with each step of the clean-up left out; then on real images without masks: where the boxes of Effusion end
+beside those of No Finding, and how many images have no box. Writes bench/lungs.md.
 """
 
 import argparse
@@ -60,13 +61,23 @@ def segment(segmenter: LungSegmenter, images: torch.Tensor) -> torch.Tensor:
 
 def row(name: str, found: torch.Tensor, truth: torch.Tensor) -> str:
     """A line of the table of masks and boxes."""
-    s = lung_report.summary(np.concatenate([lung_report.compare(found, truth).numpy(), np.full((len(found), 1), np.nan)], 1))
+    s = lung_report.summary(
+        np.concatenate([lung_report.compare(found, truth).numpy(), np.full((len(found), 1), np.nan)], 1)
+    )
     edges = " | ".join(f"{100 * s[e]['bias']:+.1f} ± {100 * s[e]['deviation']:.1f}" for e in lung_report.EDGES)
-    dice, box = (f"{s[k]:.4f} ({s[f'{k}_interval'][0]:.4f} to {s[f'{k}_interval'][1]:.4f})" for k in ("dice", "box_iou"))
-    return f"| {name} | {s['images']} | {dice} | {box} | {s['box_iou_worst']:.3f} | {edges} | {100 * s['bottom_within_4_percent']:.0f}% | {s['fallback']} |"
+    dice, box = (
+        f"{s[k]:.4f} ({s[f'{k}_interval'][0]:.4f} to {s[f'{k}_interval'][1]:.4f})" for k in ("dice", "box_iou")
+    )
+    return (
+        f"| {name} | {s['images']} | {dice} | {box} | {s['box_iou_worst']:.3f} | {edges} | "
+        f"{100 * s['bottom_within_4_percent']:.0f}% | {s['fallback']} |"
+    )
 
 
-HEAD = "| images | n | Dice | box IoU | worst | left | top | right | bottom | bottom within 4% | no box |\n|---|---|---|---|---|---|---|---|---|---|---|"
+HEAD = (
+    "| images | n | Dice | box IoU | worst | left | top | right | bottom | bottom within 4% | no box "
+    "|\n|---|---|---|---|---|---|---|---|---|---|---|"
+)
 
 
 def diseases() -> dict[str, Callable[[torch.Tensor, torch.Tensor, np.random.Generator], torch.Tensor]]:
@@ -107,15 +118,24 @@ def painted(images: torch.Tensor, masks: torch.Tensor, apply: Callable) -> torch
     return torch.stack(done)[:, None]
 
 
-def ablation(segmenter: LungSegmenter, images: torch.Tensor, truth: torch.Tensor) -> dict[str, tuple[float, float, int]]:
+def ablation(
+    segmenter: LungSegmenter, images: torch.Tensor, truth: torch.Tensor
+) -> dict[str, tuple[float, float, int]]:
     """Mean box IoU, mean absolute edge error and images without a box after each further step of the clean-up."""
-    logits = torch.cat([segmenter.logits(part if part.is_floating_point() else part.float() / 255) for part in images.split(16)]).float()
+    logits = torch.cat(
+        [segmenter.logits(part if part.is_floating_point() else part.float() / 255) for part in images.split(16)]
+    ).float()
     probability = torch.sigmoid(logits)
     raw = probability > segmenter.settings["threshold"]
     two, count = cleanup.two_largest(raw)
     filled = cleanup.fill_holes(two)
     mirrored = cleanup.complete(filled, count)
-    stages = {"every pixel": raw, "two largest components": two, "holes filled": filled, "missing lung mirrored": mirrored}
+    stages = {
+        "every pixel": raw,
+        "two largest components": two,
+        "holes filled": filled,
+        "missing lung mirrored": mirrored,
+    }
     stages["no box where it is not believed"] = cleanup.clean(raw, probability)
     result = {}
     for name, masks in stages.items():
@@ -130,7 +150,9 @@ def real_boxes(segmenter: LungSegmenter, paths: list[Path]) -> tuple[torch.Tenso
     """Boxes in shares of the image, float [n,4], masks bool [n,512,512] of image files."""
     boxes, masks = [], []
     for start in range(0, len(paths), 16):
-        images = torch.from_numpy(np.stack([fit(load_image(path), SIZE) for path in paths[start : start + 16]]))[:, None]
+        images = torch.from_numpy(np.stack([fit(load_image(path), SIZE) for path in paths[start : start + 16]]))[
+            :, None
+        ]
         masks.append(segmenter(images.float() / 255))
         boxes.append(lung_boxes(masks[-1], SIZE).float() / SIZE)
     return torch.cat(boxes), torch.cat(masks)
@@ -148,7 +170,9 @@ def lower_edges(masks: torch.Tensor) -> np.ndarray:
 
 
 def by_view(table: Path, paths: list[Path], where: torch.Tensor, masks: torch.Tensor) -> list[str]:
-    """Boxes of Effusion, of other findings and of No Finding among the NIH images, apart for each view: who lies down breathes in less."""
+    """Boxes of Effusion, of other findings and of No Finding among the NIH images, apart for each view: who lies down
+    breathes in less.
+    """
     with table.open(newline="") as file:
         rows = {row["image"]: row for row in csv.DictReader(file)}
     there = masks.flatten(1).any(1).numpy()
@@ -161,7 +185,8 @@ def by_view(table: Path, paths: list[Path], where: torch.Tensor, masks: torch.Te
     view = np.array([rows[path.name]["view"] for path in paths])
     lines = [
         "\nBy view, NIH images, means in percent of the image:\n",
-        "| view | images | n | top | bottom | width | height | bottom minus No Finding |\n|---|---|---|---|---|---|---|---|",
+        "| view | images | n | top | bottom | width | height | bottom minus No Finding "
+        "|\n|---|---|---|---|---|---|---|---|",
     ]
     for v in ("PA", "AP"):
         plain = where[there & groups["No Finding"] & (view == v), 3]
@@ -169,7 +194,9 @@ def by_view(table: Path, paths: list[Path], where: torch.Tensor, masks: torch.Te
             some = where[there & group & (view == v)]
             difference = 100 * float(some[:, 3].mean() - plain.mean())
             error = 100 * float((some[:, 3].var() / len(some) + plain.var() / len(plain)) ** 0.5)
-            sizes = [100 * float(some[:, k].mean()) for k in (1, 3)] + [100 * float((some[:, k + 2] - some[:, k]).mean()) for k in (0, 1)]
+            sizes = [100 * float(some[:, k].mean()) for k in (1, 3)] + [
+                100 * float((some[:, k + 2] - some[:, k]).mean()) for k in (0, 1)
+            ]
             told = f"{difference:+.1f} ± {1.96 * error:.1f}" if name != "No Finding" else ""
             lines.append(f"| {v} | {name} | {len(some)} | {' | '.join(f'{value:.1f}' for value in sizes)} | {told} |")
     return lines
@@ -201,8 +228,10 @@ def main() -> None:
     sources = held_out(data)
     images, truth = (torch.cat([part[k] for part in sources.values()]) for k in (0, 1))
     parts = [
-        f"# The lung segmenter\n\n{date.today()}, {a.weights or 'the shipped weights'}. `python bench/lungs.py`; edges: found minus true, in percent of",
-        "the image's side, bias ± deviation; a negative bottom is a box that ends too high. Intervals: 95%, bootstrap over images.\n",
+        f"# The lung segmenter\n\n{date.today()}, {a.weights or 'the shipped weights'}. `python bench/lungs.py`; "
+        "edges: found minus true, in percent of",
+        "the image's side, bias ± deviation; a negative bottom is a box that ends too high. Intervals: 95%, bootstrap "
+        "over images.\n",
         "## Held-out images\n",
         HEAD,
     ]
@@ -227,19 +256,34 @@ def main() -> None:
         if name in ("one lung white", "gas below the diaphragm"):
             ablations[name] = ablation(segmenter, sick, truth)
 
-    parts += ["\n## What each step of the clean-up is worth\n", "Box IoU, mean absolute error of the edges in percent, Dice, images without a box.\n"]
+    parts += [
+        "\n## What each step of the clean-up is worth\n",
+        "Box IoU, mean absolute error of the edges in percent, Dice, images without a box.\n",
+    ]
     stages = list(next(iter(ablations.values())))
     parts.append("| images | " + " | ".join(stages) + " |\n|---|" + "---|" * len(stages))
     for name, result in ablations.items():
-        parts.append(f"| {name} | " + " | ".join(f"{iou:.4f}, {100 * error:.2f}, {dice:.4f}, {lost}" for iou, error, lost, dice in result.values()) + " |")
+        parts.append(
+            f"| {name} | "
+            + " | ".join(
+                f"{iou:.4f}, {100 * error:.2f}, {dice:.4f}, {lost}" for iou, error, lost, dice in result.values()
+            )
+            + " |"
+        )
 
-    none = torch.stack([negative(images[i, 0].float() / 255, truth[i], np.random.default_rng([12, i])) for i in range(len(images))])[:, None]
+    none = torch.stack(
+        [negative(images[i, 0].float() / 255, truth[i], np.random.default_rng([12, i])) for i in range(len(images))]
+    )[:, None]
     boxes = int(segment(segmenter, none).flatten(1).any(1).sum())
-    parts.append(f"\n{len(none)} images made of these that are no frontal chest (turned, a part, from the side, a limb, nothing): a box on {boxes}.")
+    parts.append(
+        f"\n{len(none)} images made of these that are no frontal chest (turned, a part, from the side, a limb, "
+        f"nothing): a box on {boxes}."
+    )
 
     parts += [
         "\n## Real images without masks\n",
-        "| images | n | left | top | right | bottom | lower edges of the two lungs differ by | no box |\n|---|---|---|---|---|---|---|---|",
+        "| images | n | left | top | right | bottom | lower edges of the two lungs differ by | no box "
+        "|\n|---|---|---|---|---|---|---|---|",
     ]
     bottoms = {}
     for name in ("0NoFinding", "1Effusion"):
@@ -262,7 +306,10 @@ def main() -> None:
         sick, well = (rng.choice(bottoms[name], len(bottoms[name])).mean() for name in ("1Effusion", "0NoFinding"))
         draws.append(sick - well)
     low, high = np.percentile(draws, [2.5, 97.5])
-    parts.append(f"\nLower edge, Effusion minus No Finding: {100 * difference:+.1f}% of the image ({100 * low:+.1f} to {100 * high:+.1f}).")
+    parts.append(
+        f"\nLower edge, Effusion minus No Finding: {100 * difference:+.1f}% of the image ({100 * low:+.1f} to "
+        f"{100 * high:+.1f})."
+    )
     paths = sorted((data / "nih/images").iterdir())
     where, masks = real_boxes(segmenter, paths)
     lost = (~masks.flatten(1).any(1)).nonzero()[:, 0].tolist()

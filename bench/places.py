@@ -1,15 +1,16 @@
 """python bench/places.py: how much of real lesions do the expected regions hold, and how large are they?
 
-CXR_FOCUS_REAL_DATA names a folder with `lesions/{images,boxes.csv,polygons.json}`: radiologists' boxes, for some images contours, as shares of
-the image. Lungs are found as in training, by the shipped segmenter. For each finding a table of candidates, the ready-made rule first:
+CXR_FOCUS_REAL_DATA names a folder with `lesions/{images,boxes.csv,polygons.json}`: radiologists' boxes, for some images
+contours, as shares of the image. Lungs are found as in training, by the shipped segmenter. For each finding a table of
+candidates, the ready-made rule first:
 
 held: mean share of a lesion's area in the region, of the boxes and of the contours;
 area: the region's share of the image;
 held - area: what the region holds beyond what a region of its size anywhere would;
 full: share of the region that is lesion, the CAM energy in the lesion of a map that is the same all over the region.
 
-Where weights differ, all four count each place by its weight. Ready-made rules were chosen by eye from the four, contours before boxes; those of
-Effusion and Pneumothorax by training (bench/LOG.md). Writes bench/places.md.
+Where weights differ, all four count each place by its weight. Ready-made rules were chosen by eye from the four,
+contours before boxes; those of Effusion and Pneumothorax by training (bench/LOG.md). Writes bench/places.md.
 """
 
 import argparse
@@ -38,15 +39,34 @@ REACHES = (0.0, 0.01, 0.02, 0.03, 0.04)
 WITHIN = [f"{{within: lungs, dilate: {d:g}}}" for d in REACHES]
 CANDIDATES = {
     "Effusion": [
-        *(f"{{within: lungs, dilate: {d:g}, rectangles: [[0, {top:g}, 1, 1]]}}" for d in REACHES[2:] for top in (0.5, 0.55, 0.6, 0.7)),
+        *(
+            f"{{within: lungs, dilate: {d:g}, rectangles: [[0, {top:g}, 1, 1]]}}"
+            for d in REACHES[2:]
+            for top in (0.5, 0.55, 0.6, 0.7)
+        ),
         "{rim: lungs, dilate: 0.04, half: lower}",
     ],
-    "Pneumothorax": [*WITHIN, *(f"{{within: lungs, dilate: {d:g}, half: upper}}" for d in REACHES[1:]), "{rim: lungs, dilate: 0.04, half: upper}"],
+    "Pneumothorax": [
+        *WITHIN,
+        *(f"{{within: lungs, dilate: {d:g}, half: upper}}" for d in REACHES[1:]),
+        "{rim: lungs, dilate: 0.04, half: upper}",
+    ],
     "Cardiomegaly": [
         *(f"{{between: lungs, dilate: {d:g}}}" for d in REACHES),
-        *(f"{{between: lungs, dilate: {d:g}, rectangles: [[{left:g}, 0.27, 1, 1]]}}" for d in REACHES for left in (0, 0.2)),
+        *(
+            f"{{between: lungs, dilate: {d:g}, rectangles: [[{left:g}, 0.27, 1, 1]]}}"
+            for d in REACHES
+            for left in (0, 0.2)
+        ),
     ],
-    "Atelectasis": [*WITHIN, *(f"{{within: lungs, dilate: {d:g}, rectangles: [[0, {top:g}, 1, 1]]}}" for d in REACHES[2:] for top in (0.33, 0.5))],
+    "Atelectasis": [
+        *WITHIN,
+        *(
+            f"{{within: lungs, dilate: {d:g}, rectangles: [[0, {top:g}, 1, 1]]}}"
+            for d in REACHES[2:]
+            for top in (0.33, 0.5)
+        ),
+    ],
     "Pleural_Thickening": [*WITHIN, *(f"{{rim: lungs, dilate: {d:g}}}" for d in REACHES[1:])],
 }
 
@@ -93,7 +113,11 @@ def measured(lesions: torch.Tensor, weight: torch.Tensor) -> tuple[float, float,
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--findings", default="", help="a file of findings, to see what its regions hold (without it: the ready-made ones)")
+    parser.add_argument(
+        "--findings",
+        default="",
+        help="a file of findings, to see what its regions hold (without it: the ready-made ones)",
+    )
     parser.add_argument("--write", type=Path, default=Path(__file__).with_name("places.md"))
     a = parser.parse_args()
     real = os.environ.get("CXR_FOCUS_REAL_DATA")
@@ -101,16 +125,28 @@ def main() -> None:
         sys.exit("error: set CXR_FOCUS_REAL_DATA to the folder with lesions/")
     folder = Path(real) / "lesions"
     boxed, rules = read_file(Path(__file__).with_name("boxed.yaml")), rules_of(read_findings(a.findings))
-    truth = {finding: kinds for finding, kinds in lesions_of(folder).items() if finding in rules and len(kinds["boxes"]) >= LEAST}
+    truth = {
+        finding: kinds
+        for finding, kinds in lesions_of(folder).items()
+        if finding in rules and len(kinds["boxes"]) >= LEAST
+    }
     names = sorted({name for kinds in truth.values() for name in kinds["boxes"]})
     boxes, masks, found = lungs_of(folder / "images", names)
     at = {name: i for i, name in enumerate(names)}
     text = [f"# What the expected regions hold\n\nWritten by `bench/places.py`, {date.today()}; see there.\n"]
     for finding in sorted(truth, key=lambda name: -len(truth[name]["boxes"])):
-        kinds = {kind: [name for name in of if found[at[name]]] for kind, of in truth[finding].items() if len(of) >= LEAST}
+        kinds = {
+            kind: [name for name in of if found[at[name]]] for kind, of in truth[finding].items() if len(of) >= LEAST
+        }
         told = ", ".join(f"{len(some)} images with {kind}" for kind, some in kinds.items())
-        text += [f"## {finding}\n\n{told}; {sum(not found[at[n]] for n in truth[finding]['boxes'])} without lungs left out\n"]
-        text += ["| region | " + " | ".join(f"{what}, {kind}" for kind in kinds for what in ("held", "area", "held - area", "full")) + " |"]
+        text += [
+            f"## {finding}\n\n{told}; {sum(not found[at[n]] for n in truth[finding]['boxes'])} without lungs left out\n"
+        ]
+        text += [
+            "| region | "
+            + " | ".join(f"{what}, {kind}" for kind in kinds for what in ("held", "area", "held - area", "full"))
+            + " |"
+        ]
         text += ["|---" * (1 + 4 * len(kinds)) + "|"]
         candidates = {"**ready-made**": rules[finding]}
         if finding in boxed:
@@ -123,7 +159,9 @@ def main() -> None:
                 index = [at[name] for name in some]
                 lesions = torch.from_numpy(np.stack([truth[finding][kind][name] for name in some]))
                 regions = Regions([finding], {finding: rule}, SIZE)
-                held, area, full = measured(lesions, regions(torch.zeros(len(some), dtype=torch.int64), boxes[index], masks[index]).weight)
+                held, area, full = measured(
+                    lesions, regions(torch.zeros(len(some), dtype=torch.int64), boxes[index], masks[index]).weight
+                )
                 cells += [f"{held:.3f}", f"{area:.3f}", f"{held - area:.3f}", f"{full:.3f}"]
             text.append("| " + " | ".join(cells) + " |")
         text.append("")

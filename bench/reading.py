@@ -1,9 +1,10 @@
 """python bench/reading.py: reading and packing side by side with what they are made of, and with other readers.
 
-Reading, one core, batches of 32: `Loader.batches` against (a) bare decoding of the same bytes from memory, (b) `webdataset`'s own
-pipeline on the same tars, (c) torchvision's ImageFolder on 1024 px PNGs resized to 512. Packing: `shards.pack` against decode,
-resize and encode of the same files in a bare loop. Alternating pairs; medians with quartiles of the ratios go into bench/reading.md.
-Images are phantoms of 1024 px, or those of CXR_FOCUS_REAL_DATA/nih/original.
+Reading, one core, batches of 32: `Loader.batches` against (a) bare decoding of the same bytes from memory, (b)
+`webdataset`'s own pipeline on the same tars, (c) torchvision's ImageFolder on 1024 px PNGs resized to 512. Packing:
+`shards.pack` against decode, resize and encode of the same files in a bare loop. Alternating pairs; medians with
+quartiles of the ratios go into bench/reading.md. Images are phantoms of 1024 px, or those of
+CXR_FOCUS_REAL_DATA/nih/original.
 """
 
 import argparse
@@ -72,7 +73,10 @@ def compare(name: str, ours: Callable[[], int], other: Callable[[], int], pairs:
         mine.append(1 / ours_s)
         theirs.append(1 / other_s)
     low, middle, high = statistics.quantiles(ratios, n=4)
-    line = f"| {name} | {statistics.median(mine):.0f} | {statistics.median(theirs):.0f} | {middle:.3f} | {low:.3f} to {high:.3f} | {floor} |"
+    line = (
+        f"| {name} | {statistics.median(mine):.0f} | {statistics.median(theirs):.0f} | {middle:.3f} | {low:.3f} to "
+        f"{high:.3f} | {floor} |"
+    )
     print(line, flush=True)
     return line
 
@@ -111,7 +115,11 @@ def main() -> None:
             import webdataset
 
             urls = [f"{split.store.name}/{shard['name']}" for shard in split.shards]
-            pipeline = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).shuffle(200).map(lambda s: decode(s["jpg"]))
+            pipeline = (
+                webdataset.WebDataset(urls, shardshuffle=False, empty_check=False)
+                .shuffle(200)
+                .map(lambda s: decode(s["jpg"]))
+            )
             return sum(1 for _ in pipeline)
 
         def image_folder() -> int:
@@ -119,7 +127,9 @@ def main() -> None:
             from torchvision.transforms import Compose, Grayscale, Resize
 
             folder = files[0].parent.parent
-            data = ImageFolder(str(folder), Compose([Grayscale(), Resize((512, 512))]), is_valid_file=lambda p: p.endswith(".png"))
+            data = ImageFolder(
+                str(folder), Compose([Grayscale(), Resize((512, 512))]), is_valid_file=lambda p: p.endswith(".png")
+            )
             for i in range(min(24, len(data))):
                 np.asarray(data[i][0])
             return min(24, len(data))
@@ -149,17 +159,19 @@ def main() -> None:
         memory = measure_memory(str(root / "shards"))
     projection = "\n".join(
         f"| {cores} | {112120 / rates[4] / cores:.3g} | {112120 / rates[0] / cores:.2g} |" for cores in (2, 16, 256)
-    )  # fmt: skip
+    )
     text = f"""# Reading and packing
 
-{date.today()}, {platform.processor() or platform.machine()}, {os.cpu_count()} cores, one of them used; torch {torch.__version__}, Pillow {Image.__version__};
+{date.today()}, {platform.processor() or platform.machine()}, {os.cpu_count()} cores, one of them used;
+torch {torch.__version__}, Pillow {Image.__version__};
 {a.images} images of 512 px as JPEG (quality 95) in tars of 200, {a.pairs} alternating pairs. `python bench/reading.py`
 
 | ours / other | ours, images/s | other, images/s | ratio | quartiles | wanted |
 |---|---|---|---|---|---|
 {chr(10).join(lines)}
 
-Private memory of a reading process beyond its imports, MB, after 1, 2, 3 and 4 epochs: {", ".join(f"{m:.1f}" for m in memory)}.
+Private memory of a reading process beyond its imports, MB, after 1, 2, 3 and 4 epochs:
+{", ".join(f"{m:.1f}" for m in memory)}.
 
 On paper, the 112,120 images of NIH ChestX-ray14 at these rates, if cores and disks scale (seconds):
 
@@ -189,7 +201,12 @@ for epoch in range(4):
     out.append(private() - before)
 print(*out)
 """
-    return [float(x) for x in subprocess.run([sys.executable, "-c", code, root], check=True, capture_output=True, text=True).stdout.split()]
+    return [
+        float(x)
+        for x in subprocess.run(
+            [sys.executable, "-c", code, root], check=True, capture_output=True, text=True
+        ).stdout.split()
+    ]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """python bench/step.py: what attention costs, side by side in one run.
 
-One training step of plain cross-entropy, one with attention and remembered boxes, one with new boxes, alternating, by the
-trainer's own `Trainer.step` on phantoms. Prints medians of
+One training step of plain cross-entropy, one with attention and remembered boxes, one with new boxes, alternating, by
+the trainer's own `Trainer.step` on phantoms. Prints medians of
 ratios with their quartiles and appends them, dated and with the hardware, to bench/step.md.
 """
 
@@ -29,7 +29,10 @@ def processor() -> str:
     """The processor's name and what of it counts here, and the GPU's if there is one."""
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.is_file() else ""
-    name = next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")), platform.processor())
+    name = next(
+        (line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")),
+        platform.processor(),
+    )
     gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
     return f"{gpu}{name}{', AMX' if 'amx_bf16' in text else ''}, {torch.get_num_threads()} threads"
 
@@ -71,18 +74,35 @@ def main() -> None:
     os.environ["ACCELERATE_MIXED_PRECISION"] = a.precision
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        pack(Phantoms(max(40, 5 * a.batch), 0, size=512, findings=("No Finding", "Effusion")), root / "shards", dataset="phantom")
+        pack(
+            Phantoms(max(40, 5 * a.batch), 0, size=512, findings=("No Finding", "Effusion")),
+            root / "shards",
+            dataset="phantom",
+        )
         config = Config(
-            str(root / "shards"), str(root / "run"), backbone=a.backbone, pretrained="false", batch=a.batch, size=a.size, tracker="none",
-            workers=0, attention=AttentionConfig(form="energy"),
-        )  # fmt: skip
+            str(root / "shards"),
+            str(root / "run"),
+            backbone=a.backbone,
+            pretrained="false",
+            batch=a.batch,
+            size=a.size,
+            tracker="none",
+            workers=0,
+            attention=AttentionConfig(form="energy"),
+        )
         trainer = build(config)
         trainer.net.train()
         split = trainer.splits["train"]
         batch = next(iter(Loader(split, EpochPlan(split.shard_sizes()), batch=a.batch, workers=0).batches(0)))
         memory = trainer.lungs["train"].memory
         shaped, boxed = trainer.regions, Regions(split.classes, PUBLISHED, a.size, trainer.accelerator.device)
-        names = ("cross-entropy", "cross-entropy again", "remembered, parts of the lung box", "remembered lungs", "new lungs")
+        names = (
+            "cross-entropy",
+            "cross-entropy again",
+            "remembered, parts of the lung box",
+            "remembered lungs",
+            "new lungs",
+        )
         times: dict[str, list[float]] = {name: [] for name in names}
         for turn in range(a.pairs + 2):
             order = list(times)
@@ -95,7 +115,8 @@ def main() -> None:
                     times[name].append(seconds)
     base = times["cross-entropy"]
     lines = [
-        f"\n## {date.today()}, {a.backbone} at {a.size} px, batch {a.batch}, {a.precision}, {a.pairs} alternating pairs",
+        f"\n## {date.today()}, {a.backbone} at {a.size} px, batch {a.batch}, {a.precision}, {a.pairs} alternating "
+        "pairs",
         f"\n{processor()}; torch {torch.__version__}\n",
         "| step | median seconds | median ratio to cross-entropy | quartiles |",
         "|---|---|---|---|",

@@ -21,7 +21,10 @@ def whole(path: Path) -> Iterator[Path]:
         partial.replace(path)
         sync(path.parent)  # or after a power cut the content may be there and its name not
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error}); free space, or choose another place; finished work is kept") from error
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror or error}); free space, or choose another place; finished "
+            "work is kept"
+        ) from error
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -39,11 +42,15 @@ def append(path: Path, line: str) -> None:
         with path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error}); free space; finished work is kept") from error
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror or error}); free space; finished work is kept"
+        ) from error
 
 
 def sync(path: Path) -> None:
-    """Have the system write a file, or a folder's names, to the disk. OSError: a file cannot be; some file systems do not sync folders."""
+    """Have the system write a file, or a folder's names, to the disk. OSError: a file cannot be; some file systems do
+    not sync folders.
+    """
     with suppress(OSError) if path.is_dir() else nullcontext():
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -1,7 +1,7 @@
 """The local cache of shards at a URL (fsspec: s3, gcs, http, file), which the processes of a machine share.
 
-Files are named by their checksum, fetched once under a lock, checked, and the least recently used ones make room. `CXR_FOCUS_CACHE` names
-the folder, `CXR_FOCUS_CACHE_GB` bounds it.
+Files are named by their checksum, fetched once under a lock, checked, and the least recently used ones make room.
+`CXR_FOCUS_CACHE` names the folder, `CXR_FOCUS_CACHE_GB` bounds it.
 """
 
 import errno
@@ -41,7 +41,9 @@ class Cache:
 
     @staticmethod
     def default() -> "Cache":
-        """As the environment says: CXR_FOCUS_CACHE (default: in the user's cache folder), CXR_FOCUS_CACHE_GB (default: 100)."""
+        """As the environment says: CXR_FOCUS_CACHE (default: in the user's cache folder), CXR_FOCUS_CACHE_GB (default:
+        100).
+        """
         base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
         root = Path(os.environ.get("CXR_FOCUS_CACHE") or os.path.join(base, "cxr-focus"))
         text = os.environ.get("CXR_FOCUS_CACHE_GB", str(DEFAULT_GB))
@@ -57,7 +59,10 @@ class Cache:
         """The local file with the content of ``url``, whole and checked."""
         path = self.root / sha256
         if size > self.limit:
-            raise InputError(f"{url}: {size / 1e9:.1f} GB do not fit into the cache of {self.limit / 1e9:.1f} GB; raise CXR_FOCUS_CACHE_GB")
+            raise InputError(
+                f"{url}: {size / 1e9:.1f} GB do not fit into the cache of {self.limit / 1e9:.1f} GB; raise "
+                "CXR_FOCUS_CACHE_GB"
+            )
         if self._has(path, size):
             return path
         try:
@@ -68,7 +73,8 @@ class Cache:
                         _retry(url, lambda: self._download(url, size, sha256))
         except OSError as error:
             raise InputError(
-                f"{url}: cannot be kept in the cache {self.root} ({error.strerror or error}); free space, or set CXR_FOCUS_CACHE and CXR_FOCUS_CACHE_GB"
+                f"{url}: cannot be kept in the cache {self.root} ({error.strerror or error}); free space, or set "
+                "CXR_FOCUS_CACHE and CXR_FOCUS_CACHE_GB"
             ) from error
         return path
 
@@ -111,11 +117,15 @@ class Cache:
                         return False  # what it held may be a file now that this listing lacks: look again
                     continue
                 held = entry.name.endswith((".hold", ".part"))
-                if held and (time.time() - stat.st_mtime > LEFTOVER or (entry.name.endswith(".hold") and _gone(entry.name))):
+                if held and (
+                    time.time() - stat.st_mtime > LEFTOVER or (entry.name.endswith(".hold") and _gone(entry.name))
+                ):
                     os.unlink(entry.path)  # of a process that was killed
                 elif entry.name.endswith(".hold"):  # what becomes of a .part is held
                     used += stat.st_size
-                elif SHA256.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):  # whatever else lies here is not ours
+                elif SHA256.fullmatch(entry.name) and entry.is_file(
+                    follow_symlinks=False
+                ):  # whatever else lies here is not ours
                     used += stat.st_size
                     files.append((stat.st_mtime, stat.st_size, entry.path))
             for _, bytes_, path in sorted(files):
@@ -180,14 +190,22 @@ def _retry(url: str, fetch: Any) -> Any:
             if attempt == ATTEMPTS - 1:
                 what = str(error) or type(error).__name__
                 broken = isinstance(error, _BrokenError)
-                advice = "it changed since it was packed, or stays broken; upload it again" if broken else "check the network and the server"
-                raise InputError(f"{url}: could not be read in {ATTEMPTS} attempts ({what.splitlines()[0]}); {advice}") from error
+                advice = (
+                    "it changed since it was packed, or stays broken; upload it again"
+                    if broken
+                    else "check the network and the server"
+                )
+                raise InputError(
+                    f"{url}: could not be read in {ATTEMPTS} attempts ({what.splitlines()[0]}); {advice}"
+                ) from error
             time.sleep(FIRST_PAUSE * 2**attempt * random.uniform(0.7, 1.3))
     raise AssertionError
 
 
 def read(url: str) -> bytes:
-    """A small file, such as an index, fetched anew. InputError: it cannot be read, or is larger than an index may be."""
+    """A small file, such as an index, fetched anew.
+    InputError: it cannot be read, or is larger than an index may be.
+    """
 
     def fetch() -> bytes:
         with tempfile.TemporaryDirectory(prefix="cxr-focus-index-") as folder:
@@ -217,7 +235,11 @@ def _get(url: str, local: str, limit: int) -> None:
 
         def refuse(self, size: int) -> None:
             if size > limit:
-                raise (InputError(f"{url}: {more} an index may have") if limit == INDEX_BYTES else _BrokenError(f"{more} its index says"))
+                raise (
+                    InputError(f"{url}: {more} an index may have")
+                    if limit == INDEX_BYTES
+                    else _BrokenError(f"{more} its index says")
+                )
 
     if url.startswith("file://"):  # copied in one go, without a word to the callback
         Bounded().refuse(system.size(path))
@@ -228,7 +250,9 @@ _forked_safely = False
 
 
 def _file_system(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL and the path in it. Asked for anew each time: its connections do not survive a fork."""
+    """The fsspec file system of a URL and the path in it. Asked for anew each time: its connections do not survive a
+    fork.
+    """
     scheme = url.partition("://")[0]
     if scheme not in EXTRAS and scheme != "file":
         raise InputError(f"{url}: shards are read from s3, gcs, http, https and file URLs, and from folders")
@@ -238,9 +262,12 @@ def _file_system(url: str) -> tuple[Any, str]:
         import fsspec.asyn
 
         if not _forked_safely:
-            # Loader workers are forks. They must not wait for an event loop whose thread stayed behind: fsspec's own remedy.
+            # Loader workers are forks. They must not wait for an event loop whose thread stayed behind: fsspec's own
+            # remedy.
             os.register_at_fork(after_in_child=fsspec.asyn.reset_lock)
             _forked_safely = True
         return fsspec.core.url_to_fs(url)  # type: ignore[no-any-return]
     except ImportError as error:
-        raise InputError(f"{url}: needs another package: pip install 'cxr-focus[{EXTRAS.get(scheme, 'http')}]'") from error
+        raise InputError(
+            f"{url}: needs another package: pip install 'cxr-focus[{EXTRAS.get(scheme, 'http')}]'"
+        ) from error

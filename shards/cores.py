@@ -8,13 +8,17 @@ from pathlib import Path
 
 
 def cores() -> int:
-    """Cores that this process may use: those it is bound to, and no more than its control group's share (containers, SLURM)."""
+    """Cores that this process may use: those it is bound to, and no more than its control group's share (containers,
+    SLURM).
+    """
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([count, *(math.ceil(share) for share in _cgroup_shares())]))
 
 
 def _cgroup_shares(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[float]:
-    """The quotas of this process's control group and of those above it, in cores, where there are any (cgroup v2, then v1)."""
+    """The quotas of this process's control group and of those above it, in cores, where there are any (cgroup v2, then
+    v1).
+    """
     with suppress(OSError, ValueError):
         for line in own.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
@@ -24,7 +28,10 @@ def _cgroup_shares(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/
                     if not controllers:
                         quota, period = (at / "cpu.max").read_text().split()
                         yield float(quota) / float(period)  # "max" is no number: no quota
-                    elif "cpu" in controllers.split(",") and (microseconds := float((at / "cpu.cfs_quota_us").read_text())) > 0:
+                    elif (
+                        "cpu" in controllers.split(",")
+                        and (microseconds := float((at / "cpu.cfs_quota_us").read_text())) > 0
+                    ):
                         yield microseconds / float((at / "cpu.cfs_period_us").read_text())
                 if at == root:
                     break

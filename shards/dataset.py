@@ -1,6 +1,7 @@
 """A split of packed shards, sample by sample.
 
-Legend: n samples of a split that belong to the task, position p in 0..n-1; row: the number of a sample in the split, of the task or not.
+Legend: n samples of a split that belong to the task, position p in 0..n-1; row: the number of a sample in the split, of
+the task or not.
 """
 
 import hashlib
@@ -33,7 +34,8 @@ MAX_OPEN_FILES = 64
 class Lesions(NamedTuple):
     """Lesion boxes of a split, M of them in the order of its samples, of findings that are present and of the task.
 
-    position int64 [M]; finding int64 [M], its number in the task; xyxy float64 [M,4], pixels of the stored image, ends exclusive.
+    position int64 [M]; finding int64 [M], its number in the task; xyxy float64 [M,4], pixels of the stored image, ends
+    exclusive.
     """
 
     position: np.ndarray
@@ -47,18 +49,28 @@ class Split:
     Args:
         root: folder or URL with ``index.json``, or its opened store.
         split: ``train``, ``val`` or ``test``.
-        labels: what findings are to the task; names stand for one finding an image, None for all samples (for lung masks).
+        labels: what findings are to the task; names stand for one finding an image, None for all samples (for lung
+            masks).
         masks: read lung masks; every sample must have one.
 
     Raises:
         InputError: no index, an index that does not match its tars, an unknown finding, a class without samples.
     """
 
-    def __init__(self, root: str | Path | Folder | Remote, split: str, labels: Targets | Sequence[str] | None = None, *, masks: bool = False) -> None:
+    def __init__(
+        self,
+        root: str | Path | Folder | Remote,
+        split: str,
+        labels: Targets | Sequence[str] | None = None,
+        *,
+        masks: bool = False,
+    ) -> None:
         self.store = root if isinstance(root, Folder | Remote) else open_store(root)
         index = self.store.index()
         if split not in index["splits"]:
-            raise InputError(f"{self.store.name}: has no split {split!r} (it has {', '.join(index['splits'])}); pack one")
+            raise InputError(
+                f"{self.store.name}: has no split {split!r} (it has {', '.join(index['splits'])}); pack one"
+            )
         entry = index["splits"][split]
         self.split, self.masks = split, masks
         self.dataset: str = index["dataset"]
@@ -66,11 +78,15 @@ class Split:
         self.scales = tuple((float(low), float(high)) for low, high in self.stored.get("scales", ()))
         self.shards: list[dict[str, Any]] = entry["shards"]
         self.store.check(self.shards)
-        self.starts = list(accumulate((shard["samples"] for shard in self.shards), initial=0))  # first sample of each shard
+        self.starts = list(
+            accumulate((shard["samples"] for shard in self.shards), initial=0)
+        )  # first sample of each shard
         self.table = self._table(f"{split}.npy", ROW, entry, entry["samples"])
         self._entry, self._boxed = entry, index.get("boxed", [])
         self._lesions: Lesions | None = None
-        self.labels: Targets = Unlabelled() if not labels else SingleLabel(labels) if isinstance(labels, Sequence) else labels
+        self.labels: Targets = (
+            Unlabelled() if not labels else SingleLabel(labels) if isinstance(labels, Sequence) else labels
+        )
         self.classes = self.labels.findings
         self.rows, self._set, self._of_set = self._select(index, entry)
         self.left_out = entry["samples"] - len(self.rows)
@@ -86,8 +102,16 @@ class Split:
             table: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: cannot be read ({error}); {self.store.remedy}") from error
-        if table.dtype != dtype or table.ndim != 1 or (rows is not None and len(table) != rows) or entry["samples"] != self.starts[-1]:
-            raise InputError(f"{path}: does not match index.json ({len(table)} rows, {entry['samples']} expected); {self.store.remedy}")
+        if (
+            table.dtype != dtype
+            or table.ndim != 1
+            or (rows is not None and len(table) != rows)
+            or entry["samples"] != self.starts[-1]
+        ):
+            raise InputError(
+                f"{path}: does not match index.json ({len(table)} rows, {entry['samples']} expected); "
+                f"{self.store.remedy}"
+            )
         return table
 
     def _later_table(self, kind: str, dtype: Any, rows: int | None = None) -> np.ndarray | None:
@@ -96,7 +120,9 @@ class Split:
         return self._table(name, dtype, self._entry, rows) if name in self._entry["tables"] else None
 
     def _select(self, index: dict[str, Any], entry: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rows of the split that belong to the task, int64 [n]; which of its sets of targets each has, int [n]; those sets, int8 [sets,K]."""
+        """Rows of the split that belong to the task, int64 [n]; which of its sets of targets each has, int [n]; those
+        sets, int8 [sets,K].
+        """
         if not self.classes:
             lacking = entry["samples"] - entry["masks"]
             if self.masks and lacking:
@@ -109,22 +135,32 @@ class Split:
             raise InputError(f"{self.store.name}: its images have no findings; are these shards of lung masks?")
         for name in self.classes:
             if name not in index["findings"]:
-                raise InputError(f"{self.store.name}: has no images with finding {name!r}; {nearest(name, index['findings'])}")
+                raise InputError(
+                    f"{self.store.name}: has no images with finding {name!r}; {nearest(name, index['findings'])}"
+                )
         codes, sets = self._codes(index, entry), index["labels"]
         targets = [self.labels.of(found) for found in sets]
-        of_set = np.array([target or (0,) * len(self.classes) for target in targets], np.int8).reshape(len(sets), len(self.classes))
+        of_set = np.array([target or (0,) * len(self.classes) for target in targets], np.int8).reshape(
+            len(sets), len(self.classes)
+        )
         belongs = np.array([target is not None for target in targets], bool)
         rows = np.flatnonzero(belongs[codes])
         own = np.ascontiguousarray(codes[rows])
         lacking = self.labels.lacking(sets, codes, np.bincount(own, minlength=len(sets)) @ of_set.astype(np.int64))
         if lacking:
-            raise InputError(f"{self.store.name}: the {self.split} split has {lacking}; pack images of it into every split, or train a task without it")
+            raise InputError(
+                f"{self.store.name}: the {self.split} split has {lacking}; pack images of it into every split, or "
+                "train a task without it"
+            )
         return rows, own, of_set
 
     def _codes(self, index: dict[str, Any], entry: dict[str, Any]) -> np.ndarray:
         codes = self._table(f"{self.split}.labels.npy", np.dtype("<u2"), entry, entry["samples"])
         if len(codes) and codes.max() >= len(index["labels"]):
-            raise InputError(f"{self.store.name}: {self.split}.labels.npy names labels that index.json does not have; {self.store.remedy}")
+            raise InputError(
+                f"{self.store.name}: {self.split}.labels.npy names labels that index.json does not have; "
+                f"{self.store.remedy}"
+            )
         return codes
 
     def findings(self) -> list[tuple[str, ...]]:
@@ -160,9 +196,16 @@ class Split:
     def _read_lesions(self) -> Lesions:
         known, names = self._later_table("boxes", BOX), self._boxed
         if known is not None:
-            row, number, xyxy = np.asarray(known["row"], np.int64), np.asarray(known["finding"]), np.array(known["xyxy"])
+            row, number, xyxy = (
+                np.asarray(known["row"], np.int64),
+                np.asarray(known["finding"]),
+                np.array(known["xyxy"]),
+            )
             if len(row) and (number.max() >= len(names) or row.max() >= len(self.table) or (np.diff(row) < 0).any()):
-                raise InputError(f"{self.store.name}: {self.split}.boxes.npy names samples or findings that index.json does not have; {self.store.remedy}")
+                raise InputError(
+                    f"{self.store.name}: {self.split}.boxes.npy names samples or findings that index.json does not "
+                    f"have; {self.store.remedy}"
+                )
             position = np.searchsorted(self.rows, row)
             of_task = position < len(self.rows)
             of_task[of_task] = self.rows[position[of_task]] == row[of_task]
@@ -182,11 +225,24 @@ class Split:
 
     def indexed(self) -> Iterator[Indexed]:
         """What the index says of each shard, of the task or not; where it has no ids or boxes, there are none."""
-        findings, ids, boxes = self.findings(), self._later_table("ids", ID, len(self.table)), self._later_table("boxes", BOX)
+        findings, ids, boxes = (
+            self.findings(),
+            self._later_table("ids", ID, len(self.table)),
+            self._later_table("boxes", BOX),
+        )
         for start, stop in pairwise(self.starts):
-            own = boxes[np.searchsorted(boxes["row"], start) : np.searchsorted(boxes["row"], stop)] if boxes is not None else ()
+            own = (
+                boxes[np.searchsorted(boxes["row"], start) : np.searchsorted(boxes["row"], stop)]
+                if boxes is not None
+                else ()
+            )
             known = [(int(box["row"]) - start, self._boxed[box["finding"]], *box["xyxy"].tolist()) for box in own]
-            yield Indexed(np.array(self.table[start:stop]), findings[start:stop], np.array(ids[start:stop] if ids is not None else [], ID), known)
+            yield Indexed(
+                np.array(self.table[start:stop]),
+                findings[start:stop],
+                np.array(ids[start:stop] if ids is not None else [], ID),
+                known,
+            )
 
     def counts(self) -> dict[str, int]:
         """Images with each finding."""
@@ -313,7 +369,10 @@ class Joined:
         self.fingerprint = hashlib.sha256("".join(part.fingerprint for part in parts).encode()).hexdigest()
         sizes = {part.image(0).shape: part.store.name for part in parts if len(part)}
         if len(sizes) > 1:
-            raise InputError(f"images of different sizes: {', '.join(f'{w}x{h} in {name}' for (h, w), name in sizes.items())}; pack all to one --size")
+            raise InputError(
+                f"images of different sizes: {', '.join(f'{w}x{h} in {name}' for (h, w), name in sizes.items())}; pack "
+                "all to one --size"
+            )
 
     def _part(self, position: int) -> tuple[Split, int]:
         k = bisect_right(self.ends, position)
@@ -365,7 +424,9 @@ Samples = Split | Joined  # what a loader reads
 
 
 def _decode(data: bytearray, name: Callable[[], str], scales: Sequence[Scale] = ()) -> np.ndarray:
-    """uint8 [H, W]. A gray JPEG by torchvision, which is faster and gives the same grays; the rest, and what fails, by Pillow."""
+    """uint8 [H, W]. A gray JPEG by torchvision, which is faster and gives the same grays; the rest, and what fails, by
+    Pillow.
+    """
     if data[:2] == b"\xff\xd8" and 0 < _gray_jpeg_pixels(data) <= MAX_PIXELS:
         with suppress(RuntimeError):
             image: np.ndarray = decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), ImageReadMode.GRAY)[0].numpy()
@@ -374,7 +435,9 @@ def _decode(data: bytearray, name: Callable[[], str], scales: Sequence[Scale] = 
 
 
 def _gray_jpeg_pixels(data: bytearray) -> int:
-    """Width times height as the frame header says (ITU-T T.81, B.2.2); 0 where there is none, more than one component, or EXIF data that may turn it."""
+    """Width times height as the frame header says (ITU-T T.81, B.2.2); 0 where there is none, more than one component,
+    or EXIF data that may turn it.
+    """
     at = 2
     while at + 10 <= len(data) and data[at] == 0xFF:
         marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4])

@@ -44,11 +44,13 @@ class Cases:
 
 
 def published(cases: Cases, classes: Sequence[str], seed: int, *, balanced: bool = True) -> list[np.ndarray]:
-    """The published split, as far as it can be repeated: its positives are the published ones, No Finding is drawn by ``seed``.
+    """The published split, as far as it can be repeated: its positives are the published ones, No Finding is drawn by
+    ``seed``.
 
-    The rarest finding keeps its published parts; the others keep theirs but for patients that are in another part already,
-    and with ``balanced`` as many are drawn in each part as the rarest has. No Finding comes from patients with none of the
-    task's findings; where they are too few, they are fewer than the positives. Images that were swapped by hand have swapped their places in the order, too.
+    The rarest finding keeps its published parts; the others keep theirs but for patients that are in another part
+    already, and with ``balanced`` as many are drawn in each part as the rarest has. No Finding comes from patients with
+    none of the task's findings; where they are too few, they are fewer than the positives. Images that were swapped by
+    hand have swapped their places in the order, too.
     """
     label, part = cases.labels(classes), np.full(len(cases.names), -1, np.int8)
     home = _Homes(cases.patient)
@@ -60,7 +62,9 @@ def published(cases: Cases, classes: Sequence[str], seed: int, *, balanced: bool
         if turn == 0:
             rows = [rows[home.free(rows, p)] for p, rows in enumerate(own)]
         else:
-            rows = [_draw(rows[home.free(rows, p) & cases.here[rows]], need[p], [seed, k, p]) for p, rows in enumerate(own)]
+            rows = [
+                _draw(rows[home.free(rows, p) & cases.here[rows]], need[p], [seed, k, p]) for p, rows in enumerate(own)
+            ]
         for p, chosen in enumerate(rows):
             part[chosen] = p
             home.settle(chosen, p)
@@ -69,7 +73,9 @@ def published(cases: Cases, classes: Sequence[str], seed: int, *, balanced: bool
     if negative >= 0:
         positives = set(classes) - {NO_FINDING}
         ill = {cases.patient[i] for i, found in enumerate(cases.findings) if positives.intersection(found)}
-        able = np.array([i for i in np.flatnonzero(label == negative) if cases.here[i] and cases.patient[i] not in ill], np.int64)
+        able = np.array(
+            [i for i in np.flatnonzero(label == negative) if cases.here[i] and cases.patient[i] not in ill], np.int64
+        )
         _deal(part, home, able, [seed, negative], SHARES, need if balanced else None)
     part[~cases.here] = -1
     slot = np.arange(len(part))
@@ -107,7 +113,9 @@ def _published_parts(cases: Cases, finding: str, rows: np.ndarray) -> list[np.nd
     return kept
 
 
-def official(cases: Cases, classes: Sequence[str], seed: int, test_names: set[str], *, balanced: bool = True) -> list[np.ndarray]:
+def official(
+    cases: Cases, classes: Sequence[str], seed: int, test_names: set[str], *, balanced: bool = True
+) -> list[np.ndarray]:
     """The archive's own test list; val is one eighth of the patients of the others, drawn by ``seed``."""
     label = np.where(cases.here, cases.labels(classes), -1)
     test = np.array([name in test_names for name in cases.names])
@@ -116,7 +124,9 @@ def official(cases: Cases, classes: Sequence[str], seed: int, test_names: set[st
     return _ordered(_balance(part, label, classes, seed) if balanced else part)
 
 
-def at_random(cases: Cases, classes: Sequence[str], seed: int, shares: Sequence[float] = SHARES, *, balanced: bool = True) -> list[np.ndarray]:
+def at_random(
+    cases: Cases, classes: Sequence[str], seed: int, shares: Sequence[float] = SHARES, *, balanced: bool = True
+) -> list[np.ndarray]:
     """Patients dealt to the parts by ``seed``, so that every class has about ``shares`` of its images in each part."""
     label = np.where(cases.here, cases.labels(classes), -1)
     part = by_patient(label, cases.patient, seed, shares)
@@ -149,7 +159,14 @@ class _Homes:
         return np.array([self.part.get(name, part) == part for name in self.patient[rows]], bool)
 
 
-def _deal(part: np.ndarray, home: _Homes, rows: np.ndarray, seed: Sequence[int], shares: Sequence[float], need: np.ndarray | None = None) -> None:
+def _deal(
+    part: np.ndarray,
+    home: _Homes,
+    rows: np.ndarray,
+    seed: Sequence[int],
+    shares: Sequence[float],
+    need: np.ndarray | None = None,
+) -> None:
     """Deal ``rows``, shuffled, to the parts: a patient's first image goes where most is lacking, the others follow it.
 
     All of them in about ``shares``; or, where ``need`` [3] is given, only so many to each part.
@@ -183,14 +200,27 @@ def _balance(part: np.ndarray, label: np.ndarray, classes: Sequence[str], seed: 
     return balanced
 
 
-def check(parts: Sequence[np.ndarray], label: np.ndarray, patient: np.ndarray, classes: Sequence[str], what: str, *, shares: Sequence[float] = SHARES) -> None:
+def check(
+    parts: Sequence[np.ndarray],
+    label: np.ndarray,
+    patient: np.ndarray,
+    classes: Sequence[str],
+    what: str,
+    *,
+    shares: Sequence[float] = SHARES,
+) -> None:
     """InputError for a patient in two parts, or a class missing from a part that is to have a share."""
     homes: dict[str, int] = {}
     torn = {str(name) for p, rows in enumerate(parts) for name in patient[rows] if homes.setdefault(name, p) != p}
     if torn:
-        raise InputError(f"{what}: {len(torn)} patients are in two splits: {listed(sorted(torn))}; split by patient, or correct the table")
+        raise InputError(
+            f"{what}: {len(torn)} patients are in two splits: {listed(sorted(torn))}; split by patient, or correct the "
+            "table"
+        )
     for split, rows, share in zip(SPLITS, parts, shares, strict=True):
         missing = [name for k, name in enumerate(classes) if not (label[rows] == k).any()]
         if missing and share > 0:
             remedy = "give more images, another task, or `--split random` with other --ratios"
-            raise InputError(f"{what}: the {split} split gets no image whose one finding is {listed(missing)}; {remedy}")
+            raise InputError(
+                f"{what}: the {split} split gets no image whose one finding is {listed(missing)}; {remedy}"
+            )

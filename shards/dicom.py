@@ -1,7 +1,7 @@
 """DICOM radiographs -> 8-bit images that look as a reader would see them, and nothing else of the patient.
 
-Needs the extra ``dicom`` (pydicom). Order of the standard (PS3.3 C.11): modality LUT or rescale, then VOI LUT or window,
-then the photometric interpretation.
+Needs the extra ``dicom`` (pydicom). Order of the standard (PS3.3 C.11): modality LUT or rescale, then VOI LUT or
+window, then the photometric interpretation.
 """
 
 import hashlib
@@ -57,17 +57,27 @@ def read_header(path: Path) -> Header | str:
             whole = file.read() if deflated else b""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about odd values in elements that are not used
-            data = _head(pydicom, whole) if deflated else pydicom.dcmread(path, stop_before_pixels=True, force=preamble[128:132] != b"DICM")
+            data = (
+                _head(pydicom, whole)
+                if deflated
+                else pydicom.dcmread(path, stop_before_pixels=True, force=preamble[128:132] != b"DICM")
+            )
             if "Rows" not in data or "Columns" not in data:
                 kind = data.get("SOPClassUID") or getattr(data, "file_meta", {}).get("MediaStorageSOPClassUID") or ""
                 # Reports, presentation states and directories have no image; of other files the image is missing.
                 rest = kind and "SOPInstanceUID" in data and "Image Storage" not in pydicom.uid.UID(kind).name
                 directory = "Directory" in pydicom.uid.UID(kind or "1").name
-                return "a DICOM file without an image" if rest or directory else f"{UNREADABLE}: it is cut, or has no Rows and Columns"
+                return (
+                    "a DICOM file without an image"
+                    if rest or directory
+                    else f"{UNREADABLE}: it is cut, or has no Rows and Columns"
+                )
             if int(data.get("NumberOfFrames", 1) or 1) > 1:
                 return "a DICOM file of several frames"
             uid = str(data.get("SOPInstanceUID", "") or path.name)
-            patient, study, view = (str(data.get(name, "") or "") for name in ("PatientID", "StudyInstanceUID", "ViewPosition"))
+            patient, study, view = (
+                str(data.get(name, "") or "") for name in ("PatientID", "StudyInstanceUID", "ViewPosition")
+            )
             return Header(patient, study, uid, view, (int(data.Columns), int(data.Rows)))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
@@ -76,12 +86,15 @@ def read_header(path: Path) -> Header | str:
 
 
 def decode_dicom(data: bytes, where: str) -> np.ndarray:
-    """One frame as uint8 [H, W], bone bright: rescaled, shown by the file's own LUT or window, inverted where it says so; padding is black.
+    """One frame as uint8 [H, W], bone bright: rescaled, shown by the file's own LUT or window, inverted where it says
+    so; padding is black.
 
-    Without a LUT or window the values that occur go from black to white; where they nearly fill a bit depth, that depth's range does.
+    Without a LUT or window the values that occur go from black to white; where they nearly fill a bit depth, that
+    depth's range does.
 
     Raises:
-        InputError: not a DICOM image, several frames, a compression that no installed decoder reads, more than `MAX_PIXELS` pixels.
+        InputError: not a DICOM image, several frames, a compression that no installed decoder reads, more than
+            `MAX_PIXELS` pixels.
     """
     pydicom = _pydicom()
     try:
@@ -91,7 +104,9 @@ def decode_dicom(data: bytes, where: str) -> np.ndarray:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{where}: cannot be decoded as a DICOM image ({_first_line(error)}); replace or remove it") from error
+        raise InputError(
+            f"{where}: cannot be decoded as a DICOM image ({_first_line(error)}); replace or remove it"
+        ) from error
 
 
 SPECKS = 0.001  # share of the pixels, such as a burnt-in mark, that do not count for the largest value
@@ -113,7 +128,9 @@ class _Stored:
 
 
 def _stored(pydicom: Any, data: bytes, where: str) -> _Stored:
-    """Decode, and keep of each value the bits that are the image's (PS3.5 8.1.1): the others may hold overlays or nothing."""
+    """Decode, and keep of each value the bits that are the image's (PS3.5 8.1.1): the others may hold overlays or
+    nothing.
+    """
     header = _head(pydicom, data)
     if "Rows" not in header:
         raise InputError(f"{where}: a DICOM file without an image; remove it")
@@ -121,7 +138,13 @@ def _stored(pydicom: Any, data: bytes, where: str) -> _Stored:
     if int(header.get("NumberOfFrames", 1) or 1) > 1:
         raise InputError(f"{where}: has {header.NumberOfFrames} frames, a radiograph has one; remove it")
     if _syntax(pydicom, data) == DEFLATED:
-        room = int(header.Rows) * int(header.Columns) * int(header.get("SamplesPerPixel", 1)) * int(header.get("BitsAllocated", 16)) // 8
+        room = (
+            int(header.Rows)
+            * int(header.Columns)
+            * int(header.get("SamplesPerPixel", 1))
+            * int(header.get("BitsAllocated", 16))
+            // 8
+        )
         dataset = _inflated(pydicom, data, room + HEAD, whole=True)
     else:
         dataset = pydicom.dcmread(io.BytesIO(data), force=True)
@@ -130,7 +153,9 @@ def _stored(pydicom: Any, data: bytes, where: str) -> _Stored:
     if "TransferSyntaxUID" not in getattr(dataset, "file_meta", {}):
         dataset.file_meta = getattr(dataset, "file_meta", None) or pydicom.dataset.FileMetaDataset()
         dataset.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
-    pixels = pydicom.pixels.pixel_array(dataset, correct_unused_bits=False)  # which is done below, wherever the high bit is
+    pixels = pydicom.pixels.pixel_array(
+        dataset, correct_unused_bits=False
+    )  # which is done below, wherever the high bit is
     if dataset.get("PhotometricInterpretation", "") == "PALETTE COLOR":
         pixels = pydicom.pixels.processing.apply_color_lut(pixels, dataset)
     bits = int(dataset.BitsStored)
@@ -138,7 +163,9 @@ def _stored(pydicom: Any, data: bytes, where: str) -> _Stored:
         return _Stored(dataset, pixels, np.ones(pixels.shape[:2], bool), bits)
     if pixels.dtype.kind in "iu" and bits < 8 * pixels.dtype.itemsize:
         signed, syntax = pixels.dtype.kind == "i", dataset.file_meta.TransferSyntaxUID
-        aligned = not syntax.is_encapsulated or syntax == pydicom.uid.RLELossless  # JPEG and its kin give values from bit 0 on
+        aligned = (
+            not syntax.is_encapsulated or syntax == pydicom.uid.RLELossless
+        )  # JPEG and its kin give values from bit 0 on
         shift = max(int(dataset.get("HighBit", bits - 1)) + 1 - bits, 0) if aligned else 0
         raw = (np.ascontiguousarray(pixels).view(f"u{pixels.dtype.itemsize}") >> shift) & (2**bits - 1)
         pixels = ((raw ^ 2 ** (bits - 1)).astype(np.int32) - 2 ** (bits - 1)) if signed else raw
@@ -171,7 +198,9 @@ def _head(pydicom: Any, data: bytes) -> Any:
 
 
 def _inflated(pydicom: Any, data: bytes, limit: int, *, whole: bool) -> Any:
-    """A deflated file (PS3.5 A.5), of whose content at most ``limit`` bytes are inflated. ValueError: there is more, and ``whole`` is wanted."""
+    """A deflated file (PS3.5 A.5), of whose content at most ``limit`` bytes are inflated. ValueError: there is more,
+    and ``whole`` is wanted.
+    """
     end = _end_of_meta(data)
     inflate = zlib.decompressobj(-zlib.MAX_WBITS)
     content = inflate.decompress(data[end:], limit)
@@ -180,7 +209,8 @@ def _inflated(pydicom: Any, data: bytes, limit: int, *, whole: bool) -> Any:
     return pydicom.dcmread(io.BytesIO(_EXPLICIT + content), force=True, stop_before_pixels=not whole)
 
 
-# Preamble and meta information of a file that is not compressed: group length, then the transfer syntax Explicit VR Little Endian.
+# Preamble and meta information of a file that is not compressed: group length, then the transfer syntax Explicit VR
+# Little Endian.
 _EXPLICIT = b"\0" * 128 + b"DICM\x02\0\0\0UL\x04\0\x1c\0\0\0" + b"\x02\0\x10\0UI\x14\x001.2.840.10008.1.2.1\0"
 
 
@@ -189,7 +219,10 @@ def _gray(stored: _Stored) -> np.ndarray:
     if stored.colour:
         return _luminance(values, stored.bits)
     shown = _shown(dataset) or _unsaid(stored)
-    inverted = dataset.get("PhotometricInterpretation", "") == "MONOCHROME1" or dataset.get("PresentationLUTShape", "") == "INVERSE"
+    inverted = (
+        dataset.get("PhotometricInterpretation", "") == "MONOCHROME1"
+        or dataset.get("PresentationLUTShape", "") == "INVERSE"
+    )
 
     def gray(some: np.ndarray) -> np.ndarray:
         share = np.clip(shown(_rescaled(dataset, some)), 0, 1)
@@ -206,9 +239,14 @@ def _gray(stored: _Stored) -> np.ndarray:
 def _rescaled(dataset: Any, values: np.ndarray) -> np.ndarray:
     """Stored values to the modality's (PS3.3 C.11.1): by its LUT, or slope and intercept. float64."""
     if dataset.get("ModalityLUTSequence"):
-        table = _table(dataset.ModalityLUTSequence[0], values.dtype.kind == "i" or int(dataset.get("PixelRepresentation", 0) or 0) == 1)
+        table = _table(
+            dataset.ModalityLUTSequence[0],
+            values.dtype.kind == "i" or int(dataset.get("PixelRepresentation", 0) or 0) == 1,
+        )
         return table.of(values)
-    return values.astype(np.float64) * float(dataset.get("RescaleSlope", 1) or 1) + float(dataset.get("RescaleIntercept", 0) or 0)
+    return values.astype(np.float64) * float(dataset.get("RescaleSlope", 1) or 1) + float(
+        dataset.get("RescaleIntercept", 0) or 0
+    )
 
 
 @dataclass
@@ -235,15 +273,21 @@ def _table(item: Any, signed: bool) -> _Table:
         entries = np.asarray(data, np.float64).ravel()
         entries = np.where(entries < 0, entries + 2**16, entries)
     entries = entries[:count]
-    # Some devices say 16 bits and give 12 (Agfa CR): a table that uses less than a quarter of its range has the depth that holds its entries.
+    # Some devices say 16 bits and give 12 (Agfa CR): a table that uses less than a quarter of its range has the depth
+    # that holds its entries.
     used = max(8, 2 * math.ceil(math.log2(entries.max(initial=1) + 1) / 2))
     return _Table(entries, first, 2.0 ** (used if used < bits - 1 else bits) - 1)
 
 
 def _shown(dataset: Any) -> Callable[[np.ndarray], np.ndarray] | None:
-    """How the file's own VOI LUT, or else its first window, maps values to shares of white (PS3.3 C.11.2); None where it has neither."""
+    """How the file's own VOI LUT, or else its first window, maps values to shares of white (PS3.3 C.11.2); None where
+    it has neither.
+    """
     if dataset.get("VOILUTSequence"):
-        table = _table(dataset.VOILUTSequence[0], int(dataset.get("PixelRepresentation", 0) or 0) == 1 or float(dataset.get("RescaleIntercept", 0) or 0) < 0)
+        table = _table(
+            dataset.VOILUTSequence[0],
+            int(dataset.get("PixelRepresentation", 0) or 0) == 1 or float(dataset.get("RescaleIntercept", 0) or 0) < 0,
+        )
         return lambda values: table.of(values) / table.top
 
     def first(name: str) -> float | None:
@@ -254,7 +298,10 @@ def _shown(dataset: Any) -> Callable[[np.ndarray], np.ndarray] | None:
 
     center, width = first("WindowCenter"), first("WindowWidth")
     function = str(dataset.get("VOILUTFunction", "") or "LINEAR").upper()
-    exact = function in ("SIGMOID", "LINEAR_EXACT")  # of which the standard asks for a width above 0, of LINEAR for 1 and more
+    exact = function in (
+        "SIGMOID",
+        "LINEAR_EXACT",
+    )  # of which the standard asks for a width above 0, of LINEAR for 1 and more
     if center is None or width is None or not (width > 0 if exact else width >= 1):
         return None
     if function == "SIGMOID":
@@ -283,16 +330,26 @@ def _unsaid(stored: _Stored) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _real(dataset: Any, pixels: np.ndarray) -> np.ndarray:
-    """Pixels that are not padding (PS3.3 C.7.5.1.1.2): bool [H, W]. A padding value may be written without the sign that the pixels have."""
+    """Pixels that are not padding (PS3.3 C.7.5.1.1.2): bool [H, W]. A padding value may be written without the sign
+    that the pixels have.
+    """
     if dataset.get("PixelPaddingValue") in (None, ""):
         return np.ones(pixels.shape, bool)
 
     def signed(value: Any) -> int:
         value = int.from_bytes(value, "little") if isinstance(value, bytes) else int(value)
-        return value - 2**16 if pixels.dtype.kind == "i" and value >= 2**15 else value % 2**16 if pixels.dtype.kind == "u" else value
+        return (
+            value - 2**16
+            if pixels.dtype.kind == "i" and value >= 2**15
+            else value % 2**16
+            if pixels.dtype.kind == "u"
+            else value
+        )
 
     limit = dataset.get("PixelPaddingRangeLimit")
-    ends = sorted((signed(dataset.PixelPaddingValue), signed(dataset.PixelPaddingValue if limit in (None, "") else limit)))
+    ends = sorted(
+        (signed(dataset.PixelPaddingValue), signed(dataset.PixelPaddingValue if limit in (None, "") else limit))
+    )
     return (pixels < ends[0]) | (pixels > ends[1])
 
 

@@ -22,7 +22,9 @@ class InputError(ValueError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown ``name``: the known names closest to it, or all of them if none is close."""
+    """The end of a sentence about an unknown ``name``:
+    the known names closest to it, or all of them if none is close.
+    """
     known = sorted(set(known))
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if close:
@@ -58,7 +60,9 @@ def _twice(node: Any, seen: set[int]) -> Any:
 
 
 def read_yaml(path: Path, flag: str) -> Any:
-    """Plain values of a YAML file; no tag builds an object. InputError: it cannot be read, is not YAML, gives a name twice."""
+    """Plain values of a YAML file; no tag builds an object. InputError: it cannot be read, is not YAML, gives a name
+    twice.
+    """
     try:
         text = path.read_text()
         twice = _twice(yaml.compose(text, yaml.SafeLoader), set())
@@ -74,7 +78,9 @@ def read_yaml(path: Path, flag: str) -> Any:
 
 
 def read_json(source: Path | bytes, where: str = "") -> Any:
-    """Plain values of a JSON file, or of its bytes. InputError: it is not JSON, or nested too deeply. OSError: it cannot be read."""
+    """Plain values of a JSON file, or of its bytes. InputError: it is not JSON, or nested too deeply. OSError: it
+    cannot be read.
+    """
     text = source.read_bytes() if isinstance(source, Path) else source
     try:
         return json.loads(text)
@@ -103,7 +109,9 @@ class CommandParser(argparse.ArgumentParser):
         raise InputError(f"{self.prog}: {message}; see {self.prog} --help")
 
 
-def command_line(whole: CommandParser, commands: Mapping[str, CommandParser], argv: list[str] | None) -> argparse.Namespace:
+def command_line(
+    whole: CommandParser, commands: Mapping[str, CommandParser], argv: list[str] | None
+) -> argparse.Namespace:
     """Parse a command and its flags; InputError names what is nearest to an unknown flag."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] in commands:
@@ -143,7 +151,10 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(141)
     except OSError as error:
         if error.errno in FULL:
-            tell(f"{error.filename or 'a file'}: cannot be written ({error.strerror}); free space and run it again, finished work is kept")
+            tell(
+                f"{error.filename or 'a file'}: cannot be written ({error.strerror}); free space and run it again, "
+                "finished work is kept"
+            )
         if error.filename is None or error.errno is None:
             raise
         tell(f"{error.filename}: {error.strerror}")
@@ -153,4 +164,7 @@ def run(main: Callable[[], None]) -> None:
         tell(WORKER_LOST)  # torch tells it from a signal handler, wherever the process is
 
 
-WORKER_LOST = "a loader process was killed, most likely for want of memory or of space in /dev/shm; use fewer --workers or a smaller --batch"
+WORKER_LOST = (
+    "a loader process was killed, most likely for want of memory or of space in /dev/shm; use fewer "
+    "--workers or a smaller --batch"
+)

@@ -10,7 +10,9 @@ SHA256 = re.compile("[0-9a-f]{64}")  # in hex, as in an index and as a name in t
 
 
 def hidden(name: str) -> bool:
-    """Whether a file or folder is no data: `.ipynb_checkpoints`, `._x.png`, and what macOS and file servers put beside it."""
+    """Whether a file or folder is no data: `.ipynb_checkpoints`, `._x.png`, and what macOS and file servers put beside
+    it.
+    """
     return name.startswith(".") or name in ("__MACOSX", "@eaDir", "$RECYCLE.BIN")
 
 

@@ -1,9 +1,12 @@
-"""What image formats have in common: their first bytes, the largest size, and values of more than 8 bits, which become gray.
+"""What image formats have in common: their first bytes, the largest size, and values of more than 8 bits, which become
+gray.
 
-Legend: gray images uint8 [H, W]; deep values are those of files with more than 8 bits a pixel, [H, W] of any number type.
+Legend: gray images uint8 [H, W]; deep values are those of files with more than 8 bits a pixel, [H, W] of any number
+type.
 
-How bright a deep value is depends on the detector's depth, which files seldom say. A `Scale` is the range of values from black to
-white. It is chosen for a whole set of images (`choose_scales`), since one image's largest value says little about its detector.
+How bright a deep value is depends on the detector's depth, which files seldom say. A `Scale` is the range of values
+from black to white. It is chosen for a whole set of images (`choose_scales`), since one image's largest value says
+little about its detector.
 """
 
 import math
@@ -16,7 +19,14 @@ import numpy as np
 from shards.errors import InputError
 
 MAX_PIXELS = 2**27  # 134 million: beyond any detector, far below what exhausts a machine
-KNOWN = {b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG", b"GIF8": "GIF", b"BM": "BMP", b"II*\0": "TIFF", b"MM\0*": "TIFF"}  # first bytes
+KNOWN = {
+    b"\x89PNG": "PNG",
+    b"\xff\xd8\xff": "JPEG",
+    b"GIF8": "GIF",
+    b"BM": "BMP",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+}  # first bytes
 LUMINANCE = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as Pillow's
 ROWS = 256  # that are converted at a time, so that no copy of a large image in floats is made
 SLACK = 1.25  # a value that is beyond a scale by less than this is cut; beyond, the image is of another kind
@@ -26,7 +36,9 @@ Scale = tuple[float, float]
 
 @dataclass(frozen=True)
 class Extent:
-    """Smallest and largest value of one deep image; ``fractions``: floats that are shares of white rather than counts."""
+    """Smallest and largest value of one deep image;
+    ``fractions``: floats that are shares of white rather than counts.
+    """
 
     low: float
     high: float
@@ -52,10 +64,10 @@ class Extent:
 def choose_scales(extents: Sequence[Extent]) -> tuple[Scale, ...]:
     """The scales of a set of deep images.
 
-    Depths that follow each other (10, 12 and 14 bits) are one detector's, whose darker images do not reach its largest value: they share
-    the largest of these depths. A gap (12 and 16) parts two kinds of files, such as 12-bit values and values that were spread to 16
-    bits; a deeper part with fewer than one image in fifty stays, a shallower one goes with the next deeper. Shares of white are 0 to 1.
-    Signed values of a set lie between its smallest and its largest.
+    Depths that follow each other (10, 12 and 14 bits) are one detector's, whose darker images do not reach its largest
+    value: they share the largest of these depths. A gap (12 and 16) parts two kinds of files, such as 12-bit values and
+    values that were spread to 16 bits; a deeper part with fewer than one image in fifty stays, a shallower one goes
+    with the next deeper. Shares of white are 0 to 1. Signed values of a set lie between its smallest and its largest.
     """
     scales: list[Scale] = []
     signed = [e for e in extents if e.low < 0 and not e.fractions]

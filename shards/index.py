@@ -1,4 +1,5 @@
-"""THE format of packed shards: what ``index.json`` and its tables say, reading and writing them, and indexing tars of other writers.
+"""THE format of packed shards: what ``index.json`` and its tables say, reading and writing them, and indexing tars of
+other writers.
 
 DIR/index.json           what is here: findings, counts, shards with their sizes and checksums
 DIR/<split>/000000.tar   ordinary WebDataset shards
@@ -7,7 +8,8 @@ DIR/<split>.labels.npy   one number a sample: its set of findings, as in ``label
 DIR/<split>.boxes.npy    one row a lesion box, in the order of the samples
 DIR/<split>.ids.npy      one row a sample: hashes of its key and its patient
 
-The last two say what the samples' JSON says, so that nobody has to read ten million of them. Shards from before they were written lack them.
+The last two say what the samples' JSON says, so that nobody has to read ten million of them. Shards from before they
+were written lack them.
 """
 
 import hashlib
@@ -33,16 +35,28 @@ from shards.sample import SPLITS, check_key, parse_meta, split_of_folder
 VERSION = 2
 
 # One row a sample. Members are (offset of the data in the tar, bytes); a length of 0 says that there is none.
-ROW = np.dtype([("image_at", "<u8"), ("image_len", "<u4"), ("json_at", "<u8"), ("json_len", "<u4"), ("mask_at", "<u8"), ("mask_len", "<u4")])
+ROW = np.dtype(
+    [
+        ("image_at", "<u8"),
+        ("image_len", "<u4"),
+        ("json_at", "<u8"),
+        ("json_len", "<u4"),
+        ("mask_at", "<u8"),
+        ("mask_len", "<u4"),
+    ]
+)
 
-BOX = np.dtype([("row", "<u4"), ("finding", "<u2"), ("xyxy", "<f8", (4,))])  # finding: a number into ``boxed`` of index.json
+BOX = np.dtype(
+    [("row", "<u4"), ("finding", "<u2"), ("xyxy", "<f8", (4,))]
+)  # finding: a number into ``boxed`` of index.json
 ID = np.dtype([("key", "<u8"), ("patient", "<u8")])  # `hashed`
 
 
 class Indexed(NamedTuple):
     """What an index says of some samples, n of them.
 
-    rows: `ROW` [n]; findings: of each sample; ids: `ID` [n]; boxes: of lesions, each with the sample's number here, its finding, x0, y0, x1, y1.
+    rows: `ROW` [n]; findings: of each sample; ids: `ID` [n]; boxes: of lesions, each with the sample's number here, its
+    finding, x0, y0, x1, y1.
     """
 
     rows: np.ndarray
@@ -64,7 +78,11 @@ class Indexed(NamedTuple):
 def hashed(text: Any) -> int:
     """64 bits of a key or of a patient's ID, as `ID` has them; 0 for none."""
     text = "" if text is None else str(text).strip()
-    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).digest(), "little") if text else 0
+    return (
+        int.from_bytes(hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).digest(), "little")
+        if text
+        else 0
+    )
 
 
 def build_index(root: Path, *, dataset: str, classes: Sequence[str] | None = None) -> dict[str, Any]:
@@ -85,7 +103,9 @@ def build_index(root: Path, *, dataset: str, classes: Sequence[str] | None = Non
                 part, _ = index_tar(path, classes, keys)
                 deep += _extents(path, part.rows)
                 name = path.relative_to(root).as_posix()
-                shards[split].append({"name": name, "bytes": path.stat().st_size, "sha256": file_sha256(path), "samples": len(part.rows)})
+                shards[split].append(
+                    {"name": name, "bytes": path.stat().st_size, "sha256": file_sha256(path), "samples": len(part.rows)}
+                )
                 parts[split].append(part)
                 bar.update()
     more: dict[str, Any] = {"classes": list(classes)} if classes else {}
@@ -141,18 +161,39 @@ def write_index(
         labels = np.array([number.setdefault(found, len(number)) for found in findings])
         boxes = _boxes(parts[split], boxed)
         if len(number) > np.iinfo(np.uint16).max:
-            raise InputError(f"{root}: more than {np.iinfo(np.uint16).max} different sets of findings; are these class names?")
+            raise InputError(
+                f"{root}: more than {np.iinfo(np.uint16).max} different sets of findings; are these class names?"
+            )
         counts = Counter(name for found in findings for name in found)
         names.update(dict.fromkeys(counts))
-        splits[split] = {"samples": len(table), "masks": int((table["mask_len"] > 0).sum()), "findings": counts, "shards": shards[split]}
-        of_split = {"": table, ".labels": labels.astype("<u2"), ".boxes": boxes, ".ids": np.concatenate([part.ids for part in parts[split]])}
+        splits[split] = {
+            "samples": len(table),
+            "masks": int((table["mask_len"] > 0).sum()),
+            "findings": counts,
+            "shards": shards[split],
+        }
+        of_split = {
+            "": table,
+            ".labels": labels.astype("<u2"),
+            ".boxes": boxes,
+            ".ids": np.concatenate([part.ids for part in parts[split]]),
+        }
         for file, array in ((f"{split}{kind}.npy", array) for kind, array in of_split.items()):
             with atomic.whole(root / file) as partial, partial.open("wb") as raw:
                 np.save(raw, array)
-            splits[split].setdefault("tables", {})[file] = {"bytes": (root / file).stat().st_size, "sha256": file_sha256(root / file)}
+            splits[split].setdefault("tables", {})[file] = {
+                "bytes": (root / file).stat().st_size,
+                "sha256": file_sha256(root / file),
+            }
     for entry in splits.values():
         entry["findings"] = {name: entry["findings"][name] for name in names}
-    known = {"version": VERSION, "dataset": dataset, "findings": list(names), "labels": [list(found) for found in number], "boxed": list(boxed)}
+    known = {
+        "version": VERSION,
+        "dataset": dataset,
+        "findings": list(names),
+        "labels": [list(found) for found in number],
+        "boxed": list(boxed),
+    }
     index = {**known, **more, "splits": splits}
     atomic.write(root / "index.json", json.dumps(index, indent=1))
     return index
@@ -162,16 +203,20 @@ def _boxes(parts: Sequence[Indexed], boxed: dict[str, int]) -> np.ndarray:
     """`BOX` of all parts of a split; ``boxed`` numbers the findings."""
     start, lines = 0, []
     for part in parts:
-        lines += [(start + row, boxed.setdefault(finding, len(boxed)), tuple(xyxy)) for row, finding, *xyxy in part.boxes]
+        lines += [
+            (start + row, boxed.setdefault(finding, len(boxed)), tuple(xyxy)) for row, finding, *xyxy in part.boxes
+        ]
         start += len(part.rows)
     return np.array(lines, BOX)
 
 
-def index_tar(path: Path, classes: Sequence[str] | None = None, keys: dict[bytes, Path] | None = None) -> tuple[Indexed, list[str]]:
+def index_tar(
+    path: Path, classes: Sequence[str] | None = None, keys: dict[bytes, Path] | None = None
+) -> tuple[Indexed, list[str]]:
     """What is in one tar, and the key of each sample; ``keys`` remembers the keys of other tars of the split.
 
-    InputError: not a whole tar, a member that is not a plain file, a key that could leave a folder, two samples of one key,
-    a sample without an image.
+    InputError: not a whole tar, a member that is not a plain file, a key that could leave a folder, two samples of one
+    key, a sample without an image.
     """
     rows: dict[str, dict[str, int]] = {}
     found: dict[str, tuple[str, ...]] = {}
@@ -228,7 +273,9 @@ def index_tar(path: Path, classes: Sequence[str] | None = None, keys: dict[bytes
             raise tarfile.ReadError(f"cut or damaged after {len(rows)} samples")
     except (tarfile.TarError, EOFError, OSError) as error:
         raise InputError(f"{path}: not a whole tar file ({error}); pack or copy it again") from error
-    alone = [key for key, row in rows.items() if "image_len" not in row and "mask_len" not in row and key not in classed]
+    alone = [
+        key for key, row in rows.items() if "image_len" not in row and "mask_len" not in row and key not in classed
+    ]
     if alone and len(alone) < len(rows):  # such as dataset_info.json: of no sample
         print(f"note: {path}: {len(alone)} files without an image are no samples: {listed(alone)}", file=sys.stderr)
         for key in alone:
@@ -242,7 +289,9 @@ def index_tar(path: Path, classes: Sequence[str] | None = None, keys: dict[bytes
         if keys is not None:
             digest = hashlib.blake2b(key.encode(), digest_size=12).digest()
             if digest in keys:
-                raise InputError(f"{path}: the key {key!r} is in {keys[digest].name}, too; keys must be unique within a split")
+                raise InputError(
+                    f"{path}: the key {key!r} is in {keys[digest].name}, too; keys must be unique within a split"
+                )
             keys[digest] = path
         for field, value in row.items():
             table[field][i] = value
@@ -252,19 +301,27 @@ def index_tar(path: Path, classes: Sequence[str] | None = None, keys: dict[bytes
 
 
 def _field(suffix: str) -> str:
-    """What a member is by its suffix, as webdataset reads it, by its last part: image, mask, json, cls, or nothing of ours."""
+    """What a member is by its suffix, as webdataset reads it, by its last part: image, mask, json, cls, or nothing of
+    ours.
+    """
     if suffix in ("json", "cls"):
         return suffix
     if suffix == "mask.png":
         return "mask"
-    return "image" if f".{suffix.rpartition('.')[2]}" in IMAGE_SUFFIXES and not suffix.startswith(("mask.", "seg.")) else ""
+    return (
+        "image"
+        if f".{suffix.rpartition('.')[2]}" in IMAGE_SUFFIXES and not suffix.startswith(("mask.", "seg."))
+        else ""
+    )
 
 
 def _class_name(raw: Any, member: tarfile.TarInfo, classes: Sequence[str] | None, path: Path) -> str:
     raw.seek(member.offset_data)
     text = raw.read(member.size).decode(errors="replace").strip()
     if classes is None or not text.isdecimal() or int(text) >= len(classes):
-        raise InputError(f"{path}:{member.name}: class {text!r} has no name; give --findings with one name for each class")
+        raise InputError(
+            f"{path}:{member.name}: class {text!r} has no name; give --findings with one name for each class"
+        )
     return classes[int(text)]
 
 
@@ -274,11 +331,17 @@ def parse_index(text: str | bytes, where: str, remedy: str) -> dict[str, Any]:
         index = json.loads(text)
         if index["version"] != VERSION:
             raise InputError(f"{where}: version {index['version']}, expected {VERSION}; {remedy}")
-        if not (isinstance(index["splits"], dict) and isinstance(index["findings"], list) and isinstance(index["dataset"], str)):
+        if not (
+            isinstance(index["splits"], dict)
+            and isinstance(index["findings"], list)
+            and isinstance(index["dataset"], str)
+        ):
             raise ValueError("wrong types")
         for entry in index["splits"].values():
             for shard in entry["shards"]:
-                if not all(isinstance(shard[name], int) for name in ("bytes", "samples")) or not SHA256.fullmatch(shard["sha256"]):
+                if not all(isinstance(shard[name], int) for name in ("bytes", "samples")) or not SHA256.fullmatch(
+                    shard["sha256"]
+                ):
                     raise ValueError(f"the shard {shard['name']!r} lacks its size or checksum")
             for name, table in entry["tables"].items():
                 if not isinstance(table["bytes"], int) or not SHA256.fullmatch(table["sha256"]):

@@ -32,8 +32,10 @@ SHM_REMEDY = "use fewer --workers (0: none) or a smaller --batch, or give the co
 class Batch:
     """What one process gets. A process whose share is empty gets others' images with weight 0.
 
-    image: uint8 [B,1,H,W]; target: int8 [B,K] (`shards.targets`); index: int64 [B], position in the split; weight: float32 [B], 1 or 0;
-    mask: bool [B,H,W] or None (only a Split opened with ``masks=True``); total: images of the global batch, of all processes.
+    image: uint8 [B,1,H,W]; target: int8 [B,K] (`shards.targets`); index: int64 [B], position in the split; weight:
+    float32 [B], 1 or 0;
+    mask: bool [B,H,W] or None (only a Split opened with ``masks=True``); total: images of the global batch, of all
+    processes.
     """
 
     image: torch.Tensor
@@ -66,7 +68,8 @@ class _Reader(Dataset["Batch | InputError"]):
             batch = self._batch(share)
             if get_worker_info() is not None:
                 for tensor in batch.tensors().values():
-                    tensor.share_memory_()  # here, where a full /dev/shm is an error: the queue's thread would lose the batch, and all would wait
+                    # Here, where a full /dev/shm is an error: the queue's thread would lose the batch.
+                    tensor.share_memory_()
             return batch
         except InputError as error:
             return error  # raised by `Loader.batches`: a process of the loader would wrap it in its traceback
@@ -83,12 +86,16 @@ class _Reader(Dataset["Batch | InputError"]):
                 images = self.buffers.get((len(share.positions), *image.shape))
             elif image.shape != images.shape[1:]:
                 sizes = " and ".join(f"{shape[1]}x{shape[0]}" for shape in (images.shape[1:], image.shape))
-                raise InputError(f"{self.samples.where}: images of different sizes in one batch ({sizes}); pack them to one --size")
+                raise InputError(
+                    f"{self.samples.where}: images of different sizes in one batch ({sizes}); pack them to one --size"
+                )
             images[i] = image
         masks = None
         if self.samples.masks:
             known = [self.samples.mask(p) for p in share.positions]
-            masks = torch.from_numpy(np.stack([m for m in known if m is not None]))  # all are there: checked when opened
+            masks = torch.from_numpy(
+                np.stack([m for m in known if m is not None])
+            )  # all are there: checked when opened
         return Batch(
             image=torch.from_numpy(images)[:, None],
             target=torch.from_numpy(self.samples.targets(share.positions)),
@@ -110,39 +117,63 @@ class Loader:
         plan: of its epochs.
         batch: images of a rank and batch at most.
         rank, world: this process and how many there are; every rank gets equally many batches.
-        workers: processes that read. They start at the first batch and stay: a later fork would copy a process with the threads of CUDA, NCCL and
+        workers: processes that read. They start at the first batch and stay: a later fork would copy a process with the
+            threads of CUDA, NCCL and
             a tracker. 0: this process reads.
         pinned: batches in page-locked memory, for a GPU.
     """
 
-    def __init__(self, samples: Samples, plan: EpochPlan, *, batch: int, rank: int = 0, world: int = 1, workers: int = 0, pinned: bool = False) -> None:
+    def __init__(
+        self,
+        samples: Samples,
+        plan: EpochPlan,
+        *,
+        batch: int,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        pinned: bool = False,
+    ) -> None:
         self.samples, self.plan = samples, plan
         self.batch, self.rank, self.world, self.workers = batch, rank, world, workers
         self.sampler = _Armed()
         options: dict[str, Any] = {"num_workers": workers, "pin_memory": pinned, "worker_init_fn": _leave_interrupts}
-        if workers:  # two batches ahead for each: more would not fit into the 64 MB of shared memory that a container has by default
+        # Two batches ahead for each: more would not fit into the 64 MB of shared memory that a container has
+        if workers:
             options |= {"persistent_workers": True, "prefetch_factor": 2}
-        self.loader: Any = DataLoader(_Reader(samples), batch_size=None, sampler=self.sampler, collate_fn=None, **options)
+        self.loader: Any = DataLoader(
+            _Reader(samples), batch_size=None, sampler=self.sampler, collate_fn=None, **options
+        )
         self.processes: list[Any] = []
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from its sample ``start`` on.
 
-        Shards of a URL are fetched ahead, one window of the plan before they are needed. InputError: a sample that cannot be read, processes of the
-        loader that are killed, have no shared memory left, or deliver nothing for `STALLED` seconds.
+        Shards of a URL are fetched ahead, one window of the plan before they are needed. InputError: a sample that
+        cannot be read, processes of the loader that are killed, have no shared memory left, or deliver nothing for
+        `STALLED` seconds.
         """
         shares = Shares(self.plan, epoch, start, batch=self.batch, rank=self.rank, world=self.world)
         # Sets of lung masks, which are joined, are small: a shard of theirs is fetched when it is needed.
-        ahead = _Ahead(self.samples, self.plan, shares) if isinstance(self.samples, Split) and self.samples.store.remote else None
+        ahead = (
+            _Ahead(self.samples, self.plan, shares)
+            if isinstance(self.samples, Split) and self.samples.store.remote
+            else None
+        )
         self.sampler.shares = ahead or shares
         watch = _Watch()
         try:
             yield from self._watched(watch)
         except (RuntimeError, OSError, EOFError) as error:
             if watch.stalled:
-                what = f"have delivered nothing for {STALLED:g} s: is the disk or network of {self.samples.where} stuck, or a process stopped?"
+                what = (
+                    f"have delivered nothing for {STALLED:g} s: is the disk or network of {self.samples.where} "
+                    "stuck, or a process stopped?"
+                )
                 raise InputError(f"the loader's processes {what}") from error
-            if "DataLoader worker" not in str(error) and not (self.workers and isinstance(error, ConnectionError | EOFError)):
+            if "DataLoader worker" not in str(error) and not (
+                self.workers and isinstance(error, ConnectionError | EOFError)
+            ):
                 raise
             raise InputError(WORKER_LOST) from error
         finally:
@@ -151,12 +182,16 @@ class Loader:
 
     def _watched(self, watch: "_Watch") -> Iterator[Batch]:
         """What the loader's processes deliver; the first InputError of theirs is raised here."""
-        watch.start(self.processes)  # those of an earlier epoch: one that stopped since then does not answer when it is asked to begin anew
+        watch.start(
+            self.processes
+        )  # those of an earlier epoch: one that stopped since then does not answer when it is asked to begin anew
         try:
             others = set(multiprocessing.active_children())
             with watch.waiting():
                 loader = iter(self.loader)
-            self.processes = self.processes or [child for child in multiprocessing.active_children() if child not in others]
+            self.processes = self.processes or [
+                child for child in multiprocessing.active_children() if child not in others
+            ]
             watch.start(self.processes)
             while True:
                 with watch.waiting():
@@ -183,7 +218,8 @@ class _Armed(Sampler[Share]):
 class _Watch:
     """Ends loader processes for which the main one has waited longer than `STALLED` seconds.
 
-    The loader's own timeout does not see a process that is frozen while it hands a batch over; a killed one ends every kind of waiting.
+    The loader's own timeout does not see a process that is frozen while it hands a batch over; a killed one ends every
+    kind of waiting.
     """
 
     def __init__(self) -> None:
@@ -217,7 +253,9 @@ class _Watch:
                 return
 
     def end(self) -> None:
-        """Stop watching. Of processes that were killed torch's signal handler raises once more, wherever this one is: it does so here, unheard."""
+        """Stop watching. Of processes that were killed torch's signal handler raises once more, wherever this one is:
+        it does so here, unheard.
+        """
         self.over.set()
         if self.processes:
             self.thread.join()
@@ -233,7 +271,9 @@ def _leave_interrupts(_: int) -> None:
 
 
 class _Buffers:
-    """Memory of batches that nobody holds any more: asking the system for new pages costs as much as a tenth of decoding."""
+    """Memory of batches that nobody holds any more: asking the system for new pages costs as much as a tenth of
+    decoding.
+    """
 
     def __init__(self) -> None:
         self.known: list[np.ndarray] = []
@@ -241,14 +281,18 @@ class _Buffers:
 
     @staticmethod
     def _idle(known: list[np.ndarray]) -> int:
-        """References that Python counts for an array that only the list holds, asked as `get` asks: 3, from Python 3.14 on 2."""
+        """References that Python counts for an array that only the list holds, asked as `get` asks: 3, from Python 3.14
+        on 2.
+        """
         for array in known:
             if array.shape == (1,) and (count := sys.getrefcount(array)):
                 return count
         raise AssertionError
 
     def get(self, shape: tuple[int, ...]) -> np.ndarray:
-        """An uninitialised uint8 array. It is handed out again when the tensors made from it are gone: they hold a reference to it."""
+        """An uninitialised uint8 array. It is handed out again when the tensors made from it are gone: they hold a
+        reference to it.
+        """
         for array in self.known:
             if array.shape == shape and sys.getrefcount(array) == self.idle:
                 return array
@@ -286,13 +330,17 @@ class _Ahead(Sampler[Share]):
             yield self.shares.share(start)
 
     def _serve(self) -> None:
-        """In a thread, which the end of the process does not wait for: fetch what is asked for until nothing more is."""
+        """In a thread, which the end of the process does not wait for:
+        fetch what is asked for until nothing more is.
+        """
         while (shard := self.queue.get()) is not None:
             with suppress(InputError):  # whoever needs the shard tries again and says so
                 self.split.store.shard(self.split.shards[shard])
 
     def close(self, *, wait: bool = True) -> None:
-        """Drop what was not begun; with ``wait`` for the fetches under way: nothing of them is left when the next loader forks."""
+        """Drop what was not begun; with ``wait`` for the fetches under way: nothing of them is left when the next
+        loader forks.
+        """
         with suppress(Empty):
             while True:
                 self.queue.get_nowait()

@@ -28,28 +28,40 @@ def note_of(work: Path, name: str) -> Path:
 
 
 def refuse_existing(out: Path) -> None:
-    """InputError unless ``out`` is missing or an empty folder that can be replaced: shards are never overwritten or mixed."""
+    """InputError unless ``out`` is missing or an empty folder that can be replaced: shards are never overwritten or
+    mixed.
+    """
     if out.is_symlink():
         raise InputError(f"--out {out}: is a link; name the folder itself")
     if out.is_dir() and (os.path.ismount(out) or out.resolve() == Path.cwd()):
         what = "a mounted volume" if os.path.ismount(out) else "the working folder"
-        raise InputError(f"--out {out}: is {what}, which cannot be replaced in one step; name a folder inside it, such as {out / 'shards'}")
+        raise InputError(
+            f"--out {out}: is {what}, which cannot be replaced in one step; name a folder inside it, such as "
+            f"{out / 'shards'}"
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {out}: already holds something; choose another folder or remove this one first")
 
 
 def merge(out: Path) -> dict[str, Any]:
-    """Finished shards in ``out.partial`` -> their index, then the name ``out``. InputError: which shards are missing."""
+    """Finished shards in ``out.partial`` -> their index, then the name ``out``.
+    InputError: which shards are missing.
+    """
     work = work_folder(out)
     refuse_existing(out)
     try:
         plan = read_json(work / "plan.json")
         names: list[str] = plan["shards"]
     except (OSError, InputError, KeyError) as error:
-        raise InputError(f"{work}: holds no packed parts; make them with `python -m shards ... --out {out} --part 1/N`") from error
+        raise InputError(
+            f"{work}: holds no packed parts; make them with `python -m shards ... --out {out} --part 1/N`"
+        ) from error
     missing = [name for name in names if not note_of(work, name).is_file()]
     if missing:
-        raise InputError(f"{work}: {len(missing)} of {len(names)} shards are not made yet: {listed(missing)}; run the parts that make them")
+        raise InputError(
+            f"{work}: {len(missing)} of {len(names)} shards are not made yet: {listed(missing)}; run the parts that "
+            "make them"
+        )
     shards: dict[str, list[dict[str, Any]]] = defaultdict(list)
     parts: dict[str, list[Indexed]] = defaultdict(list)
     skipped: list[dict[str, str]] = []
@@ -64,14 +76,22 @@ def merge(out: Path) -> dict[str, Any]:
         tar = work / SHARDS / name
         if not tar.is_file() or tar.stat().st_size != note["bytes"]:
             raise InputError(f"{tar}: is not the shard that was made; copy it again or run its part again")
-        shards[split].append({"name": name, "bytes": note["bytes"], "sha256": note["sha256"], "samples": len(note["rows"])})
+        shards[split].append(
+            {"name": name, "bytes": note["bytes"], "sha256": note["sha256"], "samples": len(note["rows"])}
+        )
         parts[split].append(Indexed.of(note))
         for content in note["contents"]:
             homes[content].add(split)
     if not shards:
         raise InputError(f"{work}: every sample was skipped: {listed(s['key'] + ': ' + s['why'] for s in skipped)}")
     shared = sum(len(splits) > 1 for splits in homes.values())
-    more = {"stored": plan["stored"], "left_out": plan["left_out"], "skipped": skipped, "remarks": remarks, "in_two_splits": shared}
+    more = {
+        "stored": plan["stored"],
+        "left_out": plan["left_out"],
+        "skipped": skipped,
+        "remarks": remarks,
+        "in_two_splits": shared,
+    }
     whole = work / SHARDS
     wanted = {shard["name"] for of_split in shards.values() for shard in of_split}
     for path in whole.glob("*/*"):  # of an earlier plan, or of a process that was killed

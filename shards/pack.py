@@ -1,8 +1,8 @@
 """Items -> tar shards + index: in parallel, the same bytes for the same input, and to be interrupted at any moment.
 
-Shards are made in ``DIR.partial/shards``, each under a temporary name until it is whole; a note in ``DIR.partial/notes`` says
-from what it was made. Run again, finished shards whose input is still the same are kept. The index comes last, then that
-folder gets the name DIR, which is whole or not there.
+Shards are made in ``DIR.partial/shards``, each under a temporary name until it is whole; a note in
+``DIR.partial/notes`` says from what it was made. Run again, finished shards whose input is still the same are kept. The
+index comes last, then that folder gets the name DIR, which is whole or not there.
 """
 
 import fcntl
@@ -92,13 +92,20 @@ def pack(
     work = work_folder(out)
     _set_scales(source, workers)
     packer = _Packer(source, work, form, on_bad)
-    plan = {"version": VERSION, "dataset": dataset, "classes": list(source.classes), "stored": source.settings() | {"format": form}}
+    plan = {
+        "version": VERSION,
+        "dataset": dataset,
+        "classes": list(source.classes),
+        "stored": source.settings() | {"format": form},
+    }
     plan["left_out"] = source.skipped
     plan["shards"] = [job.name for job in jobs]
     digest = hashlib.sha256()
     for item in source.items:
         digest.update(repr(item).encode(errors="surrogateescape"))
-    plan["items"] = digest.hexdigest()  # parts of other items, such as other splits of the same patients, do not go together
+    plan["items"] = (
+        digest.hexdigest()
+    )  # parts of other items, such as other splits of the same patients, do not go together
     text = json.dumps(plan, indent=1, default=list)
     with _claimed(work, shared=part is not None):
         try:
@@ -107,7 +114,13 @@ def pack(
             for split in {job.split for job in mine}:
                 (work / SHARDS / split).mkdir(parents=True, exist_ok=True)
             (work / NOTES).mkdir(exist_ok=True)
-            _run(packer, mine, min(workers or cores(), len(mine)) if workers or len(source.items) > SMALL else 1, out, part)
+            _run(
+                packer,
+                mine,
+                min(workers or cores(), len(mine)) if workers or len(source.items) > SMALL else 1,
+                out,
+                part,
+            )
             return merge(out) if part is None else None
         except OSError as error:
             raise InputError(f"--out {out}: cannot be written ({error.strerror or error}); {_kept(work)}") from error
@@ -130,7 +143,10 @@ def _jobs(source: Source, per_shard: int) -> list[Job]:
         seen[place] = item.image
         for name in item.findings:
             if "," in name:
-                raise InputError(f"{item.image}: the finding {name!r} must not hold a comma, which separates the findings of a --task; rename it")
+                raise InputError(
+                    f"{item.image}: the finding {name!r} must not hold a comma, which separates the findings of a "
+                    "--task; rename it"
+                )
     if same:
         raise InputError(f"{len(same)} images would have the same key as another: {listed(same)}; rename one of each")
     jobs, start = [], 0
@@ -143,7 +159,9 @@ def _jobs(source: Source, per_shard: int) -> list[Job]:
 
 
 def _set_scales(source: Source, workers: int | None) -> None:
-    """How values of more than 8 bits become gray, for the whole set: as ``--bits`` says, or from the values of all images."""
+    """How values of more than 8 bits become gray, for the whole set: as ``--bits`` says, or from the values of all
+    images.
+    """
     if source.bits is not None:
         source.scales = ((0.0, 2.0**source.bits - 1),)
         return
@@ -155,14 +173,28 @@ def _set_scales(source: Source, workers: int | None) -> None:
         context.set_forkserver_preload(["shards.pack"])
         try:
             with ProcessPoolExecutor(workers or cores(), context) as pool:
-                found = list(tqdm(pool.map(extent, paths, chunksize=64), desc="bit depths", total=len(paths), unit="img", delay=5, dynamic_ncols=True))
+                found = list(
+                    tqdm(
+                        pool.map(extent, paths, chunksize=64),
+                        desc="bit depths",
+                        total=len(paths),
+                        unit="img",
+                        delay=5,
+                        dynamic_ncols=True,
+                    )
+                )
         except BrokenProcessPool as error:
-            raise InputError("a process was killed, most likely for want of memory; use fewer --workers, or say the depth with --bits") from error
+            raise InputError(
+                "a process was killed, most likely for want of memory; use fewer --workers, or say the depth with "
+                "--bits"
+            ) from error
     deep = [e for e in found if e is not None]
     source.scales = choose_scales(deep)
     for scale in source.scales:
         of = sum(scale_of(e, source.scales) == scale for e in deep)
-        source.notes.append(f"{of} images of more than 8 bits: {scale[0]:g} is black, {scale[1]:g} is white; another depth: --bits")
+        source.notes.append(
+            f"{of} images of more than 8 bits: {scale[0]:g} is black, {scale[1]:g} is white; another depth: --bits"
+        )
 
 
 @contextmanager
@@ -172,7 +204,9 @@ def _claimed(work: Path, *, shared: bool) -> Iterator[None]:
         work.mkdir(parents=True, exist_ok=True)
         lock = os.open(work / ".lock", os.O_RDWR | os.O_CREAT)
     except OSError as error:
-        raise InputError(f"--out {work.with_suffix('')}: cannot be written ({error.strerror or error}); choose a folder that can") from error
+        raise InputError(
+            f"--out {work.with_suffix('')}: cannot be written ({error.strerror or error}); choose a folder that can"
+        ) from error
     try:
         if not _lock(lock, fcntl.LOCK_SH if shared else fcntl.LOCK_EX):
             raise InputError(f"{work}: another process is packing there; wait for it, or choose another --out")
@@ -195,12 +229,20 @@ def _lock(descriptor: int, how: int) -> bool:
 
 
 def _agree(work: Path, plan: str, part: tuple[int, int] | None) -> None:
-    """Write the plan; parts must have the same one. A whole run replaces an older plan: shards that still fit it are kept."""
+    """Write the plan; parts must have the same one. A whole run replaces an older plan: shards that still fit it are
+    kept.
+    """
     path = work / "plan.json"
     if part is not None and path.is_file() and path.read_text() != plan:
-        raise InputError(f"{work}: was begun with other settings or other files; use the same command for every part, or remove the folder")
+        raise InputError(
+            f"{work}: was begun with other settings or other files; use the same command for every part, or remove the "
+            "folder"
+        )
     if path.is_file() and path.read_text() != plan:
-        print(f"note: {work} was begun with other settings or files; finished shards that do not fit are made again", file=sys.stderr)
+        print(
+            f"note: {work} was begun with other settings or files; finished shards that do not fit are made again",
+            file=sys.stderr,
+        )
     if not path.is_file() or path.read_text() != plan:
         atomic.write(path, plan)
 
@@ -215,7 +257,13 @@ def _kept(work: Path) -> str:
 def _run(packer: "_Packer", mine: list[Job], workers: int, out: Path, part: tuple[int, int] | None) -> None:
     """Make the shards, show the rate and what was skipped."""
     name = out.name if part is None else f"{out.name} {part[0]}/{part[1]}"
-    with tqdm(total=sum(job.stop - job.start for job in mine), desc=f"packing {name}", unit="img", mininterval=0.5, dynamic_ncols=True) as bar:
+    with tqdm(
+        total=sum(job.stop - job.start for job in mine),
+        desc=f"packing {name}",
+        unit="img",
+        mininterval=0.5,
+        dynamic_ncols=True,
+    ) as bar:
         skipped = 0
 
         def finished(done: dict[str, Any]) -> None:
@@ -278,7 +326,10 @@ class _Packer:
         try:
             # Fixed owner and time: the same samples give the same bytes.
             # An open file: of a name webdataset would make a command or a URL.
-            with partial.open("wb") as raw, webdataset.TarWriter(raw, encoder=False, mtime=0.0, user="", group="") as writer:
+            with (
+                partial.open("wb") as raw,
+                webdataset.TarWriter(raw, encoder=False, mtime=0.0, user="", group="") as writer,
+            ):
                 for item in items:
                     try:
                         sample = self.source.load(item)

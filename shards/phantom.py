@@ -13,7 +13,16 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from shards.errors import InputError
-from shards.sample import EFFUSION, FINDINGS, NO_FINDING, PNEUMOTHORAX, SPLITS, SUBCUTANEOUS_EMPHYSEMA, LesionBox, Sample
+from shards.sample import (
+    EFFUSION,
+    FINDINGS,
+    NO_FINDING,
+    PNEUMOTHORAX,
+    SPLITS,
+    SUBCUTANEOUS_EMPHYSEMA,
+    LesionBox,
+    Sample,
+)
 from shards.sources.item import Item, Source
 
 SHARES = (0.6, 0.2, 0.2)  # of train, val and test, as published
@@ -22,7 +31,8 @@ KINDS = ("marker", "tube")  # of shortcuts
 
 
 class Phantoms(Source):
-    """``count`` radiographs, 60/20/20, with equally many of each finding in every split. An image depends on (seed, split, its number) alone.
+    """``count`` radiographs, 60/20/20, with equally many of each finding in every split. An image depends on (seed,
+    split, its number) alone.
 
     Args:
         count: all images together; at least 5 for each finding.
@@ -33,7 +43,8 @@ class Phantoms(Source):
             val: with probability ``|shortcut|`` it is the finding's own (negative: another finding's), otherwise drawn
             at random.
         shortcut_test: the same for test.
-        kind: of the shortcut: ``marker``, a technician's mark in the corner, or ``tube``, a tube or wire inside one lung.
+        kind: of the shortcut: ``marker``, a technician's mark in the corner, or ``tube``, a tube or wire inside one
+            lung.
     """
 
     def __init__(
@@ -61,10 +72,14 @@ class Phantoms(Source):
                 raise InputError(f"{flag} {value}: a correlation lies in [-1, 1]")
         sizes = split_sizes(count)
         if min(sizes) < len(findings):
-            raise InputError(f"--count {count}: too few for {len(findings)} findings in three splits; at least {5 * len(findings)}")
+            raise InputError(
+                f"--count {count}: too few for {len(findings)} findings in three splits; at least {5 * len(findings)}"
+            )
         names = list(findings)
         items = [
-            Item(split, f"{split}-{i:06d}", (names[i % len(names)],), extra=(("number", i),)) for split, n in zip(SPLITS, sizes, strict=True) for i in range(n)
+            Item(split, f"{split}-{i:06d}", (names[i % len(names)],), extra=(("number", i),))
+            for split, n in zip(SPLITS, sizes, strict=True)
+            for i in range(n)
         ]
         super().__init__(items, {}, tuple(names), size)
         self.seed, self.kind = seed, kind
@@ -89,7 +104,13 @@ class Phantoms(Source):
 
     def settings(self) -> dict[str, Any]:
         """See Source."""
-        return {"size": self.size, "seed": self.seed, "shortcut": self.shortcut, "findings": self.classes, "kind": self.kind}
+        return {
+            "size": self.size,
+            "seed": self.seed,
+            "shortcut": self.shortcut,
+            "findings": self.classes,
+            "kind": self.kind,
+        }
 
 
 def split_sizes(count: int) -> tuple[int, int, int]:
@@ -104,7 +125,9 @@ def _marker_class(rng: np.random.Generator, k: int, classes: int, correlation: f
     return int(rng.integers(classes))
 
 
-def phantom(key: str, finding: str, rng: np.random.Generator, size: int, tube: tuple[int, np.random.Generator] | None = None) -> Sample:
+def phantom(
+    key: str, finding: str, rng: np.random.Generator, size: int, tube: tuple[int, np.random.Generator] | None = None
+) -> Sample:
     """One radiograph uint8 [size, size] with its lung mask (both lungs, without the heart) and lesion boxes.
 
     ``tube``: the class whose kind of tube lies in a lung, and its own random numbers.
@@ -207,14 +230,18 @@ def _pose(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
     return u, v
 
 
-def _lung(u: np.ndarray, v: np.ndarray, side: int, apex: float, base: float, half: float, rng: np.random.Generator) -> _Lung:
+def _lung(
+    u: np.ndarray, v: np.ndarray, side: int, apex: float, base: float, half: float, rng: np.random.Generator
+) -> _Lung:
     d = side * u
     base = base - (0.02 if side < 0 else 0.0) * rng.uniform(0.5, 1.5)  # the liver lifts the patient's right side
     half = half * rng.uniform(0.95, 1.02)
     t = (v - apex) / (base - apex)
     # Lateral wall: a quarter ellipse from the apex to the widest place, then nearly straight.
     widest = rng.uniform(0.6, 0.75)
-    lateral = half * np.where(t < widest, np.sqrt(np.clip(1 - ((widest - t) / widest) ** 2, 0, 1)), 1 - 0.10 * (t - widest))
+    lateral = half * np.where(
+        t < widest, np.sqrt(np.clip(1 - ((widest - t) / widest) ** 2, 0, 1)), 1 - 0.10 * (t - widest)
+    )
     medial = rng.uniform(0.05, 0.07) + 0.02 * np.clip(t, 0, 1)
     # Diaphragm: a dome that falls off toward the costophrenic angle.
     across = np.clip((d - medial) / np.maximum(lateral - medial, 1e-3), -1, 2)
@@ -253,7 +280,9 @@ def _vessels(pair: list[_Lung], lungs: np.ndarray, size: int, rng: np.random.Gen
         if not lung.mask.any():
             continue
         rows, columns = np.nonzero(lung.mask)
-        inner = np.argmin(np.abs(lung.depth[rows, columns] - rng.uniform(0.42, 0.52)) + lung.across[rows, columns] * 0.6)
+        inner = np.argmin(
+            np.abs(lung.depth[rows, columns] - rng.uniform(0.42, 0.52)) + lung.across[rows, columns] * 0.6
+        )
         hilum = np.array([columns[inner], rows[inner]], float)
         reach = 0.5 * np.ptp(rows)
         for _ in range(14):
@@ -336,7 +365,11 @@ def _emphysema(chest: _Chest, image: np.ndarray, rng: np.random.Generator) -> li
             length = size * rng.uniform(0.02, 0.06)
             dx, dy = np.cos(angle) * length / 2, np.sin(angle) * length / 2
             width = max(1, round(size * rng.uniform(0.004, 0.011)))
-            pen.line([columns[i] - dx, rows[i] - dy, columns[i] + dx, rows[i] + dy], fill=int(rng.integers(150, 255)), width=width)
+            pen.line(
+                [columns[i] - dx, rows[i] - dy, columns[i] + dx, rows[i] + dy],
+                fill=int(rng.integers(150, 255)),
+                width=width,
+            )
         streaks = _blur(np.asarray(layer) / 255.0, size / 350) * field
         image -= streaks * rng.uniform(0.22, 0.34)
         # Two boxes a side: one around both places would hold the upper lung as well.

@@ -21,7 +21,16 @@ from shards.gray import MAX_PIXELS, Extent, Scale, kind_of, one_channel, refuse_
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".jp2", ".j2k", ".pgm", ".ppm")
 FORMATS = ("jpg", "png", "webp")
-OPENED = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000")  # Pillow's EPS reader, for one, runs another program
+OPENED = (
+    "PNG",
+    "JPEG",
+    "WEBP",
+    "BMP",
+    "TIFF",
+    "GIF",
+    "PPM",
+    "JPEG2000",
+)  # Pillow's EPS reader, for one, runs another program
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow would warn below our limit; above it `decode_image` refuses
 JPEG_QUALITY = 95
 ASPECTS = ("stretch", "pad")
@@ -33,8 +42,9 @@ CHANNELS = 4  # colour and alpha
 def decode_image(data: bytes | bytearray, where: str, scales: Sequence[Scale] = ()) -> np.ndarray:
     """Decode any image file to grayscale uint8 ``[H, W]``, upright as its EXIF says.
 
-    Colour becomes luminance and an alpha channel is dropped, at any depth. Values of more than 8 bits are brightened by the one of
-    ``scales`` that holds them; without one, by the smallest even bit depth that holds the image's largest value.
+    Colour becomes luminance and an alpha channel is dropped, at any depth. Values of more than 8 bits are brightened by
+    the one of ``scales`` that holds them; without one, by the smallest even bit depth that holds the image's largest
+    value.
 
     Raises:
         InputError: not an image, truncated, or more than ``MAX_PIXELS`` pixels. ``where`` names it.
@@ -51,7 +61,9 @@ def decode_gray(data: bytes | bytearray, where: str, scales: Sequence[Scale] = (
 
 
 def extent(path: Path | str) -> Extent | None:
-    """The extent of a file's values, for `choose_scales`; None for 8 bits, for DICOM, and for what cannot be read, which packing tells."""
+    """The extent of a file's values, for `choose_scales`; None for 8 bits, for DICOM, and for what cannot be read,
+    which packing tells.
+    """
     try:
         with Path(path).open("rb") as file:
             head = file.read(132)
@@ -79,7 +91,9 @@ def _may_be_deep(head: bytes) -> bool:
 
 
 def image_size(path: Path | str) -> tuple[int, int]:
-    """Width and height of an image file as it is shown, from its header where that says it. InputError as `open_gray`."""
+    """Width and height of an image file as it is shown, from its header where that says it.
+    InputError as `open_gray`.
+    """
     data = _read(path)
     if _is_dicom(data, str(path)) or data[:4] in (b"II*\0", b"MM\0*"):
         return open_gray(path).size
@@ -98,8 +112,14 @@ def _guarded(data: bytes | bytearray, where: str, decode: Callable[[], Any]) -> 
     except InputError:
         raise
     except Exception as error:  # Pillow, tifffile and imagecodecs raise many kinds for damaged files
-        why = "no known image format" if isinstance(error, UnidentifiedImageError) else (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{where}: cannot be decoded as an image ({len(data)} bytes; {why}); replace or remove it") from error
+        why = (
+            "no known image format"
+            if isinstance(error, UnidentifiedImageError)
+            else (str(error) or type(error).__name__).splitlines()[0]
+        )
+        raise InputError(
+            f"{where}: cannot be decoded as an image ({len(data)} bytes; {why}); replace or remove it"
+        ) from error
 
 
 @dataclass
@@ -185,7 +205,10 @@ def _deep_tiff(data: bytes, where: str) -> _Deep | None:
             if page.dtype is None or page.dtype.itemsize == 1:
                 return None
             if page.samplesperpixel > CHANNELS or page.imagedepth > 1:
-                raise InputError(f"{where}: has {page.samplesperpixel} values a pixel, an image has {CHANNELS} at most; replace or remove it")
+                raise InputError(
+                    f"{where}: has {page.samplesperpixel} values a pixel, an image has {CHANNELS} at most; replace or "
+                    "remove it"
+                )
             values = page.asarray()
             if page.axes == "SYX":
                 values = np.moveaxis(values, 0, 2)
@@ -252,7 +275,9 @@ class Frame:
 
     @staticmethod
     def of(shape: tuple[int, ...], size: int, aspect: str = "stretch") -> "Frame":
-        """``stretch`` to the square, as published, or ``pad``: the aspect is kept, the rest is black, the image in the middle."""
+        """``stretch`` to the square, as published, or ``pad``: the aspect is kept, the rest is black, the image in the
+        middle.
+        """
         if aspect == "stretch":
             return Frame(size, size)
         height, width = (max(1, round(side * size / max(shape))) for side in shape)
@@ -261,12 +286,20 @@ class Frame:
     def box(self, share: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
         """A box in shares of the image's sides -> pixels of the square."""
         x0, y0, x1, y1 = share
-        return self.left + x0 * self.width, self.top + y0 * self.height, self.left + x1 * self.width, self.top + y1 * self.height
+        return (
+            self.left + x0 * self.width,
+            self.top + y0 * self.height,
+            self.left + x1 * self.width,
+            self.top + y1 * self.height,
+        )
 
     def share(self, box: Iterable[float]) -> tuple[float, float, float, float]:
         """A box in pixels of the square -> shares of the image's sides, cut at the image."""
         x0, y0, x1, y1 = box
-        across, down = ((v - self.left) / self.width for v in (x0, x1)), ((v - self.top) / self.height for v in (y0, y1))
+        across, down = (
+            ((v - self.left) / self.width for v in (x0, x1)),
+            ((v - self.top) / self.height for v in (y0, y1)),
+        )
         (x0, x1), (y0, y1) = (tuple(min(max(v, 0.0), 1.0) for v in pair) for pair in (across, down))
         return x0, y0, x1, y1
 
@@ -279,7 +312,9 @@ def fit(image: np.ndarray | Image.Image, size: int, aspect: str = "stretch", *, 
         fitted = np.asarray(source)
     else:
         shrinks = source.width >= frame.width and source.height >= frame.height
-        fitted = np.asarray(source.resize((frame.width, frame.height), Image.Resampling.BOX if shrinks else Image.Resampling.BILINEAR))
+        fitted = np.asarray(
+            source.resize((frame.width, frame.height), Image.Resampling.BOX if shrinks else Image.Resampling.BILINEAR)
+        )
         fitted = np.where(fitted >= 128, 255, 0).astype(np.uint8) if mask else fitted
     if fitted.shape == (size, size):
         return fitted
@@ -289,7 +324,9 @@ def fit(image: np.ndarray | Image.Image, size: int, aspect: str = "stretch", *, 
 
 
 def encode_image(image: np.ndarray, form: str) -> bytes:
-    """uint8 ``[H, W]`` to the bytes of a JPEG (quality 95), a PNG or a lossless WebP (lossy WebP has only 220 grays)."""
+    """uint8 ``[H, W]`` to the bytes of a JPEG (quality 95),
+    a PNG or a lossless WebP (lossy WebP has only 220 grays).
+    """
     buffer = io.BytesIO()
     if form == "jpg":
         Image.fromarray(image).save(buffer, "JPEG", quality=JPEG_QUALITY)

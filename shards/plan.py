@@ -3,10 +3,10 @@
 Legend: n samples of a split that belong to the task, position p in 0..n-1; W processes, B images a process and batch.
 
 The order of an epoch is a pure function of (seed, epoch): shards are permuted, cut into windows, and the samples of a
-window are permuted together, so that reading stays among a few files. After c samples the n - c that remain are cut into as few
-global batches of at most W*B as there can be, as equal as they can be (`cut`): the next one is ``g[c : c + cut(n - c, W*B)]``, of which
-rank r takes its r-th W-th. So no epoch ends with a crumb of one image, and exactly-once epochs and resuming at any c, also with another
-W or B, follow from that line.
+window are permuted together, so that reading stays among a few files. After c samples the n - c that remain are cut
+into as few global batches of at most W*B as there can be, as equal as they can be (`cut`): the next one is ``g[c : c +
+cut(n - c, W*B)]``, of which rank r takes its r-th W-th. So no epoch ends with a crumb of one image, and exactly-once
+epochs and resuming at any c, also with another W or B, follow from that line.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,9 @@ class EpochPlan:
         shuffle: False: positions in order (evaluation).
     """
 
-    def __init__(self, shard_sizes: Sequence[int] | np.ndarray, seed: int = 0, *, window: int = 8, shuffle: bool = True) -> None:
+    def __init__(
+        self, shard_sizes: Sequence[int] | np.ndarray, seed: int = 0, *, window: int = 8, shuffle: bool = True
+    ) -> None:
         self.sizes = np.asarray(shard_sizes, np.int64)
         self.starts = np.concatenate([[0], np.cumsum(self.sizes)])
         self.seed, self.window, self.shuffle = seed, window, shuffle
@@ -59,7 +61,11 @@ class EpochPlan:
     def _windows(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's order of shards, and where in the epoch each window of them ends."""
         if self._epoch is None or self._epoch[0] != epoch:
-            shards = np.random.default_rng([self.seed, epoch]).permutation(len(self.sizes)) if self.shuffle else np.arange(len(self.sizes))
+            shards = (
+                np.random.default_rng([self.seed, epoch]).permutation(len(self.sizes))
+                if self.shuffle
+                else np.arange(len(self.sizes))
+            )
             ends = np.cumsum(self.sizes[shards])[self.window - 1 :: self.window]
             if not len(ends) or ends[-1] < len(self):
                 ends = np.append(ends, len(self))
@@ -75,13 +81,17 @@ class EpochPlan:
 
 
 def cut(remaining: int, most: int) -> int:
-    """Samples of the next of the fewest, nearly equal batches of at most ``most`` that make ``remaining``. What it leaves is cut likewise."""
+    """Samples of the next of the fewest, nearly equal batches of at most ``most`` that make ``remaining``. What it
+    leaves is cut likewise.
+    """
     return -(-remaining // -(-remaining // most))
 
 
 @dataclass
 class Share:
-    """What one rank reads of one global batch of ``total`` samples; ``counts`` is False for stand-ins of a rank that has nothing."""
+    """What one rank reads of one global batch of ``total`` samples; ``counts`` is False for stand-ins of a rank that
+    has nothing.
+    """
 
     positions: np.ndarray
     total: int
@@ -116,6 +126,8 @@ class Shares(Sampler[Share]):
         return map(self.share, self.starts())
 
     def smallest(self) -> int:
-        """Images of the smallest share of any rank that has some: what a forward in training must be able to do with."""
+        """Images of the smallest share of any rank that has some:
+        what a forward in training must be able to do with.
+        """
         batches = -(-(len(self.plan) - self.start) // (self.batch * self.world))
         return max(1, (len(self.plan) - self.start) // max(1, batches) // self.world)

@@ -38,7 +38,11 @@ TASKS: dict[str, tuple[str, ...]] = {
 }
 
 SPLITS = ("train", "val", "test")
-SPLIT_NAMES = {name: name for name in SPLITS} | {"training": "train", "testing": "test"} | dict.fromkeys(("valid", "validation", "validate", "dev"), "val")
+SPLIT_NAMES = (
+    {name: name for name in SPLITS}
+    | {"training": "train", "testing": "test"}
+    | dict.fromkeys(("valid", "validation", "validate", "dev"), "val")
+)
 
 
 @dataclass
@@ -75,7 +79,9 @@ def clean_key(name: str) -> str:
 
 
 def spelling(name: str) -> str:
-    """What two spellings of one finding have in common: letters, whatever their case, without what stands for a blank."""
+    """What two spellings of one finding have in common:
+    letters, whatever their case, without what stands for a blank.
+    """
     return re.sub(r"[\s_-]", "", name).casefold()
 
 
@@ -106,7 +112,9 @@ def parse_meta(data: bytes, where: str) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{where}: its JSON is not a sample's ({error}); see shards/sample.py for the contract") from error
+        raise InputError(
+            f"{where}: its JSON is not a sample's ({error}); see shards/sample.py for the contract"
+        ) from error
     return meta | {"findings": findings, "boxes": boxes}
 
 

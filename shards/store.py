@@ -1,4 +1,6 @@
-"""Where shards are: a folder, or an fsspec URL (s3, gcs, http, file) whose shards are fetched whole into a local cache."""
+"""Where shards are: a folder, or an fsspec URL (s3, gcs, http,
+file) whose shards are fetched whole into a local cache.
+"""
 
 import os
 from pathlib import Path
@@ -30,10 +32,19 @@ class Folder:
         if not self.root.is_dir():
             begun = self.root.with_name(self.root.name + ".partial")
             if begun.is_dir():
-                raise InputError(f"--shards {self.root}: packing has not finished ({begun}); run the same packing command again, it goes on from there")
-            raise InputError(f"--shards {self.root}: no such folder; make one with `python -m shards phantom|nih|folder|csv|dicom|masks --out {self.root}`")
+                raise InputError(
+                    f"--shards {self.root}: packing has not finished ({begun}); run the same packing command again, it "
+                    "goes on from there"
+                )
+            raise InputError(
+                f"--shards {self.root}: no such folder; make one with `python -m shards "
+                f"phantom|nih|folder|csv|dicom|masks --out {self.root}`"
+            )
         if not path.is_file():
-            raise InputError(f"{self.root}: has no index.json; if it holds tars from elsewhere, run `python -m shards index {self.root}`")
+            raise InputError(
+                f"{self.root}: has no index.json; if it holds tars from elsewhere, run `python -m shards index "
+                f"{self.root}`"
+            )
         return parse_index(path.read_bytes(), str(path), self.remedy)
 
     def table(self, name: str, entry: dict[str, Any]) -> Path:
@@ -52,7 +63,9 @@ class Folder:
             except OSError as error:
                 raise InputError(f"{path}: is in the index but not on disk; copy it again, or {self.remedy}") from error
             if size != shard["bytes"]:
-                raise InputError(f"{path}: has {size} bytes, its index says {shard['bytes']}; copy it again, or {self.remedy}")
+                raise InputError(
+                    f"{path}: has {size} bytes, its index says {shard['bytes']}; copy it again, or {self.remedy}"
+                )
 
     def shard(self, shard: dict[str, Any]) -> Path:
         """Local path of a shard."""

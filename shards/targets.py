@@ -1,4 +1,5 @@
-"""What sets of findings are to a task: which samples belong to it, and their targets. What is trained on them, `trainer.task` knows.
+"""What sets of findings are to a task: which samples belong to it, and their targets. What is trained on them,
+`trainer.task` knows.
 
 Legend: K findings of the task; a target is 1 where a finding is present, 0 where it is absent.
 """
@@ -37,7 +38,8 @@ class Targets(Protocol):
 
 
 class SingleLabel:
-    """One finding an image: it belongs to class k where findings[k] is its one finding. Support Devices, which are no disease, may be beside it.
+    """One finding an image: it belongs to class k where findings[k] is its one finding. Support Devices, which are no
+    disease, may be beside it.
 
     Args:
         findings: of the classes.
@@ -69,11 +71,17 @@ class SingleLabel:
         told = f"no image {'of' if shared else 'whose one finding is'} {listed(empty)}"
         beside = sum(n for found, n in zip(sets, images, strict=True) if first in found)
         if beside and not shared:
-            told += f" ({beside} have {first} beside others: to take those, declare it with `images: any` in a file of --findings)"
+            told += (
+                f" ({beside} have {first} beside others: to take those, declare it with `images: any` in a file "
+                "of --findings)"
+            )
         torn = [first in found and sum(name in self.findings for name in found) > 1 for found in sets]
         several = sum(n for is_torn, n in zip(torn, images, strict=True) if is_torn)
         if several and shared:
-            told += f" alone of the task's classes ({several} show {first} and another of them: an image belongs to one class or to none)"
+            told += (
+                f" alone of the task's classes ({several} show {first} and another of them: an image belongs to "
+                "one class or to none)"
+            )
         return told
 
 

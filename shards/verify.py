@@ -42,9 +42,9 @@ class Found:
 def verify(root: str, workers: int | None = None) -> tuple[dict[str, Any], list[str]]:
     """Check everything; returns the index and the problems, each one line.
 
-    Checksums of tables and shards; members of the tars against the index; every image and mask decodes and they agree in
-    size; findings as counted; no key twice in a split; no patient and no image, by its pixels, in two splits. Shards of a URL are
-    fetched anew.
+    Checksums of tables and shards; members of the tars against the index; every image and mask decodes and they agree
+    in size; findings as counted; no key twice in a split; no patient and no image, by its pixels, in two splits. Shards
+    of a URL are fetched anew.
     """
     with tempfile.TemporaryDirectory(prefix="cxr-focus-verify-") as folder:
         store = open_store(root)
@@ -66,7 +66,10 @@ def _verify(store: Folder | Remote, workers: int | None) -> tuple[dict[str, Any]
         opened = Split(store, split)  # the cheap checks, which stop with one message
         labels = opened.findings()
         problems += [f"{store.name}/{split}: {told}; {store.remedy}" for told in _counts(entry, opened.table, labels)]
-        jobs += [(store, shard, known, index.get("classes")) for shard, known in zip(entry["shards"], opened.indexed(), strict=True)]
+        jobs += [
+            (store, shard, known, index.get("classes"))
+            for shard, known in zip(entry["shards"], opened.indexed(), strict=True)
+        ]
     where: list[str] = [split for split, entry in index["splits"].items() for _ in entry["shards"]]
     patients: dict[str, dict[str, str]] = defaultdict(dict)
     contents: dict[bytes, dict[str, str]] = defaultdict(dict)
@@ -86,10 +89,15 @@ def _verify(store: Folder | Remote, workers: int | None) -> tuple[dict[str, Any]
             bar.update(len(known.rows))
     for patient, homes in patients.items():
         if len(homes) > 1:
-            problems.append(f"patient {patient} is in {' and '.join(homes)} ({listed(homes.values())}); split by patient and pack again")
+            problems.append(
+                f"patient {patient} is in {' and '.join(homes)} ({listed(homes.values())}); split by patient and pack "
+                "again"
+            )
     for homes in contents.values():
         if len(homes) > 1:
-            problems.append(f"the same image is in {' and '.join(homes)}: {listed(homes.values())}; remove one and pack again")
+            problems.append(
+                f"the same image is in {' and '.join(homes)}: {listed(homes.values())}; remove one and pack again"
+            )
     return index, problems
 
 
@@ -115,14 +123,18 @@ def _each(jobs: list[Any], workers: int | None, images: int) -> Iterator[Found]:
         with ProcessPoolExecutor(count, context) as pool:
             yield from pool.map(_check, jobs)
     except BrokenProcessPool as error:
-        raise InputError("a verifying process was killed, most likely for want of memory; use fewer --workers") from error
+        raise InputError(
+            "a verifying process was killed, most likely for want of memory; use fewer --workers"
+        ) from error
 
 
 def _check(job: Job) -> Found:
     for _ in range(10):
         with suppress(FileNotFoundError):  # another process made room in the cache: fetch the shard again
             return _check_shard(*job)
-    return Found([f"{job[0].name}/{job[1]['name']}: does not stay in the cache long enough to be read; raise CXR_FOCUS_CACHE_GB"])
+    return Found(
+        [f"{job[0].name}/{job[1]['name']}: does not stay in the cache long enough to be read; raise CXR_FOCUS_CACHE_GB"]
+    )
 
 
 def _check_shard(store: Folder | Remote, shard: dict[str, Any], known: Indexed, classes: list[str] | None) -> Found:

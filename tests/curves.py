@@ -1,4 +1,5 @@
-"""Small trainings of which every figure is kept in golden/curves.json: a change that shall change nothing is seen to change nothing.
+"""Small trainings of which every figure is kept in golden/curves.json: a change that shall change nothing is seen to
+change nothing.
 
 `python tests/curves.py` writes that file anew, after a change that is meant to move a figure; the commit then says why.
 """
@@ -19,13 +20,59 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 FILE = Path(__file__).parent / "golden" / "curves.json"
-COMMON = ["--pretrained", "false", "--size", "64", "--epochs", "2", "--tracker", "none", "--log_every", "1", "--workers", "0", "--task", "nep"]
-MOVING = ["--augment.rotate", "8", "--augment.scale", "0.1", "--augment.shift", "0.05", "--augment.flip", "0.2", "--augment.contrast", "0.2"]
+COMMON = [
+    "--pretrained",
+    "false",
+    "--size",
+    "64",
+    "--epochs",
+    "2",
+    "--tracker",
+    "none",
+    "--log_every",
+    "1",
+    "--workers",
+    "0",
+    "--task",
+    "nep",
+]
+MOVING = [
+    "--augment.rotate",
+    "8",
+    "--augment.scale",
+    "0.1",
+    "--augment.shift",
+    "0.05",
+    "--augment.flip",
+    "0.2",
+    "--augment.contrast",
+    "0.2",
+]
 MOVING += ["--augment.gamma", "0.2", "--augment.noise", "0.02", "--augment.invert", "0.1"]
 RUNS = {
     "resnet": ["--backbone", "test_resnet", "--optim.lr", "1e-4", *MOVING],
-    "vit": ["--backbone", "test_vit", "--attention.region", "both", "--attention.annotated", "0.5", "--balance.policy", "balanced", "--accumulate", "2"],
-    "published": ["--backbone", "test_resnet", "--findings", "published", "--attention.form", "published", "--balance.policy", "ratio"],
+    "vit": [
+        "--backbone",
+        "test_vit",
+        "--attention.region",
+        "both",
+        "--attention.annotated",
+        "0.5",
+        "--balance.policy",
+        "balanced",
+        "--accumulate",
+        "2",
+    ],
+    "published": [
+        "--backbone",
+        "test_resnet",
+        "--findings",
+        "published",
+        "--attention.form",
+        "published",
+        "--balance.policy",
+        "ratio",
+    ],
 }
 MEASURED = ("accuracy", "auc", "loss", "localization", "probe", "at_threshold")
 TIMED = ("images_per_s",)
@@ -35,15 +82,38 @@ def machine() -> str:
     """Where figures come out the same to the last bit: processor, its instructions, torch."""
     model = platform.processor()
     with contextlib.suppress(OSError):
-        model = next(line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+        model = next(
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        )
     return f"{model}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
 
 
 def launch(*command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Two processes on the CPU, one thread each."""
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_config.yaml"), "--multi_gpu"]
-    return subprocess.run([*start, "--num_processes", "2", *command], env=environment, cwd=cwd, capture_output=True, text=True, timeout=300)
+    environment = os.environ | {
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "PYTHONWARNINGS": "ignore",
+    }
+    start = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(ROOT / "accelerate_config.yaml"),
+        "--multi_gpu",
+    ]
+    return subprocess.run(
+        [*start, "--num_processes", "2", *command],
+        env=environment,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def flags(name: str, shards: Path, out: Path, processes: int = 1) -> list[str]:

@@ -16,7 +16,22 @@ from trainer.build import build
 from trainer.command import resolve
 from trainer.regions.lesions import LesionRegions, drawn
 
-SMALL = ["--backbone", "resnet18", "--pretrained", "false", "--size", "64", "--batch", "8", "--workers", "0", "--tracker", "none", "--task", "nep"]
+SMALL = [
+    "--backbone",
+    "resnet18",
+    "--pretrained",
+    "false",
+    "--size",
+    "64",
+    "--batch",
+    "8",
+    "--workers",
+    "0",
+    "--tracker",
+    "none",
+    "--task",
+    "nep",
+]
 
 
 @pytest.fixture
@@ -110,7 +125,9 @@ def test_which_region_an_image_gets(flags, region):
 
 
 def test_annotations_move_with_the_image(flags):
-    job = build(resolve([*flags, "--attention.region", "annotation", "--swap.probability", "0", "--augment.shift", "0.2"]))
+    job = build(
+        resolve([*flags, "--attention.region", "annotation", "--swap.probability", "0", "--augment.shift", "0.2"])
+    )
     split = job.splits["train"]
     batch = next(iter(Loader(split, EpochPlan(split.shard_sizes()), batch=20, workers=0).batches(0)))
     moved, still = job.prepare(batch, True), job.annotations(batch.index, batch.target.argmax(1), (64, 64), 64)
@@ -126,8 +143,14 @@ def test_annotations_move_with_the_image(flags):
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--attention.annotated", "0"], r"--attention.annotated 0.0 leaves none of \d+ images with boxes; pack lesion boxes \(--boxes\)"),
-        (["--task", "No Finding,Subcutaneous Emphysema", "--attention.annotated", "2"], r"--attention.annotated 2.0: must lie in \[0, 1\]"),
+        (
+            ["--attention.annotated", "0"],
+            r"--attention.annotated 0.0 leaves none of \d+ images with boxes; pack lesion boxes \(--boxes\)",
+        ),
+        (
+            ["--task", "No Finding,Subcutaneous Emphysema", "--attention.annotated", "2"],
+            r"--attention.annotated 2.0: must lie in \[0, 1\]",
+        ),
     ],
 )
 def test_no_annotations_is_said_at_once(flags, tmp_path, more, words):
@@ -146,5 +169,7 @@ def test_annotations_without_any_box_in_the_shards(flags, tmp_path):
             return sample
 
     pack(Bare(30, 0, size=64), tmp_path / "bare", dataset="phantom", workers=1)
-    with pytest.raises(InputError, match=r"--attention.region both: no training image has a box of its finding; pack lesion boxes"):
+    with pytest.raises(
+        InputError, match=r"--attention.region both: no training image has a box of its finding; pack lesion boxes"
+    ):
         build(resolve([*flags, "--shards", str(tmp_path / "bare"), "--attention.region", "both"]))

@@ -18,7 +18,10 @@ def rectangles(n=16, size=64):
     return images, torch.cat([low, high], 1)
 
 
-@pytest.mark.parametrize("strength", [Strength(shift=0.1), Strength(scale=0.2), Strength(flip=1.0), Strength(shift=0.1, scale=0.2, rotate=8, flip=0.5)])
+@pytest.mark.parametrize(
+    "strength",
+    [Strength(shift=0.1), Strength(scale=0.2), Strength(flip=1.0), Strength(shift=0.1, scale=0.2, rotate=8, flip=0.5)],
+)
 def test_the_box_moves_with_the_image(strength):
     images, boxes = rectangles()
     moved = augment(images, draw(0, 0, range(16)), strength, boxes=boxes, masks=images[:, 0] > 0.5)
@@ -30,11 +33,15 @@ def test_the_box_moves_with_the_image(strength):
     assert (moved.boxes != boxes).any()
 
 
-@pytest.mark.parametrize("strength", [Strength(), Strength(flip=1.0), Strength(shift=0.1, scale=0.2, rotate=15, flip=0.5)])
+@pytest.mark.parametrize(
+    "strength", [Strength(), Strength(flip=1.0), Strength(shift=0.1, scale=0.2, rotate=15, flip=0.5)]
+)
 def test_the_outline_moves_with_the_image(strength):
     """An outline of a grid, drawn once at its final place, is the mask that moves pixel by pixel."""
     size, at = 96, torch.arange(96)
-    disc = ((at[None, :, None] - 50) ** 2 / 2 + (at[None, None, :] - torch.tensor([30, 40])[:, None, None]) ** 2) < 18**2
+    disc = (
+        (at[None, :, None] - 50) ** 2 / 2 + (at[None, None, :] - torch.tensor([30, 40])[:, None, None]) ** 2
+    ) < 18**2
     masks = disc | ((at[None, :, None] - 45) ** 2 + (at[None, None, :] - 70) ** 2 < 12**2)
     boxes = lung_boxes(masks, size)
     grids = outlines(masks, boxes, size)
@@ -42,12 +49,15 @@ def test_the_outline_moves_with_the_image(strength):
     iou = (moved.lungs & moved.masks).flatten(1).sum(1) / (moved.lungs | moved.masks).flatten(1).sum(1)
     assert iou.min() > 0.93, iou
     assert torch.equal(
-        augment(masks[:, None].float(), draw(0, 0, range(2)), Strength(), boxes=boxes, outlines=grids).lungs, lung_masks(grids, boxes, (size, size))
+        augment(masks[:, None].float(), draw(0, 0, range(2)), Strength(), boxes=boxes, outlines=grids).lungs,
+        lung_masks(grids, boxes, (size, size)),
     )
     assert augment(masks[:, None].float(), draw(0, 0, range(2)), strength, boxes=boxes).lungs is None
     # Rows and columns apart give what a warp that moves nothing gives.
     still = torch.eye(3).repeat(2, 1, 1)
-    assert (lung_masks(grids, boxes, (size, size), still) != lung_masks(grids, boxes, (size, size))).sum() <= 2, "but for a tie"
+    assert (lung_masks(grids, boxes, (size, size), still) != lung_masks(grids, boxes, (size, size))).sum() <= 2, (
+        "but for a tie"
+    )
 
 
 def test_nothing_asked_nothing_changed():

@@ -13,7 +13,9 @@ from trainer.loop import squared_norm
 PUBLISHED = json.loads((GOLDEN / "published.json").read_text())
 
 
-def sums(ce: float, attention: float, images: int, positives: int, ce_norm: float = 0.0, attention_norm: float = 0.0) -> StepSums:
+def sums(
+    ce: float, attention: float, images: int, positives: int, ce_norm: float = 0.0, attention_norm: float = 0.0
+) -> StepSums:
     """What a step hands to `Balance.update`, from norms that are not squared."""
     return StepSums(ce, attention, images, positives, ce_norm**2, attention_norm**2)
 
@@ -127,7 +129,10 @@ def test_the_norm_at_the_feature_map():
 def test_settings_that_cannot_work_are_named():
     wrong = Config("s", "o")
     wrong.balance.policy, wrong.attention.mode = "balanced", "eval"
-    assert any("--balance.policy balanced: needs" in problem and "--attention.mode eval" in problem for problem in wrong.problems())
+    assert any(
+        "--balance.policy balanced: needs" in problem and "--attention.mode eval" in problem
+        for problem in wrong.problems()
+    )
     wrong = Config("s", "o")
     wrong.balance.policy, wrong.attention.form = "balanced", "published"
     assert any("--attention.form published" in problem for problem in wrong.problems())

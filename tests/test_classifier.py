@@ -29,7 +29,9 @@ def test_with_pooling_and_a_linear_head_the_cam_is_the_heads_weights():
     assert torch.allclose(logits, model(IMAGES).logits, atol=1e-6)
 
 
-@pytest.mark.parametrize("backbone", ["pvt_v2_b0", "vgg11", "resnet18", "densenet121", "convnext_atto", "efficientnet_lite0"])
+@pytest.mark.parametrize(
+    "backbone", ["pvt_v2_b0", "vgg11", "resnet18", "densenet121", "convnext_atto", "efficientnet_lite0"]
+)
 def test_every_family_gives_a_map_with_a_gradient(backbone):
     model = make(backbone)
     logits, cam = model(IMAGES, torch.tensor([1, 1]), cam=True)
@@ -42,7 +44,9 @@ def test_every_family_gives_a_map_with_a_gradient(backbone):
     assert any(p.grad is not None and p.grad.any() for name, p in model.named_parameters() if "weight" in name)
 
 
-@pytest.mark.parametrize(("backbone", "size", "side"), [("vit_tiny_patch16_224", 224, 14), ("swin_tiny_patch4_window7_224", 224, 7)])
+@pytest.mark.parametrize(
+    ("backbone", "size", "side"), [("vit_tiny_patch16_224", 224, 14), ("swin_tiny_patch4_window7_224", 224, 7)]
+)
 def test_tokens_and_channels_last_maps(backbone, size, side):
     model = make(backbone, size)
     images = torch.rand(1, 1, size, size)
@@ -201,9 +205,19 @@ def test_heads_with_attention_train(backbone):
 
 @pytest.mark.parametrize(
     ("backbone", "size"),
-    [("xcit_nano_12_p16_224", 64), ("mixer_s32_224", 224), ("levit_128s", 224), ("cait_xxs24_224", 64), ("pit_ti_224", 64), ("coat_lite_tiny", 64),
-     ("twins_svt_small", 64), ("crossvit_tiny_240", 240), ("hiera_tiny_224", 224), ("mvitv2_tiny", 64)],
-)  # fmt: skip
+    [
+        ("xcit_nano_12_p16_224", 64),
+        ("mixer_s32_224", 224),
+        ("levit_128s", 224),
+        ("cait_xxs24_224", 64),
+        ("pit_ti_224", 64),
+        ("coat_lite_tiny", 64),
+        ("twins_svt_small", 64),
+        ("crossvit_tiny_240", 240),
+        ("hiera_tiny_224", 224),
+        ("mvitv2_tiny", 64),
+    ],
+)
 def test_tokens_are_a_map_wherever_there_is_one(backbone, size):
     model = FocusClassifier(backbone, 2, pretrained="false", size=size)
     assert model.has_map
@@ -241,8 +255,15 @@ def test_a_trial_changes_nothing():
 
 def test_what_fails_in_training_is_told_with_the_backbone_s_name(monkeypatch):
     model = FocusClassifier("resnet18", 2, **SMALL)
-    monkeypatch.setattr(model.net, "forward_head", lambda *_: (_ for _ in ()).throw(RuntimeError("derivative for x is not implemented\nmore")))
-    with pytest.raises(InputError, match=r"^--backbone resnet18 does not work in training with 2 images: derivative for x is not implemented$"):
+    monkeypatch.setattr(
+        model.net,
+        "forward_head",
+        lambda *_: (_ for _ in ()).throw(RuntimeError("derivative for x is not implemented\nmore")),
+    )
+    with pytest.raises(
+        InputError,
+        match=r"^--backbone resnet18 does not work in training with 2 images: derivative for x is not implemented$",
+    ):
         model.try_step(64, 2, cam=True)
 
 
@@ -260,12 +281,24 @@ WRAPPED = {
     "state_dict": lambda w: {"state_dict": w, "epoch": 3},
     "model_state_dict": lambda w: {"model_state_dict": w, "optimizer_state_dict": {"a": 1}},
     "net": lambda w: {"net": w, "acc": 0.5},
-    "teacher": lambda w: {"student": {f"backbone.{k}": torch.zeros_like(v) for k, v in w.items()}, "teacher": {f"backbone.{k}": v for k, v in w.items()}},
+    "teacher": lambda w: {
+        "student": {f"backbone.{k}": torch.zeros_like(v) for k, v in w.items()},
+        "teacher": {f"backbone.{k}": v for k, v in w.items()},
+    },
     "model.": lambda w: {"state_dict": {f"model.{k}": v for k, v in w.items()}},
     "_orig_mod.": lambda w: {f"_orig_mod.{k}": v for k, v in w.items()},
     "module._orig_mod.": lambda w: {"model": {f"module._orig_mod.{k}": v for k, v in w.items()}},
-    "moco": lambda w: {"state_dict": {f"module.encoder_q.{k}": v for k, v in w.items()} | {f"module.encoder_k.{k}": v * 0 for k, v in w.items()}},
-    "timm": lambda w: {"epoch": 3, "arch": "resnet18", "state_dict": w, "args": argparse.Namespace(lr=0.1, model="resnet18"), "metric": 0.5},
+    "moco": lambda w: {
+        "state_dict": {f"module.encoder_q.{k}": v for k, v in w.items()}
+        | {f"module.encoder_k.{k}": v * 0 for k, v in w.items()}
+    },
+    "timm": lambda w: {
+        "epoch": 3,
+        "arch": "resnet18",
+        "state_dict": w,
+        "args": argparse.Namespace(lr=0.1, model="resnet18"),
+        "metric": 0.5,
+    },
     "numpy": lambda w: {"state_dict": w, "best": np.float64(0.5), "loss": np.float32(0.1)},
     "two levels": lambda w: {"model": {"state_dict": w}},
 }
@@ -299,13 +332,17 @@ class Evil:
         (b"<!DOCTYPE html><html>", "is no file of weights"),
         (b"", "is no file of weights"),
         (b"PK\x03\x04 cut", "not safetensors, nor a state dict|is damaged"),
-        ({"state_dict": {"conv1.weight": torch.zeros(2, 3, 1, 1)}}, r"100 of 122 tensors .*The file has conv1\.weight\. Is it a file for this"),
+        (
+            {"state_dict": {"conv1.weight": torch.zeros(2, 3, 1, 1)}},
+            r"100 of 122 tensors .*The file has "
+            r"conv1\.weight\. Is it a file for this",
+        ),
         ({"encoder": {"some.name": torch.zeros(3)}}, r"The file has some\.name\. Is it a file for this --backbone"),
         ({"epoch": 3, "lr": 0.1}, r"holds no state dict \(a dict of epoch, lr\)"),
         ([1, 2], r"holds no state dict \(list\)"),
         ({"x": Evil()}, r"holds more than tensors \(\S*print\) and was not executed"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_file_of_weights_is_called_what_it_is(tmp_path, content, words, capsys):
     if isinstance(content, bytes):
         (tmp_path / "w.pt").write_bytes(content)
@@ -317,7 +354,9 @@ def test_what_is_no_file_of_weights_is_called_what_it_is(tmp_path, content, word
 
 
 def test_folders_that_are_no_run(tmp_path):
-    with pytest.raises(InputError, match=r"is a folder without model\.safetensors; name a finished run of this trainer"):
+    with pytest.raises(
+        InputError, match=r"is a folder without model\.safetensors; name a finished run of this trainer"
+    ):
         FocusClassifier("resnet18", 2, pretrained=str(tmp_path), size=64)
 
 
@@ -330,7 +369,13 @@ def test_a_dict_that_holds_itself_is_no_endless_way(tmp_path):
 
 
 def test_the_search_takes_maps_of_the_network_and_no_parts_of_blocks():
-    for backbone, size in (("coat_tiny", 64), ("coat_lite_mini", 64), ("pit_ti_224", 64), ("crossvit_tiny_240", 240), ("tnt_s_legacy_patch16_224", 64)):
+    for backbone, size in (
+        ("coat_tiny", 64),
+        ("coat_lite_mini", 64),
+        ("pit_ti_224", 64),
+        ("crossvit_tiny_240", 240),
+        ("tnt_s_legacy_patch16_224", 64),
+    ):
         model = FocusClassifier(backbone, 2, pretrained="false", size=size)
         (layer,) = model.layers
         assert "crpe" not in layer

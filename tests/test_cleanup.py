@@ -4,7 +4,17 @@ import torch
 from scipy import ndimage
 
 from trainer.lungs import cleanup
-from trainer.lungs.cleanup import _labelled_by_kornia, _labelled_by_scipy, believable, clean, complete, components, fill_holes, tidy, two_largest
+from trainer.lungs.cleanup import (
+    _labelled_by_kornia,
+    _labelled_by_scipy,
+    believable,
+    clean,
+    complete,
+    components,
+    fill_holes,
+    tidy,
+    two_largest,
+)
 
 EIGHT = np.ones((3, 3), bool)
 

@@ -18,7 +18,10 @@ def test_a_config_file_comes_first_wherever_it_stands(tmp_path):
 
 
 def test_what_is_written_is_read_back(tmp_path):
-    config = parse(Config, [*NEEDED, "--balance.policy", "ratio", "--resume", "--pretrained", "false", "--task", "No Finding,Nodule"])
+    config = parse(
+        Config,
+        [*NEEDED, "--balance.policy", "ratio", "--resume", "--pretrained", "false", "--task", "No Finding,Nodule"],
+    )
     assert config.resume
     assert config.pretrained == "false"
     (tmp_path / "c.yaml").write_text(to_yaml(config))
@@ -76,7 +79,9 @@ def test_the_help_has_every_docstring(capsys):
     assert "Folder or URL (s3, gs, http, https, file) of packed shards" in out
 
 
-@pytest.mark.parametrize("recipe", sorted((Path(__file__).parents[1] / "launch" / "recipes").glob("*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "recipe", sorted((Path(__file__).parents[1] / "launch" / "recipes").glob("*.yaml")), ids=lambda p: p.name
+)
 def test_recipes_are_valid(recipe):
     parse(LungsTrainConfig if "lungs" in recipe.name else Config, [*NEEDED, "--config", str(recipe)])
 
@@ -85,7 +90,10 @@ def test_recipes_are_valid(recipe):
     ("flags", "words"),
     [
         (["--batch", "abc"], "^--batch abc: expected a whole number; see --help$"),
-        (["--attention.form", "x"], "^--attention.form x: expected one of published, coverage, energy, lift; see --help$"),
+        (
+            ["--attention.form", "x"],
+            "^--attention.form x: expected one of published, coverage, energy, lift; see --help$",
+        ),
         (["--balance.lam", "nan"], "^--balance.lam nan: expected a number; see --help$"),
         (["--swap.probability", "foo"], "^--swap.probability foo: expected a number; see --help$"),
         (["--resume", "maybe"], "^--resume maybe: expected true or false; see --help$"),

@@ -24,7 +24,8 @@ def test_the_kept_box_by_hand():
     kept = kept_box(torch.tensor([[10, 20, 30, 40]]), S, 0.0, 0.0)[0]
     assert (kept[20:40, 10:30] == 1).all()
     assert kept.sum() == 400
-    # Dilated by a tenth of each side; a seam of 4 pixels falls linearly: 7/8, 5/8, 3/8, 1/8 at the middles of the pixels.
+    # Dilated by a tenth of each side; a seam of 4 pixels falls linearly: 7/8, 5/8, 3/8, 1/8 at the middles of the
+    # pixels.
     soft = kept_box(torch.tensor([[10, 10, 30, 20]]), S, 0.1, 0.1)[0]
     assert (soft[9:21, 8:32] == 1).all()
     assert soft[15, :8].tolist() == pytest.approx([0, 0, 0, 0, 1 / 8, 3 / 8, 5 / 8, 7 / 8])
@@ -33,7 +34,9 @@ def test_the_kept_box_by_hand():
 
 
 def test_the_kept_box_reaches_as_far_as_any_region():
-    """Regions reach beyond the lung box by a share of the image; all kept boxes do, so that a seam tells nobody apart."""
+    """Regions reach beyond the lung box by a share of the image;
+    all kept boxes do, so that a seam tells nobody apart.
+    """
     kept = kept_box(torch.tensor([[10, 8, 30, 28]]), S, 0.05, 0.0, reach=0.1)[0]
     assert (kept[4:32, 6:34] == 1).all()
     assert kept.sum() == 28 * 28
@@ -96,7 +99,9 @@ def test_findings_outside_the_box_neither_take_nor_lend():
     boxes = torch.tensor([[10, 10, 30, 30]] * 3)
     swapped = swap(images, boxes, [True, False, True], torch.zeros(3, 2), ALWAYS)
     assert torch.equal(swapped[1], images[1])
-    assert swap_context(images, boxes, torch.tensor([True, False, True]), torch.zeros(3, 2), ALWAYS).lenders.tolist() == [2, 1, 0]
+    assert swap_context(
+        images, boxes, torch.tensor([True, False, True]), torch.zeros(3, 2), ALWAYS
+    ).lenders.tolist() == [2, 1, 0]
     assert swapped[0, 0, 0, 0] == images[2, 0, 0, 0]
     assert swapped[2, 0, 0, 0] == images[0, 0, 0, 0]
 
@@ -146,7 +151,10 @@ def test_lesions_are_laid_into_a_healthy_image():
 def told(boxes, inside, healthy, marked, draws, settings):
     """Who lends to whom, image after image, as a reader would do it."""
     every = range(len(boxes))
-    fits, alike = (under(boxes, S, dilate, feather).tolist() for dilate, feather in ((settings.dilate, settings.feather), (0.2, 0.0)))
+    fits, alike = (
+        under(boxes, S, dilate, feather).tolist()
+        for dilate, feather in ((settings.dilate, settings.feather), (0.2, 0.0))
+    )
 
     def one(theirs, b, probability):
         whether, whom = draws[b].double().tolist()
@@ -161,7 +169,10 @@ def told(boxes, inside, healthy, marked, draws, settings):
         if host != b and others[host] != host and lenders[host] == host:
             lenders[host], pieces[host] = others[host], b
     free = [inside[b] and lenders[b] == b for b in every]
-    swapped = [one([k for k in every if free[b] and inside[k] and k != b and fits[b][k]], b, settings.probability) for b in every]
+    swapped = [
+        one([k for k in every if free[b] and inside[k] and k != b and fits[b][k]], b, settings.probability)
+        for b in every
+    ]
     return [swapped[b] if free[b] else lenders[b] for b in every], pieces
 
 
@@ -183,7 +194,11 @@ def test_the_device_decides_as_a_reader_would(seed):
     assert swapped.lenders.tolist() == lenders
     assert len(set(pieces) - set(marked.nonzero()[:, 0].tolist())) > 0, "some host keeps a piece"
     for b, piece in pieces.items():
-        expected = blend(images[b : b + 1], kept_mask(lesions[piece : piece + 1], settings.feather / 2), images[lenders[b] : lenders[b] + 1])
+        expected = blend(
+            images[b : b + 1],
+            kept_mask(lesions[piece : piece + 1], settings.feather / 2),
+            images[lenders[b] : lenders[b] + 1],
+        )
         assert torch.equal(swapped.images[b], expected[0])
 
 
@@ -212,7 +227,9 @@ def test_blur_removes_detail_there_and_nothing_else():
     assert torch.equal(out[0, 0, :50], image[0, 0, :50])
     assert torch.equal(out[1], image[1])  # an empty place
     flat = torch.full((1, 1, 112, 112), 0.4)
-    assert torch.allclose(blurred(flat, torch.ones(1, 112, 112, dtype=torch.bool)), flat, atol=1e-5)  # no dark rim at the border
+    assert torch.allclose(
+        blurred(flat, torch.ones(1, 112, 112, dtype=torch.bool)), flat, atol=1e-5
+    )  # no dark rim at the border
 
 
 def test_images_without_a_finding_are_blurred_like_one_of_the_others():
@@ -225,4 +242,6 @@ def test_images_without_a_finding_are_blurred_like_one_of_the_others():
     assert whose([0, 1, 0, 3], ("No Finding", "A", "B", "C")) == [[1], [1], [1], [2]]
     assert whose([0, 1], ("No Finding", "C")) == [[], []]
     both = torch.tensor([[False, True, True, True]])
-    assert probed(both, torch.tensor([5]), ("No Finding", "A", "B", "C"), rules).tolist() == [[False, True, True, False]]
+    assert probed(both, torch.tensor([5]), ("No Finding", "A", "B", "C"), rules).tolist() == [
+        [False, True, True, False]
+    ]

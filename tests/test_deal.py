@@ -24,7 +24,12 @@ def archive() -> Cases:
     with gzip.open(path, "rt", newline="") as file:
         rows = list(csv.DictReader(file))
     findings = [tuple(row["Finding Labels"].split("|")) for row in rows]
-    return Cases([row["Image Index"] for row in rows], findings, np.array([row["Patient ID"] for row in rows]), np.ones(len(rows), bool))
+    return Cases(
+        [row["Image Index"] for row in rows],
+        findings,
+        np.array([row["Patient ID"] for row in rows]),
+        np.ones(len(rows), bool),
+    )
 
 
 def synthetic(patients=300, seed=0) -> Cases:
@@ -124,6 +129,20 @@ def test_images_that_are_not_at_hand_are_left_out_and_the_others_keep_their_part
 def test_what_check_refuses():
     label, patient = np.array([0, 1, 0, 1]), np.array(["a", "a", "b", "c"])
     with pytest.raises(InputError, match="1 patients are in two splits: a"):
-        check([np.array([0, 3]), np.array([1, 2]), np.array([], int)], label, patient, ("No Finding", "Effusion"), "x", shares=(0.8, 0.2, 0))
+        check(
+            [np.array([0, 3]), np.array([1, 2]), np.array([], int)],
+            label,
+            patient,
+            ("No Finding", "Effusion"),
+            "x",
+            shares=(0.8, 0.2, 0),
+        )
     with pytest.raises(InputError, match="the val split gets no image whose one finding is Effusion"):
-        check([np.array([0, 1]), np.array([2]), np.array([], int)], label, patient, ("No Finding", "Effusion"), "x", shares=(0.8, 0.2, 0))
+        check(
+            [np.array([0, 1]), np.array([2]), np.array([], int)],
+            label,
+            patient,
+            ("No Finding", "Effusion"),
+            "x",
+            shares=(0.8, 0.2, 0),
+        )

@@ -23,7 +23,12 @@ def write(path: Path, pixels: np.ndarray, bits: int = 12, photometric: str = "MO
     meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
     data = pydicom.dataset.FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
     data.SOPInstanceUID, data.SOPClassUID = meta.MediaStorageSOPInstanceUID, meta.MediaStorageSOPClassUID
-    data.PatientName, data.PatientID, data.PatientBirthDate, data.ViewPosition = NAME, more.pop("patient", IDENTITY), "19700101", "PA"
+    data.PatientName, data.PatientID, data.PatientBirthDate, data.ViewPosition = (
+        NAME,
+        more.pop("patient", IDENTITY),
+        "19700101",
+        "PA",
+    )
     data.Rows, data.Columns = pixels.shape
     data.SamplesPerPixel, data.PhotometricInterpretation, data.PixelRepresentation = 1, photometric, 0
     data.BitsAllocated, data.BitsStored, data.HighBit = (8, 8, 7) if bits == 8 else (16, bits, bits - 1)
@@ -59,7 +64,9 @@ def test_a_window_is_applied_as_the_standard_says(tmp_path):
 
 
 def test_rescale_comes_before_the_window(tmp_path):
-    image = load_image(write(tmp_path / "x.dcm", RAMP, RescaleSlope=2, RescaleIntercept=-500, WindowCenter=300.0, WindowWidth=401.0))
+    image = load_image(
+        write(tmp_path / "x.dcm", RAMP, RescaleSlope=2, RescaleIntercept=-500, WindowCenter=300.0, WindowWidth=401.0)
+    )
     expected = np.clip(((RAMP * 2 - 500 - 299.5) / 400 + 0.5), 0, 1) * 255
     np.testing.assert_allclose(image, expected, atol=0.51)
 
@@ -79,14 +86,28 @@ def hospital(tmp_path):
     rng = np.random.default_rng(0)
     for p in range(12):
         for i in range(2):
-            write(tmp_path / "in" / ("0NoFinding" if p % 2 else "1Effusion") / f"Doe_{p}" / f"{i}", rng.integers(0, 4095, (40, 30)), patient=f"{IDENTITY}-{p}")
+            write(
+                tmp_path / "in" / ("0NoFinding" if p % 2 else "1Effusion") / f"Doe_{p}" / f"{i}",
+                rng.integers(0, 4095, (40, 30)),
+                patient=f"{IDENTITY}-{p}",
+            )
     (tmp_path / "in" / "DICOMDIR.txt").write_text("x")
     (tmp_path / "salt").write_text("0123456789abcdef")
     return tmp_path
 
 
 def test_a_folder_of_dicom_becomes_shards_that_say_nothing_of_the_patient(hospital, capsys):
-    flags = ["dicom", "--path", str(hospital / "in"), "--salt-file", str(hospital / "salt"), "--size", "32", "--ratios", "0.5,0.25,0.25"]
+    flags = [
+        "dicom",
+        "--path",
+        str(hospital / "in"),
+        "--salt-file",
+        str(hospital / "salt"),
+        "--size",
+        "32",
+        "--ratios",
+        "0.5,0.25,0.25",
+    ]
     main([*flags, "--out", str(hospital / "out"), "--aspect", "pad"])
     assert "left out 1: not a DICOM file" in capsys.readouterr().out
     homes = {}
@@ -110,9 +131,22 @@ def test_a_folder_of_dicom_becomes_shards_that_say_nothing_of_the_patient(hospit
 
 def test_labels_from_a_table(hospital):
     files = sorted(p.relative_to(hospital / "in") for p in (hospital / "in").rglob("*/*/*"))
-    rows = [f"{path},{'Mass|Nodule' if n % 4 == 0 else 'Mass' if n % 4 == 1 else 'No Finding'}" for n, path in enumerate(files[:20])]
+    rows = [
+        f"{path},{'Mass|Nodule' if n % 4 == 0 else 'Mass' if n % 4 == 1 else 'No Finding'}"
+        for n, path in enumerate(files[:20])
+    ]
     (hospital / "labels.csv").write_text("\n".join(["file,what", *rows]))
-    flags = ["dicom", "--path", str(hospital / "in"), "--salt-file", str(hospital / "salt"), "--csv", str(hospital / "labels.csv"), "--path-column", "file"]
+    flags = [
+        "dicom",
+        "--path",
+        str(hospital / "in"),
+        "--salt-file",
+        str(hospital / "salt"),
+        "--csv",
+        str(hospital / "labels.csv"),
+        "--path-column",
+        "file",
+    ]
     main([*flags, "--finding-column", "what", "--size", "32", "--ratios", "0.6,0.4,0", "--out", str(hospital / "out")])
     assert len(Split(hospital / "out", "train")) + len(Split(hospital / "out", "val")) == 20
     with pytest.raises(InputError, match="'Mass' was not declared"):
@@ -120,7 +154,17 @@ def test_labels_from_a_table(hospital):
 
 
 def test_what_cannot_be_used(hospital):
-    flags = ["dicom", "--path", str(hospital / "in"), "--size", "32", "--ratios", "0.5,0.25,0.25", "--out", str(hospital / "out")]
+    flags = [
+        "dicom",
+        "--path",
+        str(hospital / "in"),
+        "--size",
+        "32",
+        "--ratios",
+        "0.5,0.25,0.25",
+        "--out",
+        str(hospital / "out"),
+    ]
     with pytest.raises(InputError, match=r"--salt-file .*make one: head"):
         main([*flags, "--salt-file", str(hospital / "none")])
     (hospital / "short").write_text("abc")
@@ -144,10 +188,24 @@ def test_a_copy_is_left_out_and_a_twin_gets_a_key_of_its_own(hospital, capsys):
     (folder / "copy").write_bytes((folder / "0").read_bytes())
     uid = pydicom.dcmread(folder / "0").SOPInstanceUID
     write(folder / "twin", RAMP, patient=f"{IDENTITY}-0", uid=uid)
-    flags = ["dicom", "--path", str(hospital / "in"), "--salt-file", str(hospital / "salt"), "--size", "32", "--ratios", "0.5,0.25,0.25"]
+    flags = [
+        "dicom",
+        "--path",
+        str(hospital / "in"),
+        "--salt-file",
+        str(hospital / "salt"),
+        "--size",
+        "32",
+        "--ratios",
+        "0.5,0.25,0.25",
+    ]
     main([*flags, "--out", str(hospital / "out")])
     assert "left out 1: a copy of another file" in capsys.readouterr().out
-    keys = [split.key(i) for split in (Split(hospital / "out", s) for s in ("train", "val", "test")) for i in range(len(split))]
+    keys = [
+        split.key(i)
+        for split in (Split(hospital / "out", s) for s in ("train", "val", "test"))
+        for i in range(len(split))
+    ]
     assert len(keys) == 25
     assert sum(key.endswith("-2") for key in keys) == 1
 
@@ -179,7 +237,11 @@ def test_padding_does_not_count(tmp_path):
 
 
 def test_odd_windows_are_no_window(tmp_path):
-    for more in ({"WindowCenter": None, "WindowWidth": 100}, {"WindowCenter": 100, "WindowWidth": 0}, {"VOILUTSequence": []}):
+    for more in (
+        {"WindowCenter": None, "WindowWidth": 100},
+        {"WindowCenter": 100, "WindowWidth": 0},
+        {"VOILUTSequence": []},
+    ):
         np.testing.assert_allclose(load_image(write(tmp_path / "x.dcm", RAMP, **more)), RAMP * 255 / 1023, atol=0.51)
 
 
@@ -188,9 +250,26 @@ def test_an_empty_patient_id_is_the_study(tmp_path, capsys):
     for study in range(12):
         uid = pydicom.uid.generate_uid()
         for i in range(2):
-            write(tmp_path / "in" / ("A" if study % 2 else "B") / f"{study}-{i}.dcm", rng.integers(0, 1024, (16, 16)), patient="", StudyInstanceUID=uid)
+            write(
+                tmp_path / "in" / ("A" if study % 2 else "B") / f"{study}-{i}.dcm",
+                rng.integers(0, 1024, (16, 16)),
+                patient="",
+                StudyInstanceUID=uid,
+            )
     (tmp_path / "salt").write_text("0123456789abcdef0123")
-    main(["dicom", "--path", str(tmp_path / "in"), "--salt-file", str(tmp_path / "salt"), "--out", str(tmp_path / "out"), "--size", "16"])
+    main(
+        [
+            "dicom",
+            "--path",
+            str(tmp_path / "in"),
+            "--salt-file",
+            str(tmp_path / "salt"),
+            "--out",
+            str(tmp_path / "out"),
+            "--size",
+            "16",
+        ]
+    )
     assert "24 images have no patient ID" in capsys.readouterr().err
     homes = {}
     for name in ("train", "val", "test"):
@@ -207,7 +286,17 @@ def folder_of_two(tmp_path):
         for i in range(6):
             write(tmp_path / "in" / name / f"{i}.dcm", rng.integers(0, 1024, (16, 16)), patient=f"{k}-{i}")
     (tmp_path / "salt").write_text("0123456789abcdef0123")
-    return ["dicom", "--path", str(tmp_path / "in"), "--salt-file", str(tmp_path / "salt"), "--out", str(tmp_path / "out"), "--size", "16"]
+    return [
+        "dicom",
+        "--path",
+        str(tmp_path / "in"),
+        "--salt-file",
+        str(tmp_path / "salt"),
+        "--out",
+        str(tmp_path / "out"),
+        "--size",
+        "16",
+    ]
 
 
 def test_a_file_listed_twice_is_refused(tmp_path):
@@ -219,7 +308,9 @@ def test_a_file_listed_twice_is_refused(tmp_path):
 
 def test_paths_of_a_table_may_be_absolute(tmp_path):
     flags = folder_of_two(tmp_path)
-    rows = [f"{tmp_path}/in/{name}/{i}.dcm,{'Mass' if name == 'A' else 'No Finding'}" for name in "AB" for i in range(6)]
+    rows = [
+        f"{tmp_path}/in/{name}/{i}.dcm,{'Mass' if name == 'A' else 'No Finding'}" for name in "AB" for i in range(6)
+    ]
     (tmp_path / "t.csv").write_text("path,finding\n" + "\n".join(rows))
     main([*flags, "--csv", str(tmp_path / "t.csv")])
 
@@ -260,7 +351,16 @@ def table_of(first, entries, bits):
     return [table]
 
 
-def made(path: Path, pixels: np.ndarray, *, bits: int = 12, high: int | None = None, signed: bool = False, deflated: bool = False, **more) -> Path:
+def made(
+    path: Path,
+    pixels: np.ndarray,
+    *,
+    bits: int = 12,
+    high: int | None = None,
+    signed: bool = False,
+    deflated: bool = False,
+    **more,
+) -> Path:
     write(path, np.zeros(pixels.shape, int))
     data = pydicom.dcmread(path)
     data.BitsStored, data.HighBit, data.PixelRepresentation = bits, bits - 1 if high is None else high, int(signed)
@@ -288,12 +388,26 @@ MISLEADING = {
     "high bit 15, signed": ((DEEP - 2048) << 4, {"high": 15, "signed": True, "RescaleIntercept": 2048, **WINDOW}),
     "a speck without a window": (SPECK, {"bits": 16}),
     "inverse presentation": (4095 - DEEP, {"PresentationLUTShape": "INVERSE", **WINDOW}),
-    "inverse twice": (4095 - DEEP, {"PhotometricInterpretation": "MONOCHROME1", "PresentationLUTShape": "INVERSE", **WINDOW}),
+    "inverse twice": (
+        4095 - DEEP,
+        {"PhotometricInterpretation": "MONOCHROME1", "PresentationLUTShape": "INVERSE", **WINDOW},
+    ),
     "two windows": (DEEP, {"WindowCenter": [2048, 500], "WindowWidth": [4096, 200]}),
     "an exact window": (DEEP, {"VOILUTFunction": "LINEAR_EXACT", **WINDOW}),
     "16 bits stored, a window of 12": (DEEP, {"bits": 16, **WINDOW}),
-    "a table and a window": (DEEP, {"VOILUTSequence": table_of(0, np.arange(4096), 12), "WindowCenter": 100, "WindowWidth": 10}),
-    "a modality table": (DEEP, {"ModalityLUTSequence": table_of(0, np.arange(4096)[::-1], 16), "WindowCenter": 2048, "WindowWidth": 4096, "inverted": 1}),
+    "a table and a window": (
+        DEEP,
+        {"VOILUTSequence": table_of(0, np.arange(4096), 12), "WindowCenter": 100, "WindowWidth": 10},
+    ),
+    "a modality table": (
+        DEEP,
+        {
+            "ModalityLUTSequence": table_of(0, np.arange(4096)[::-1], 16),
+            "WindowCenter": 2048,
+            "WindowWidth": 4096,
+            "inverted": 1,
+        },
+    ),
     "deflated": (DEEP, {"deflated": True, **WINDOW}),
 }
 
@@ -312,7 +426,15 @@ def test_files_whose_headers_mislead_look_as_in_a_viewer(tmp_path, kind):
 @pytest.mark.parametrize("window", [(1500, 2000), (100, 50), (3000, 9000)])
 @pytest.mark.parametrize("slope", [1, 2.5])
 def test_windows_are_those_of_pydicom_where_it_is_right(tmp_path, function, window, slope):
-    path = made(tmp_path / "x.dcm", DEEP, WindowCenter=window[0], WindowWidth=window[1], VOILUTFunction=function, RescaleSlope=slope, RescaleIntercept=-10)
+    path = made(
+        tmp_path / "x.dcm",
+        DEEP,
+        WindowCenter=window[0],
+        WindowWidth=window[1],
+        VOILUTFunction=function,
+        RescaleSlope=slope,
+        RescaleIntercept=-10,
+    )
     data = pydicom.dcmread(path)
     values = pydicom.pixels.apply_windowing(pydicom.pixels.apply_rescale(data.pixel_array, data), data)
     low, high = -10, 4095 * slope - 10
@@ -322,7 +444,9 @@ def test_windows_are_those_of_pydicom_where_it_is_right(tmp_path, function, wind
 @pytest.mark.parametrize(("padding", "signed"), [(("US", 63536), True), (("SS", -2000), True), (("US", 4095), False)])
 def test_padding_is_black_however_it_is_written(tmp_path, padding, signed):
     pixels = np.where(np.arange(50) < 10, -2000 if signed else 4095, np.minimum(DEEP, 4000))
-    image = load_image(made(tmp_path / "x.dcm", pixels, bits=16 if signed else 12, signed=signed, PixelPaddingValue=padding, **WINDOW))
+    image = load_image(
+        made(tmp_path / "x.dcm", pixels, bits=16 if signed else 12, signed=signed, PixelPaddingValue=padding, **WINDOW)
+    )
     assert (image[:, :10] == 0).all()
     assert abs(image[:, 10:].astype(float) - np.minimum(DEEP, 4000)[:, 10:] / 4095 * 255).max() <= 1
 
@@ -358,7 +482,17 @@ def test_an_image_named_dcm_is_called_what_it_is(tmp_path):
         (tmp_path / "in" / name).mkdir(parents=True)
         Image.new("L", (8, 8)).save(tmp_path / "in" / name / "x.dcm", "JPEG")
     with pytest.raises(InputError, match=r"x\.dcm: is named \.dcm, but its content is that of a JPEG; rename it"):
-        main(["dicom", "--path", str(tmp_path / "in"), "--salt-file", str(tmp_path / "salt"), "--out", str(tmp_path / "out")])
+        main(
+            [
+                "dicom",
+                "--path",
+                str(tmp_path / "in"),
+                "--salt-file",
+                str(tmp_path / "salt"),
+                "--out",
+                str(tmp_path / "out"),
+            ]
+        )
     assert load_image(tmp_path / "in/A/x.dcm").shape == (8, 8)
 
 
@@ -373,12 +507,26 @@ def dicom_set(root: Path, splits, *, patient=lambda n: f"P{n}", study=None, coun
         for name in ("NoFinding", "Effusion"):
             for i in range(count):
                 more = {"StudyInstanceUID": study(n)} if study else {}
-                write(root / "in" / split / name / f"{i}.dcm", rng.integers(0, 4095, (16, 16)), patient=patient(n), **more)
+                write(
+                    root / "in" / split / name / f"{i}.dcm", rng.integers(0, 4095, (16, 16)), patient=patient(n), **more
+                )
                 n += 1
-    return ["dicom", "--path", str(root / "in"), "--salt-file", str(root / "salt"), "--size", "16", "--out", str(root / "out")]
+    return [
+        "dicom",
+        "--path",
+        str(root / "in"),
+        "--salt-file",
+        str(root / "salt"),
+        "--size",
+        "16",
+        "--out",
+        str(root / "out"),
+    ]
 
 
-@pytest.mark.parametrize("names", ["training,validation,testing", "Train,Valid,Test", "TRAIN,validate,testing", "train,dev,test"])
+@pytest.mark.parametrize(
+    "names", ["training,validation,testing", "Train,Valid,Test", "TRAIN,validate,testing", "train,dev,test"]
+)
 def test_splits_have_the_names_that_people_give_them(tmp_path, names):
     main(dicom_set(tmp_path, names.split(",")))
     for name in ("train", "val", "test"):
@@ -407,8 +555,15 @@ def test_a_test_set_alone(tmp_path):
 @pytest.mark.parametrize("word", ["ANONYMOUS", "Anonymized", "0000", "4711"])
 def test_one_id_for_everybody_is_no_patient(tmp_path, word, capsys):
     main(dicom_set(tmp_path, [""], patient=lambda _: word, study=lambda n: f"1.2.{n // 2}", count=10))
-    assert [len(Split(tmp_path / "out", name)) for name in ("train", "val", "test")] == [10, 4, 6]  # whole studies of two
-    assert f"20 images have the patient ID {word!r}, which names nobody: the images of one study count as one patient" in capsys.readouterr().err
+    assert [len(Split(tmp_path / "out", name)) for name in ("train", "val", "test")] == [
+        10,
+        4,
+        6,
+    ]  # whole studies of two
+    assert (
+        f"20 images have the patient ID {word!r}, which names nobody: the images of one study count as one patient"
+        in capsys.readouterr().err
+    )
     homes = {Split(tmp_path / "out", name).meta(i)["patient"] for name in ("train", "val", "test") for i in range(4)}
     assert len(homes) > 3
 
@@ -426,7 +581,17 @@ def test_boxes_of_a_table_of_dicom_files(tmp_path):
         write(tmp_path / "in" / f"{i:04}-aa.dcm", rng.integers(0, 255, (40, 40)), bits=8, patient=f"P{i}")
         rows += [f"{i:04}-aa,10,12,20,8,1", f"{i:04}-aa,1,2,3,4,1"] if i % 2 else [f"{i:04}-aa,,,,,0"]
     (tmp_path / "t.csv").write_text("patientId,x,y,width,height,Target\n" + "\n".join(rows))
-    flags = ["dicom", "--path", str(tmp_path / "in"), "--salt-file", str(tmp_path / "salt"), "--csv", str(tmp_path / "t.csv"), "--size", "20"]
+    flags = [
+        "dicom",
+        "--path",
+        str(tmp_path / "in"),
+        "--salt-file",
+        str(tmp_path / "salt"),
+        "--csv",
+        str(tmp_path / "t.csv"),
+        "--size",
+        "20",
+    ]
     main([*flags, "--path-column", "patientId", "--finding-column", "Target", "--out", str(tmp_path / "out")])
     split = Split(tmp_path / "out", "train", ("No Finding", "Target"))
     boxes = [[box.xyxy for box in split.meta(i)["boxes"]] for i in range(len(split))]
@@ -462,7 +627,11 @@ def test_narrow_windows_of_small_values(tmp_path, function):
     window = {"WindowCenter": 0.1, "WindowWidth": 0.2, "VOILUTFunction": function}
     path = made(tmp_path / "x.dcm", DEEP, RescaleSlope=0.0001, RescaleIntercept=0, **window)
     values = DEEP * 0.0001
-    share = np.clip((values - 0.1) / 0.2 + 0.5, 0, 1) if function == "LINEAR_EXACT" else 1 / (1 + np.exp(-4 * (values - 0.1) / 0.2))
+    share = (
+        np.clip((values - 0.1) / 0.2 + 0.5, 0, 1)
+        if function == "LINEAR_EXACT"
+        else 1 / (1 + np.exp(-4 * (values - 0.1) / 0.2))
+    )
     np.testing.assert_allclose(load_image(path), share * 255, atol=1)
 
 

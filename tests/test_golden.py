@@ -1,4 +1,6 @@
-"""A refactoring moves no figure: small trainings against those that curves.json keeps, to the bit where that was made."""
+"""A refactoring moves no figure: small trainings against those that curves.json keeps,
+to the bit where that was made.
+"""
 
 import json
 
@@ -15,7 +17,9 @@ KEPT = json.loads(curves.FILE.read_text())
 
 
 def same(found, kept, where="") -> None:
-    """Equal to the last bit on the machine that made the file, to 1e-5 on others, where sums are added up in another order."""
+    """Equal to the last bit on the machine that made the file, to 1e-5 on others, where sums are added up in another
+    order.
+    """
     if isinstance(kept, dict | list):
         assert type(found) is type(kept), where
         assert len(found) == len(kept), where
@@ -51,7 +55,9 @@ def test_so_has_one_that_was_interrupted(shards, tmp_path, monkeypatch):
 
 @TOGETHER
 def test_so_has_one_of_two_processes(shards, tmp_path):
-    done = curves.launch("--mixed_precision", "no", "-m", "trainer.train", *curves.flags("resnet", shards, tmp_path / "run", 2))
+    done = curves.launch(
+        "--mixed_precision", "no", "-m", "trainer.train", *curves.flags("resnet", shards, tmp_path / "run", 2)
+    )
     assert done.returncode == 0, done.stderr
     same(curves.figures(tmp_path / "run"), KEPT["runs"]["resnet, two processes"])
 

@@ -1,4 +1,6 @@
-"""The rules of the house, read from its imports: two layers, one direction, no circle, and the README's tree is what is there."""
+"""The rules of the house, read from its imports: two layers, one direction, no circle, and the README's tree is what is
+there.
+"""
 
 import ast
 import re
@@ -26,7 +28,10 @@ def imports(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             assert node.level == 0, f"{path}: imports are absolute"
-            found |= {f"{node.module}.{alias.name}" if f"{node.module}.{alias.name}" in MODULES else node.module for alias in node.names}
+            found |= {
+                f"{node.module}.{alias.name}" if f"{node.module}.{alias.name}" in MODULES else node.module
+                for alias in node.names
+            }
     return (found & MODULES) - {module(path)}
 
 
@@ -34,7 +39,12 @@ ARROWS = {module(path): imports(path) for path in ROOMS}
 
 
 def test_shards_never_imports_trainer():
-    assert not {(one, other) for one, others in ARROWS.items() for other in others if one.startswith("shards") and other.startswith("trainer")}
+    assert not {
+        (one, other)
+        for one, others in ARROWS.items()
+        for other in others
+        if one.startswith("shards") and other.startswith("trainer")
+    }
 
 
 @pytest.mark.parametrize("layer", ["shards", "trainer"])

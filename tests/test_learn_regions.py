@@ -40,7 +40,8 @@ def test_one_radiograph_gives_a_rule_that_finds_its_lesion_again(radiograph, tmp
     assert found
     region = finding_regions(lung_box[None], ["Plaque"], 512, {"Plaque": finding.rule}, lungs[None])[0]
     x, y, w, h = (round(v * 512 / side) for v, side in zip(lesion, (400, 300, 400, 300), strict=True))
-    # Of a phantom's lesion box three quarters lie in the lungs, the rest on the heart: its place are the lungs, and the rest is left out.
+    # Of a phantom's lesion box three quarters lie in the lungs, the rest on the heart: its place are the lungs, and the
+    # rest is left out.
     assert "72% within" in printed
     assert "so the region is what the box leaves of that place: within the lungs, dilated 0.04" in printed
     inside = region[y : y + h, x : x + w]
@@ -77,17 +78,29 @@ def test_one_side_and_several_boxes_and_the_margin(radiograph, tmp_path):
         ([], "python -m trainer.regions learn: the following arguments are required: IMAGE, --box, --finding"),
         (["CHEST", "--box", "1,2,3", "--finding", "X"], "--box 1,2,3: expected four numbers X,Y,W,H"),
         (["CHEST", "--box", "1,2,3,x", "--finding", "X"], "expected four numbers"),
-        (["CHEST", "--box", "390,10,20,20", "--finding", "X"], r"does not lie in the image of 400x300 pixels; expected X,Y,W,H with X \+ W <= 400"),
+        (
+            ["CHEST", "--box", "390,10,20,20", "--finding", "X"],
+            r"does not lie in the image of 400x300 pixels; expected X,Y,W,H with X \+ W <= 400",
+        ),
         (["CHEST", "--box", "nan,10,20,20", "--finding", "X"], "does not lie in the image"),
         (["CHEST", "--box", "10,10,0,20", "--finding", "X"], "does not lie in the image"),
-        (["CHEST", "--box", "0.2,0.2,0.4,0.4", "--finding", "X"], r"is less than a pixel; expected X,Y,W,H in pixels of the file \(400x300\)"),
+        (
+            ["CHEST", "--box", "0.2,0.2,0.4,0.4", "--finding", "X"],
+            r"is less than a pixel; expected X,Y,W,H in pixels of the file \(400x300\)",
+        ),
         (["CHEST", "--box", "10,10,20,20", "--finding", "A,B"], "must not hold a comma"),
         (["CHEST", "--box", "390,10,20,20", "--finding", "X", "--out", "x.png"], "does not lie in the image"),
         (["CHEST", "--box", "10,10,20,20", "--finding", "No Finding"], "expected the name of a finding"),
         (["CHEST", "--box", "10,10,20,20", "--finding", " "], "expected the name of a finding"),
         (["CHEST", "--box", "10,10,20,20", "--finding", "X", "--margin", "3"], "--margin 3.0: a share of the lung box"),
-        (["CHEST", "--box", "10,10,20,20", "--finding", "X", "--marign", "3"], "unknown flag '--marign'; did you mean --margin"),
-        (["CHEST", "--box", "10,10,20,20", "--finding", "X", "--out", "x.png"], r"--out x\.png: expected a file name that ends in \.yaml or \.yml"),
+        (
+            ["CHEST", "--box", "10,10,20,20", "--finding", "X", "--marign", "3"],
+            "unknown flag '--marign'; did you mean --margin",
+        ),
+        (
+            ["CHEST", "--box", "10,10,20,20", "--finding", "X", "--out", "x.png"],
+            r"--out x\.png: expected a file name that ends in \.yaml or \.yml",
+        ),
         (["nowhere.png", "--box", "10,10,20,20", "--finding", "X"], "nowhere.png: cannot be read"),
         (["NOISE", "--box", "10,10,20,20", "--finding", "X"], "no believable pair of lungs"),
     ],
@@ -113,14 +126,27 @@ def test_a_finding_is_not_replaced_unasked(radiograph, tmp_path):
     main([*flags[:5], "Second", *flags[6:]])
     assert (tmp_path / "mine.yaml").read_bytes().startswith(before), "what stood there, comments too, is kept"
     assert set(read_file(tmp_path / "mine.yaml")) == {"Other", "Plaque", "Second"}
-    assert {p.name for p in tmp_path.iterdir()} == {"mine.yaml", "mine.png", "mine_second.png"}, "each finding keeps its picture"
+    assert {p.name for p in tmp_path.iterdir()} == {"mine.yaml", "mine.png", "mine_second.png"}, (
+        "each finding keeps its picture"
+    )
 
 
 def test_a_picture_is_not_replaced(radiograph, tmp_path):
     path = tmp_path / "plaque.png"
     path.write_bytes(radiograph[0].read_bytes())
     with pytest.raises(InputError, match=r"its picture would replace .*plaque\.png; name another file"):
-        main(["learn", str(path), "--box", box(radiograph[1]), "--finding", "Plaque", "--out", str(tmp_path / "plaque.yaml")])
+        main(
+            [
+                "learn",
+                str(path),
+                "--box",
+                box(radiograph[1]),
+                "--finding",
+                "Plaque",
+                "--out",
+                str(tmp_path / "plaque.yaml"),
+            ]
+        )
     assert path.read_bytes() == radiograph[0].read_bytes()
 
 
@@ -138,7 +164,9 @@ def test_show_prints_and_draws(radiograph, tmp_path, capsys):
     assert "Cardiomegaly" in printed
     assert "outside the lungs, dilated 0.02, in -inf -inf inf 1" in printed
     assert "within the lungs, dilated 0.04, in 0 0 1 0.5 (elsewhere weight 0.1)" in printed
-    main(["show", "--findings", "published", "--image", str(radiograph[0]), "--out", str(tmp_path / "deep" / "some.png")])
+    main(
+        ["show", "--findings", "published", "--image", str(radiograph[0]), "--out", str(tmp_path / "deep" / "some.png")]
+    )
     printed = capsys.readouterr().out
     assert "Cardiomegaly" not in printed
     assert f"drawn on {radiograph[0]}" in printed

@@ -38,7 +38,10 @@ def positions(plan, epoch, start, *, batch, world):
     """What all ranks read, batch by batch: [(rank, positions that count)]."""
     samplers = [list(Shares(plan, epoch, start, batch=batch, rank=r, world=world)) for r in range(world)]
     assert len({len(s) for s in samplers}) == 1, "ranks with different numbers of batches would hang"
-    return [[share.positions if share.counts else np.array([], int) for share in step] for step in zip(*samplers, strict=True)]
+    return [
+        [share.positions if share.counts else np.array([], int) for share in step]
+        for step in zip(*samplers, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("shards_", [1, 2, 5, 9])
@@ -84,7 +87,9 @@ def test_a_resume_with_the_same_settings_has_the_same_batches():
     for k in range(len(steps)):
         taken = sum(len(part) for step in steps[:k] for part in step)
         rest = positions(plan, 0, taken, batch=3, world=2)
-        assert [[part.tolist() for part in step] for step in rest] == [[part.tolist() for part in step] for step in steps[k:]]
+        assert [[part.tolist() for part in step] for step in rest] == [
+            [part.tolist() for part in step] for step in steps[k:]
+        ]
 
 
 def sizes_of(n: int, batch: int, world: int) -> list[list[int]]:
@@ -134,7 +139,9 @@ def test_batches_carry_images_labels_and_weights(shards, workers):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves the tars open
 def test_any_webdataset_reader_reads_the_shards(shards):
     split = Split(shards, "val")
-    theirs = webdataset.WebDataset([f"{split.store.name}/{shard['name']}" for shard in split.shards], shardshuffle=False, empty_check=False)
+    theirs = webdataset.WebDataset(
+        [f"{split.store.name}/{shard['name']}" for shard in split.shards], shardshuffle=False, empty_check=False
+    )
     keys = {sample["__key__"]: sample for sample in theirs}
     del theirs
     gc.collect()
@@ -148,7 +155,11 @@ def grid(tmp_path_factory):
     root = tmp_path_factory.mktemp("grid")
     Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(root / "i.png")
     for n in range(1, 10):
-        items = [Item(split, f"{split}{i}", ("No Finding",), str(root / "i.png")) for split in ("train", "val") for i in range(3 * n - 1 - n % 2)]
+        items = [
+            Item(split, f"{split}{i}", ("No Finding",), str(root / "i.png"))
+            for split in ("train", "val")
+            for i in range(3 * n - 1 - n % 2)
+        ]
         pack(Source(items, size=8), root / str(n), dataset="grid", per_shard=3)
     return root
 
@@ -158,14 +169,24 @@ def grid(tmp_path_factory):
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 @pytest.mark.parametrize("number", range(1, 10))
 def test_every_key_exactly_once_whatever_divides(grid, number, world, workers):
-    """The real loader, for training and for evaluation, with as many batches on every rank, so that none waits for another."""
+    """The real loader, for training and for evaluation, with as many batches on every rank, so that none waits for
+    another.
+    """
     for name, shuffle in (("train", True), ("val", False)):
         split = Split(grid / str(number), name)
         assert len(split.shards) == number
         plan = EpochPlan(split.shard_sizes(), 1, window=2, shuffle=shuffle)
-        read = [list(Loader(split, plan, batch=2, rank=r, world=world, workers=workers).batches(3)) for r in range(world)]
+        read = [
+            list(Loader(split, plan, batch=2, rank=r, world=world, workers=workers).batches(3)) for r in range(world)
+        ]
         assert len({len(batches) for batches in read}) == 1
-        keys = [split.key(int(p)) for batches in read for b in batches for p, weight in zip(b.index, b.weight, strict=True) if weight]
+        keys = [
+            split.key(int(p))
+            for batches in read
+            for b in batches
+            for p, weight in zip(b.index, b.weight, strict=True)
+            if weight
+        ]
         assert sorted(keys) == sorted(f"{name}{i}" for i in range(3 * number - 1 - number % 2))
         split.close()
 
@@ -215,7 +236,9 @@ def test_ten_million_samples_open_and_resume_at_once(tmp_path, monkeypatch):
     assert lines(lambda: Split(root, "train", ("No Finding", "Effusion"))) < 40 * len(split.shards)
     made = []
     ordinary = EpochPlan._window
-    monkeypatch.setattr(EpochPlan, "_window", lambda self, epoch, w, shards: made.append(w) or ordinary(self, epoch, w, shards))
+    monkeypatch.setattr(
+        EpochPlan, "_window", lambda self, epoch, w, shards: made.append(w) or ordinary(self, epoch, w, shards)
+    )
     first = {}
     for step in (0, 10, 100_000):
         plan = EpochPlan(split.shard_sizes(), 0)
@@ -367,7 +390,9 @@ def test_a_batch_is_not_overwritten_while_somebody_holds_it(shards):
     plan = EpochPlan(split.shard_sizes(), 0)
     kept = list(Loader(split, plan, batch=4, workers=0).batches(0))
     for batch in kept:
-        assert all((image[0].numpy() == split.image(int(p))).all() for p, image in zip(batch.index, batch.image, strict=True))
+        assert all(
+            (image[0].numpy() == split.image(int(p))).all() for p, image in zip(batch.index, batch.image, strict=True)
+        )
     addresses = set()
     for batch in Loader(split, plan, batch=4, workers=0).batches(0):
         addresses.add(batch.image.data_ptr())
@@ -426,7 +451,10 @@ def test_tars_of_others_are_read_as_webdataset_reads_them(tmp_path, members):
     assert (len(split), split.key(0), int(split.image(0)[0, 0])) == (1, "A", 1)
 
 
-@pytest.mark.parametrize("names", [("training-0.tar", "validation-0.tar"), ("Train_000.tar", "valid_000.tar"), ("train.000.tar", "validate.000.tar")])
+@pytest.mark.parametrize(
+    "names",
+    [("training-0.tar", "validation-0.tar"), ("Train_000.tar", "valid_000.tar"), ("train.000.tar", "validate.000.tar")],
+)
 def test_splits_of_tars_have_the_names_that_people_give_them(tmp_path, names):
     for name in names:
         foreign(tmp_path, {f"{name[:3]}.png": png(1), f"{name[:3]}.json": META}, name)
@@ -455,7 +483,11 @@ class Troubled(Split):
     def image(self, position):
         if get_worker_info() is not None and self.trouble == "freeze later":  # while the first batch is handed over
             sharer = resource_sharer._resource_sharer
-            sharer._serve = lambda: (held.append(sharer._listener.accept()), os.kill(os.getpid(), signal.SIGSTOP), threading.Event().wait())
+            sharer._serve = lambda: (
+                held.append(sharer._listener.accept()),
+                os.kill(os.getpid(), signal.SIGSTOP),
+                threading.Event().wait(),
+            )
         if get_worker_info() is not None and position >= 8:
             if self.trouble == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -467,7 +499,11 @@ class Troubled(Split):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # sockets of the lost process
 @pytest.mark.parametrize(
     ("trouble", "words"),
-    [("kill", "a loader process was killed"), ("freeze", "have delivered nothing for 2 s"), ("freeze later", "have delivered nothing for 2 s")],
+    [
+        ("kill", "a loader process was killed"),
+        ("freeze", "have delivered nothing for 2 s"),
+        ("freeze later", "have delivered nothing for 2 s"),
+    ],
 )
 def test_a_loader_process_that_is_lost_ends_the_run_in_one_line(shards, monkeypatch, trouble, words):
     monkeypatch.setattr(loader, "STALLED", 2)
@@ -481,7 +517,9 @@ def test_a_loader_process_that_is_lost_ends_the_run_in_one_line(shards, monkeypa
 
 
 def lose(process, trouble):
-    """Stop a loader's process between two epochs, or kill it: then torch's signal handler raises at once, in the main one."""
+    """Stop a loader's process between two epochs, or kill it: then torch's signal handler raises at once, in the main
+    one.
+    """
     if trouble == "stop":
         os.kill(process.pid, signal.SIGSTOP)
         return
@@ -492,7 +530,9 @@ def lose(process, trouble):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize(("trouble", "words"), [("stop", "have delivered nothing for 2 s"), ("kill", "a loader process was killed")])
+@pytest.mark.parametrize(
+    ("trouble", "words"), [("stop", "have delivered nothing for 2 s"), ("kill", "a loader process was killed")]
+)
 def test_a_loader_process_that_is_lost_between_two_epochs_is_found_at_the_next(shards, monkeypatch, trouble, words):
     monkeypatch.setattr(loader, "STALLED", 2)
     split = Split(shards, "train")
@@ -511,7 +551,9 @@ def test_a_loader_process_that_is_killed_in_the_middle_of_a_step_is_one_line(cap
 
     with pytest.raises(SystemExit, match="2"):
         run(main)
-    assert capsys.readouterr().err.startswith("error: a loader process was killed, most likely for want of memory or of space in /dev/shm")
+    assert capsys.readouterr().err.startswith(
+        "error: a loader process was killed, most likely for want of memory or of space in /dev/shm"
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a small /dev/shm can be mounted on Linux only")
@@ -526,15 +568,24 @@ run(lambda: print(len(list(Loader(split, EpochPlan(split.shard_sizes()), batch=3
 """
     inside = 'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$0" -c "$1"'
     done = subprocess.run(
-        ["unshare", "--mount", "sh", "-c", inside, sys.executable, script], cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120
+        ["unshare", "--mount", "sh", "-c", inside, sys.executable, script],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     if "unshare" in done.stderr or "mount:" in done.stderr:
         pytest.skip(f"no small /dev/shm can be mounted here: {done.stderr.strip()}")
     assert done.returncode == 2
-    assert done.stderr.splitlines()[0].startswith("error: the loader's processes have no room left in /dev/shm; use fewer --workers")
+    assert done.stderr.splitlines()[0].startswith(
+        "error: the loader's processes have no room left in /dev/shm; use fewer --workers"
+    )
 
 
-@pytest.mark.parametrize("table", [{}, {"bytes": "many", "sha256": "0" * 64}, {"bytes": 5, "sha256": "../../../etc/passwd"}, {"sha256": "0" * 64}])
+@pytest.mark.parametrize(
+    "table",
+    [{}, {"bytes": "many", "sha256": "0" * 64}, {"bytes": 5, "sha256": "../../../etc/passwd"}, {"sha256": "0" * 64}],
+)
 def test_a_table_is_described_by_size_and_checksum(copied, table):
     index = json.loads((copied / "index.json").read_text())
     index["splits"]["train"]["tables"]["train.npy"] = table
@@ -544,7 +595,14 @@ def test_a_table_is_described_by_size_and_checksum(copied, table):
 
 
 def test_files_that_are_no_samples_are_told_and_no_more(tmp_path, capsys):
-    members = {"README": b"hello", "Thumbs.db": b"x", "dataset_info.json": META, "__meta__": b"x", "__A.png": png(1), "__A.json": META}
+    members = {
+        "README": b"hello",
+        "Thumbs.db": b"x",
+        "dataset_info.json": META,
+        "__meta__": b"x",
+        "__A.png": png(1),
+        "__A.json": META,
+    }
     build_index(foreign(tmp_path, members), dataset="x")
     split = Split(tmp_path, "train")
     assert [split.key(i) for i in range(len(split))] == ["__A"]
@@ -578,7 +636,14 @@ split = Split(f"http://127.0.0.1:{{server.server_port}}", "train")
 run(lambda: print(len(list(Loader(split, EpochPlan(split.shard_sizes()), batch=4, workers=1).batches(0)))))
 """
     environment = os.environ | {"CXR_FOCUS_CACHE": str(tmp_path / "cache"), "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=Path(__file__).parents[1],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 2, done.stderr
     assert "error: the loader's processes have delivered nothing for 3 s" in done.stderr
 
@@ -597,11 +662,17 @@ def test_the_loader_s_processes_stay_for_the_whole_run(shards):
     assert [child.pid for child in loader.processes] == processes
     assert all(child.is_alive() for child in loader.processes)
     alone = Loader(split, plan, batch=4)
-    assert seen == [[batch.index.tolist() for batch in alone.batches(0)], [batch.index.tolist() for batch in alone.batches(1, 8)]]
+    assert seen == [
+        [batch.index.tolist() for batch in alone.batches(0)],
+        [batch.index.tolist() for batch in alone.batches(1, 8)],
+    ]
 
 
 def test_a_spawned_process_opens_the_index_itself(shards):
-    for split in (Split(shards, "train", SingleLabel(("No Finding", "Effusion"), ("Effusion",))), Split(shards, "val", masks=True)):
+    for split in (
+        Split(shards, "train", SingleLabel(("No Finding", "Effusion"), ("Effusion",))),
+        Split(shards, "val", masks=True),
+    ):
         data = pickle.dumps(split)
         assert len(data) < 1000
         other = pickle.loads(data)

@@ -16,11 +16,17 @@ PUBLISHED = json.loads((GOLDEN / "published.json").read_text())
 @pytest.mark.parametrize("i", range(len(PUBLISHED["losses"])))
 def test_published_losses(golden, i):
     case = PUBLISHED["losses"][i]
-    raw, boxes, logits, labels = (torch.from_numpy(golden[f"loss{i}_{n}"]) for n in ("raw_cam", "boxes_xywh", "logits", "labels"))
+    raw, boxes, logits, labels = (
+        torch.from_numpy(golden[f"loss{i}_{n}"]) for n in ("raw_cam", "boxes_xywh", "logits", "labels")
+    )
     boxes = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1).long()
     findings = task_findings(case["task"])
     region = finding_regions(boxes, [findings[k] for k in labels.tolist()], 224)
-    task, weight, target = OneOf(findings), torch.ones(len(labels)), torch.eye(len(findings), dtype=torch.int8)[labels.long()]
+    task, weight, target = (
+        OneOf(findings),
+        torch.ones(len(labels)),
+        torch.eye(len(findings), dtype=torch.int8)[labels.long()],
+    )
     ce, count = task.loss(logits, target, weight), task.counted(target, weight)
     term = attention_term(normalize_cam(raw, 224), region, case["threshold"], "published")
     a = (term * (labels > 0)).sum()
@@ -35,7 +41,9 @@ def test_terms_by_hand():
     assert attention_term(cam, region, 0.7, "published").item() == pytest.approx(0.5)
     assert attention_term(cam, region, 0.5, "energy").item() == pytest.approx(1 - 1.6 / 1.8)
     assert attention_term(cam, region, 0.5, "lift").item() == pytest.approx((1 - 1.6 / 1.8) / (1 - 2 / 4))
-    assert attention_term(torch.ones(1, 2, 2), region, 0.5, "lift").item() == pytest.approx(1)  # the same everywhere, whatever the area
+    assert attention_term(torch.ones(1, 2, 2), region, 0.5, "lift").item() == pytest.approx(
+        1
+    )  # the same everywhere, whatever the area
     soft = torch.sigmoid(torch.tensor([1.0, 5.0])).mean()  # (0.6 - 0.5) / 0.1 and (1 - 0.5) / 0.1
     assert attention_term(cam, region, 0.5, "coverage").item() == pytest.approx(1 - soft.item())
     with pytest.raises(ValueError, match="unknown attention form"):
@@ -48,7 +56,11 @@ def test_terms_by_hand():
 @pytest.mark.parametrize("area", ["empty", "full", "half"])
 def test_degenerate_maps_and_regions_stay_finite(form, dtype, kind, area):
     torch.manual_seed(0)
-    raw = {"zero": torch.zeros(2, 7, 7), "constant": torch.full((2, 7, 7), 0.3), "ordinary": torch.rand(2, 7, 7)}[kind].to(dtype).requires_grad_()
+    raw = (
+        {"zero": torch.zeros(2, 7, 7), "constant": torch.full((2, 7, 7), 0.3), "ordinary": torch.rand(2, 7, 7)}[kind]
+        .to(dtype)
+        .requires_grad_()
+    )
     region = torch.zeros(2, 28, 28, dtype=torch.bool)
     region[:, : {"empty": 0, "full": 28, "half": 14}[area]] = True
     cam = normalize_cam(raw, 28)
@@ -82,7 +94,14 @@ def test_the_term_alone_is_finite_too(form, cam, dtype):
 
 
 @pytest.mark.parametrize(
-    ("form", "layer"), [*((form, "") for form in FORMS), ("energy", "layer3"), ("energy", "layer3,layer4"), ("energy", "input"), ("lift", "input")]
+    ("form", "layer"),
+    [
+        *((form, "") for form in FORMS),
+        ("energy", "layer3"),
+        ("energy", "layer3,layer4"),
+        ("energy", "input"),
+        ("lift", "input"),
+    ],
 )
 def test_gradient_of_the_backbone_against_finite_differences(form, layer):
     torch.manual_seed(1)

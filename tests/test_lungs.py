@@ -79,7 +79,9 @@ def test_segmenter_takes_any_size_and_round_trips(tmp_path):
     assert loaded(images).dtype == torch.bool
     assert (loaded(images) == segmenter(images)).all()
     assert loaded.fingerprint() == segmenter.fingerprint()
-    assert load_segmenter(tmp_path / "s.safetensors").fingerprint() != LungSegmenter([2, 4, 8, 16, 32], 32).fingerprint()
+    assert (
+        load_segmenter(tmp_path / "s.safetensors").fingerprint() != LungSegmenter([2, 4, 8, 16, 32], 32).fingerprint()
+    )
 
 
 def test_files_that_are_no_segmenter(tmp_path):
@@ -100,13 +102,21 @@ def test_files_that_are_no_segmenter(tmp_path):
 def published(width=4):
     """The published U-Net, small, as modules of the classes that its pickle names."""
     module = types.ModuleType("model")
-    classes = {name: type(name, (torch.nn.Module,), {"__module__": "model"}) for name in ("build_unet", "encoder_block", "conv_block", "decoder_block")}
+    classes = {
+        name: type(name, (torch.nn.Module,), {"__module__": "model"})
+        for name in ("build_unet", "encoder_block", "conv_block", "decoder_block")
+    }
     for name, kind in classes.items():
         setattr(module, name, kind)
     ours = UNet([width * 2**k for k in range(5)])
 
     def rebuilt(net):
-        kind = {"_Encoder": "encoder_block", "_Convs": "conv_block", "_Decoder": "decoder_block", "UNet": "build_unet"}.get(type(net).__name__)
+        kind = {
+            "_Encoder": "encoder_block",
+            "_Convs": "conv_block",
+            "_Decoder": "decoder_block",
+            "UNet": "build_unet",
+        }.get(type(net).__name__)
         if kind is None:
             return net
         copy = classes[kind]()
@@ -190,7 +200,10 @@ def test_the_shipped_segmenter_is_small_and_light():
 
 def test_the_shipped_segmenter_finds_the_lungs_of_phantoms():
     rng = np.random.default_rng(11)
-    samples = [phantom(str(i), name, rng, 256) for i, name in enumerate(["No Finding", "Effusion", "Pneumothorax", "Subcutaneous Emphysema"] * 3)]
+    samples = [
+        phantom(str(i), name, rng, 256)
+        for i, name in enumerate(["No Finding", "Effusion", "Pneumothorax", "Subcutaneous Emphysema"] * 3)
+    ]
     images = torch.from_numpy(np.stack([s.image for s in samples])).float()[:, None] / 255
     truth = lung_boxes(torch.from_numpy(np.stack([s.mask for s in samples])) > 0, 224).float()
     found = lung_boxes(load_segmenter()(images), 224).float()
@@ -275,7 +288,12 @@ def test_an_outline_gives_the_mask_back_and_fits_into_150_bytes():
     assert memory.table.nbytes / 8 <= 150
     known = memory.read(torch.tensor([3, 0, 7]), torch.device("cpu"))
     assert torch.equal(known.boxes, boxes[[3, 0, 7]])
-    whole = torch.nn.functional.interpolate(masks[[3, 0, 7], None].float(), (224, 224), mode="bilinear", antialias=True)[:, 0] >= 0.5
+    whole = (
+        torch.nn.functional.interpolate(masks[[3, 0, 7], None].float(), (224, 224), mode="bilinear", antialias=True)[
+            :, 0
+        ]
+        >= 0.5
+    )
     again = lung_masks(known.outlines, known.boxes, (224, 224))
     iou = (again & whole).flatten(1).sum(1) / (again | whole).flatten(1).sum(1)
     assert iou.min() > 0.94, iou

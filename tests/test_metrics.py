@@ -69,7 +69,9 @@ def test_localize_by_hand():
     assert summarize(rows[:0]) is None
 
 
-@pytest.mark.parametrize(("share", "n", "low", "high"), [(0.5, 100, 0.4038, 0.5962), (1.0, 53, 0.9324, 1.0), (0.0, 10, 0.0, 0.2775)])
+@pytest.mark.parametrize(
+    ("share", "n", "low", "high"), [(0.5, 100, 0.4038, 0.5962), (1.0, 53, 0.9324, 1.0), (0.0, 10, 0.0, 0.2775)]
+)
 def test_wilson_interval(share, n, low, high):
     assert wilson(share, n) == pytest.approx([low, high], abs=1e-4)
 
@@ -102,11 +104,15 @@ def test_iou_and_tolerance_by_hand():
     assert by_threshold[5 / 16] == pytest.approx(200 / 600)
     assert best_threshold(rows[:1]) == 0  # the first of those that are equally good
     assert best_threshold(rows[:0]) is None
-    # The peak of the first is at its upper left corner: 10 pixels from the region, within 15; that of the second is 97 away.
+    # The peak of the first is at its upper left corner: 10 pixels from the region, within 15; that of the second is 97
+    # away.
     assert rows[:, 2].tolist() == [0, 0]
     assert rows[:, 3].tolist() == [1, 0]
     # An all-zero map hits nothing, however close.
-    assert localize(torch.zeros(1, 8, 8), torch.ones(1, 8, 8, dtype=torch.bool), 0.5)[0, [0, 2, 3, 4, 5]].tolist() == [0] * 5
+    assert (
+        localize(torch.zeros(1, 8, 8), torch.ones(1, 8, 8, dtype=torch.bool), 0.5)[0, [0, 2, 3, 4, 5]].tolist()
+        == [0] * 5
+    )
 
 
 def test_otsu_is_the_best_of_all_cuts():
@@ -114,8 +120,12 @@ def test_otsu_is_the_best_of_all_cuts():
     for _ in range(20):
         counts = rng.integers(1, 50, 16).astype(float)  # an empty gray would be a tie
         grays, share = np.arange(16), counts / counts.sum()
-        between = [share[:t].sum() * share[t:].sum() * ((grays[:t] @ share[:t]) / share[:t].sum() - (grays[t:] @ share[t:]) / share[t:].sum()) ** 2
-                   for t in range(1, 16)]  # fmt: skip
+        between = [
+            share[:t].sum()
+            * share[t:].sum()
+            * ((grays[:t] @ share[:t]) / share[:t].sum() - (grays[t:] @ share[t:]) / share[t:].sum()) ** 2
+            for t in range(1, 16)
+        ]
         assert int(otsu(torch.from_numpy(counts)[None])[0]) == int(np.nanargmax(between)) + 1
 
 
@@ -147,7 +157,16 @@ def test_an_operating_point_by_hand():
     labels = torch.tensor([1, 0, 0, 1])
     found = at_threshold(logits, labels, float(torch.sigmoid(torch.tensor(-0.2))) - 1e-6)
     assert found == pytest.approx(
-        {"threshold": found["threshold"], "sensitivity": 1, "specificity": 0.5, "ppv": 2 / 3, "npv": 1, "youden": 0.5, "accuracy": 0.75}, abs=1e-6
+        {
+            "threshold": found["threshold"],
+            "sensitivity": 1,
+            "specificity": 0.5,
+            "ppv": 2 / 3,
+            "npv": 1,
+            "youden": 0.5,
+            "accuracy": 0.75,
+        },
+        abs=1e-6,
     )
     # At the threshold of the best Youden's index the figures are the ones that make it the best.
     rng = np.random.default_rng(0)

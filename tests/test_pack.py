@@ -76,7 +76,11 @@ def test_killed_at_any_moment_and_run_again_it_ends_with_the_same_bytes(pictures
         shutil.rmtree(out, ignore_errors=True)
         more = ("--workers", "2") if attempt % 5 == 4 else ()
         for _ in range(1 + attempt % 2):  # killed once or twice
-            process = subprocess.Popen([sys.executable, "-c", code, *command(pictures, out, *more)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            process = subprocess.Popen(
+                [sys.executable, "-c", code, *command(pictures, out, *more)],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
             partial = out.with_name("out.partial")
             while process.poll() is None and not partial.exists():
                 time.sleep(0.005)
@@ -93,14 +97,20 @@ def test_killed_at_any_moment_and_run_again_it_ends_with_the_same_bytes(pictures
 
 def test_workers_end_with_their_parent(pictures, tmp_path):
     code = (
-        "import sys, time\nfrom shards.sources.item import Item, Source\nfrom shards.pack import pack\nfrom pathlib import Path\n"
+        "import sys, time\nfrom shards.sources.item import Item, Source\nfrom shards.pack import pack\nfrom pathlib "
+        "import Path\n"
         "from tests.test_pack import Endless\n"
-        "if __name__ == '__main__':\n    pack(Endless([Item('train', str(i)) for i in range(100)]), Path(sys.argv[1]), dataset='x', per_shard=5, workers=2)\n"
+        "if __name__ == '__main__':\n    pack(Endless([Item('train', str(i)) for i in range(100)]), Path(sys.argv[1]), "
+        "dataset='x', per_shard=5, workers=2)\n"
     )
     script = tmp_path / "script.py"
     script.write_text(code)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
-    process = subprocess.Popen([sys.executable, str(script), str(tmp_path / "out")], env=environment, stderr=subprocess.DEVNULL)
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    }
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path / "out")], env=environment, stderr=subprocess.DEVNULL
+    )
     mark = tmp_path / "out.partial" / "shards" / "train"
     deadline = time.monotonic() + 60
     while len(list(mark.glob(".*")) if mark.is_dir() else []) < 2:
@@ -110,7 +120,9 @@ def test_workers_end_with_their_parent(pictures, tmp_path):
     workers = [int(path.name.rpartition(".")[2]) for path in mark.glob(".*")]
     process.kill()
     process.wait()
-    while any(Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z" for pid in workers):
+    while any(
+        Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z" for pid in workers
+    ):
         assert time.monotonic() < deadline, "orphans"
         time.sleep(0.05)
 
@@ -182,7 +194,8 @@ def test_impossible_parts(pictures, tmp_path, part):
 def test_a_disk_that_fills_up(pictures, tmp_path):
     """A limit on the size of files stands for it: the write fails in the same way."""
     code = (
-        "import resource, signal, sys\nfrom shards.__main__ import main\nfrom shards.errors import run\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "import resource, signal, sys\nfrom shards.__main__ import main\nfrom shards.errors import "
+        "run\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))\nrun(lambda: main(sys.argv[1:]))\n"
     )
     flags = [*command(pictures, tmp_path / "out"), "--size", "200", "--format", "png"]
@@ -223,7 +236,10 @@ def test_verify_finds_one_patient_and_one_image_in_two_splits(tmp_path, capsys):
         Image.fromarray(rng.integers(0, 255, (16, 16), np.uint8)).save(tmp_path / f"{i}.png")
     shutil.copy(tmp_path / "0.png", tmp_path / "7.png")
     splits = ["train"] * 4 + ["val"] * 2 + ["test"] * 2
-    items = [Item(s, f"k{i}", ("No Finding",), str(tmp_path / f"{i}.png"), extra=(("patient", f"p{i % 5}"),)) for i, s in enumerate(splits)]
+    items = [
+        Item(s, f"k{i}", ("No Finding",), str(tmp_path / f"{i}.png"), extra=(("patient", f"p{i % 5}"),))
+        for i, s in enumerate(splits)
+    ]
     pack(Source(items, size=16), tmp_path / "out", dataset="x", form="png")
     assert open_store(tmp_path / "out").index()["in_two_splits"] == 1
     with pytest.raises(InputError, match="4 problems, above"):
@@ -269,7 +285,19 @@ def test_parts_of_other_items_do_not_go_together(tmp_path):
         Image.fromarray(np.full((16, 16), 5 * i, np.uint8)).save(tmp_path / f"{i}.png")
         rows.append(f"{i}.png,{'Mass' if i % 2 else 'No Finding'},P{i // 2}")
     (tmp_path / "t.csv").write_text("path,finding,patient\n" + "\n".join(rows))
-    flags = ["csv", "--csv", str(tmp_path / "t.csv"), "--images", str(tmp_path), "--patient-column", "patient", "--out", str(tmp_path / "out"), "--size", "16"]
+    flags = [
+        "csv",
+        "--csv",
+        str(tmp_path / "t.csv"),
+        "--images",
+        str(tmp_path),
+        "--patient-column",
+        "patient",
+        "--out",
+        str(tmp_path / "out"),
+        "--size",
+        "16",
+    ]
     main([*flags, "--part", "1/2", "--seed", "0"])
     with pytest.raises(InputError, match="other settings or other files"):
         main([*flags, "--part", "2/2", "--seed", "1"])
@@ -312,7 +340,9 @@ def test_foreign_tars_with_class_numbers_verify(tmp_path):
             for i in range(3):
                 image = Image.fromarray(np.full((16, 16), 10 * i + len(split), np.uint8))
                 image.save(tmp_path / "x.png")
-                tar.write({"__key__": f"{split}{i}", "png": (tmp_path / "x.png").read_bytes(), "cls": str(i % 2).encode()})
+                tar.write(
+                    {"__key__": f"{split}{i}", "png": (tmp_path / "x.png").read_bytes(), "cls": str(i % 2).encode()}
+                )
     main(["index", str(tmp_path), "--findings", "No Finding,Mass"])
     main(["verify", str(tmp_path)])
 

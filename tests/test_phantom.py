@@ -43,14 +43,21 @@ def test_lesions_lie_where_the_finding_is_expected():
     assert np.mean(inside["Subcutaneous Emphysema"]) > 0.7  # the box of streaks beside a lung takes a strip of it along
 
 
-@pytest.mark.parametrize(("planted", "low", "high"), [(0.0, -0.2, 0.2), (0.7, 0.5, 0.9), (1.0, 1.0, 1.0), (-1.0, -1.0, -1.0)])
+@pytest.mark.parametrize(
+    ("planted", "low", "high"), [(0.0, -0.2, 0.2), (0.7, 0.5, 0.9), (1.0, 1.0, 1.0), (-1.0, -1.0, -1.0)]
+)
 def test_the_markers_correlation_is_the_parameter(planted, low, high):
-    pairs = [(s.findings[0] == "Effusion", s.extra["marker"]) for _, s in make(300, findings=FINDINGS[:2], shortcut=planted, size=32, shortcut_test=planted)]
+    pairs = [
+        (s.findings[0] == "Effusion", s.extra["marker"])
+        for _, s in make(300, findings=FINDINGS[:2], shortcut=planted, size=32, shortcut_test=planted)
+    ]
     assert low - 1e-9 <= np.corrcoef(np.array(pairs, float).T)[0, 1] <= high + 1e-9
 
 
 def test_the_marker_lies_outside_the_lungs():
-    for (_, plain), (_, marked) in zip(make(40, size=128), make(40, size=128, shortcut=1.0, shortcut_test=1.0), strict=True):
+    for (_, plain), (_, marked) in zip(
+        make(40, size=128), make(40, size=128, shortcut=1.0, shortcut_test=1.0), strict=True
+    ):
         assert marked.extra["marker"] == FINDINGS.index(marked.findings[0])
         assert plain.findings == marked.findings
         changed = plain.image != marked.image
@@ -102,7 +109,9 @@ def test_the_tube_lies_in_a_lung_and_its_kind_is_the_class():
 
 
 def test_the_tubes_correlation_is_the_parameter():
-    source = Phantoms(1000, 1, size=32, findings=("No Finding", "Effusion"), shortcut=0.5, shortcut_test=-1.0, kind="tube")
+    source = Phantoms(
+        1000, 1, size=32, findings=("No Finding", "Effusion"), shortcut=0.5, shortcut_test=-1.0, kind="tube"
+    )
     agree = {name: [] for name in ("train", "test")}
     for item in source.items:
         if item.split in agree:

@@ -26,12 +26,21 @@ GRAY = RAMP / 4095 * 255
 def like(found: np.ndarray, expected: np.ndarray) -> bool:
     """The same picture: two grays, and the same shape."""
     found = found.astype(float)
-    return found.shape == expected.shape and abs(found - expected).mean() <= 2 and np.corrcoef(found.ravel(), expected.ravel())[0, 1] >= 0.999
+    return (
+        found.shape == expected.shape
+        and abs(found - expected).mean() <= 2
+        and np.corrcoef(found.ravel(), expected.ravel())[0, 1] >= 0.999
+    )
 
 
 def channels(values: np.ndarray, count: int) -> np.ndarray:
     alpha = np.full_like(values, values.max())
-    return {1: values, 2: np.stack([values, alpha], -1), 3: np.stack([values] * 3, -1), 4: np.stack([values] * 3 + [alpha], -1)}[count]
+    return {
+        1: values,
+        2: np.stack([values, alpha], -1),
+        3: np.stack([values] * 3, -1),
+        4: np.stack([values] * 3 + [alpha], -1),
+    }[count]
 
 
 def tiff(values: np.ndarray, **more) -> bytes:
@@ -155,7 +164,9 @@ def test_deep_images_in_tars_of_others_have_one_scale(tmp_path):
         for top in (4000, 4200):
             values = np.minimum(RAMP, 3950)
             values[0, 0] = top
-            writer.write({"__key__": str(top), "png": imagecodecs.png_encode(values), "json": b'{"findings": ["Mass"]}'})
+            writer.write(
+                {"__key__": str(top), "png": imagecodecs.png_encode(values), "json": b'{"findings": ["Mass"]}'}
+            )
     main(["index", str(tmp_path)])
     split = Split(tmp_path, "train")
     assert abs(split.image(0).astype(float) - split.image(1)).mean() < 0.5
@@ -178,7 +189,9 @@ def test_images_stand_as_their_exif_says(orientation, form, tmp_path):
     exif[0x0112] = orientation
     buffer = io.BytesIO()
     image = Image.fromarray(np.ascontiguousarray(np.kron(LYING[orientation], np.ones((16, 16), np.uint8))))
-    image.save(buffer, form, exif=exif, **({"lossless": True} if form == "WEBP" else {"quality": 95} if form == "JPEG" else {}))
+    image.save(
+        buffer, form, exif=exif, **({"lossless": True} if form == "WEBP" else {"quality": 95} if form == "JPEG" else {})
+    )
     shown = np.kron(UPRIGHT, np.ones((16, 16)))
     assert (upright(LYING[orientation], orientation) == UPRIGHT).all()
     found = decode_image(buffer.getvalue(), "x")
@@ -189,7 +202,9 @@ def test_images_stand_as_their_exif_says(orientation, form, tmp_path):
 
 
 def test_deep_images_stand_as_their_exif_says():
-    data = tiff(np.ascontiguousarray(np.rot90(np.stack([RAMP] * 3, -1))), photometric="rgb", extratags=[(274, "H", 1, 6, True)])
+    data = tiff(
+        np.ascontiguousarray(np.rot90(np.stack([RAMP] * 3, -1))), photometric="rgb", extratags=[(274, "H", 1, 6, True)]
+    )
     assert like(decode_image(data, "x"), GRAY)
 
 
@@ -216,7 +231,19 @@ def test_boxes_lie_where_they_were_drawn_on_a_turned_image(tmp_path):
         Image.fromarray(np.ascontiguousarray(np.rot90(shown))).save(tmp_path / f"{i}.jpg", exif=exif, quality=95)
     rows = [f"{i}.jpg,{('No Finding', 'Mass')[i % 2]},{'5,10,10,10' if i % 2 else ',,,'}" for i in range(10)]
     (tmp_path / "t.csv").write_text("path,finding,x,y,w,h\n" + "\n".join(rows))
-    main(["csv", "--csv", str(tmp_path / "t.csv"), "--out", str(tmp_path / "out"), "--size", "60", "--ratios", "0.6,0.4,0"])
+    main(
+        [
+            "csv",
+            "--csv",
+            str(tmp_path / "t.csv"),
+            "--out",
+            str(tmp_path / "out"),
+            "--size",
+            "60",
+            "--ratios",
+            "0.6,0.4,0",
+        ]
+    )
     split = Split(tmp_path / "out", "train", ("No Finding", "Mass"))
     marked = next(i for i in range(len(split)) if split.meta(i)["boxes"])
     x0, y0, x1, y1 = (round(v) for v in split.meta(marked)["boxes"][0].xyxy)
@@ -269,7 +296,12 @@ def test_gray_tiffs_of_any_number_type(kind, compression):
     values = (RAMP / 2).astype(kind) if kind == "<f2" else RAMP.astype(kind)  # halves have eleven bits
     data = tiff(values, photometric="minisblack", compression=compression, byteorder=kind[0])
     assert like(
-        decode_image(data, "x"), GRAY if kind != "<f2" else values.astype(float) / 1023 * 255 if values.max() <= 1023 else values.astype(float) / 4095 * 255
+        decode_image(data, "x"),
+        GRAY
+        if kind != "<f2"
+        else values.astype(float) / 1023 * 255
+        if values.max() <= 1023
+        else values.astype(float) / 4095 * 255,
     )
 
 

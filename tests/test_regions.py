@@ -5,7 +5,18 @@ import pytest
 import torch
 
 from shards.errors import InputError
-from trainer.regions import PUBLISHED, TASKS, Regions, Rule, between, finding_regions, placed, task_findings, wider, without_rule
+from trainer.regions import (
+    PUBLISHED,
+    TASKS,
+    Regions,
+    Rule,
+    between,
+    finding_regions,
+    placed,
+    task_findings,
+    wider,
+    without_rule,
+)
 
 
 def published(box, finding, size):
@@ -22,7 +33,9 @@ def published(box, finding, size):
     return region
 
 
-@pytest.mark.parametrize("finding", ["No Finding", "Effusion", "Pneumothorax", "Subcutaneous Emphysema", "Cardiomegaly"])
+@pytest.mark.parametrize(
+    "finding", ["No Finding", "Effusion", "Pneumothorax", "Subcutaneous Emphysema", "Cardiomegaly"]
+)
 def test_regions_are_the_published_slices(finding):
     rng = np.random.default_rng(0)
     xy = rng.integers(0, 150, (200, 2))
@@ -65,7 +78,9 @@ def chest() -> tuple[torch.Tensor, torch.Tensor]:
 
 def weight_of(rule: Rule, lungs: torch.Tensor | None = None) -> torch.Tensor:
     known, box = chest()
-    return Regions(["No Finding", "Mine"], {"Mine": rule}, 40)(torch.tensor([1]), box, known if lungs is None else lungs).weight[0]
+    return Regions(["No Finding", "Mine"], {"Mine": rule}, 40)(
+        torch.tensor([1]), box, known if lungs is None else lungs
+    ).weight[0]
 
 
 def filled(*rectangles: tuple[int, int, int, int]) -> torch.Tensor:
@@ -83,14 +98,26 @@ LOWER = ((0.0, 0.5, 1.0, 1.0),)  # from row 20 of the chest
     ("rule", "expected"),
     [
         (Rule(BOX, place="within"), filled((6, 8, 14, 28), (24, 8, 34, 32))),
-        (Rule(BOX, place="within", dilate=0.05), filled((4, 6, 16, 30), (22, 6, 36, 34))),  # beyond the box's edges, which do not cut
+        (
+            Rule(BOX, place="within", dilate=0.05),
+            filled((4, 6, 16, 30), (22, 6, 36, 34)),
+        ),  # beyond the box's edges, which do not cut
         (Rule(LOWER, place="within", dilate=0.05), filled((4, 20, 16, 30), (22, 20, 36, 34))),
         (Rule(LOWER, place="within", outside=True), filled((6, 8, 14, 20), (24, 8, 34, 20))),  # all but the lower half
         (Rule(BOX, place="between"), filled((14, 8, 24, 28))),  # below row 28 there is one lung alone
         (Rule(LOWER, place="between", dilate=0.05), filled((12, 20, 26, 30))),
-        (Rule(BOX, place="outside"), ~filled((6, 8, 34, 28), (24, 8, 34, 32))),  # neither lungs nor what is between them
-        (Rule(((-math.inf, -math.inf, math.inf, 1.0),), place="outside", dilate=0.05), filled((0, 0, 40, 32)) & ~filled((4, 6, 36, 30), (22, 6, 36, 34))),
-        (Rule(BOX, place="rim", dilate=0.05), filled((4, 6, 16, 30), (22, 6, 36, 34)) & ~filled((8, 10, 12, 26), (26, 10, 32, 30))),
+        (
+            Rule(BOX, place="outside"),
+            ~filled((6, 8, 34, 28), (24, 8, 34, 32)),
+        ),  # neither lungs nor what is between them
+        (
+            Rule(((-math.inf, -math.inf, math.inf, 1.0),), place="outside", dilate=0.05),
+            filled((0, 0, 40, 32)) & ~filled((4, 6, 36, 30), (22, 6, 36, 34)),
+        ),
+        (
+            Rule(BOX, place="rim", dilate=0.05),
+            filled((4, 6, 16, 30), (22, 6, 36, 34)) & ~filled((8, 10, 12, 26), (26, 10, 32, 30)),
+        ),
     ],
 )
 def test_places_by_hand(rule, expected):
@@ -125,26 +152,40 @@ def test_where_the_lungs_are_unknown_or_leave_nothing_the_part_of_the_box_stands
     rules = {"Below": Rule(LOWER, place="within"), "Between": Rule(BOX, place="between"), "Boxed": Rule(LOWER)}
     regions = Regions(["No Finding", *rules], rules, 40)
     labels = torch.tensor([0, 1, 2, 3])
-    for given, replaced in ((lungs, [0, 0, 0, 0]), (one, [0, 0, 1, 0]), (torch.zeros_like(lungs), [0, 1, 1, 0]), (None, [0, 1, 1, 0])):
+    for given, replaced in (
+        (lungs, [0, 0, 0, 0]),
+        (one, [0, 0, 1, 0]),
+        (torch.zeros_like(lungs), [0, 1, 1, 0]),
+        (None, [0, 1, 1, 0]),
+    ):
         found = regions(labels, box.repeat(4, 1), None if given is None else given.repeat(4, 1, 1))
         assert found.replaced.tolist() == list(map(bool, replaced))
         for b, name in enumerate(rules, 1):
             if found.replaced[b] or name == "Boxed":
-                assert torch.equal(found.weight[b] > 0, filled((6, 20, 34, 32)) if name != "Between" else filled((6, 8, 34, 32)))
+                assert torch.equal(
+                    found.weight[b] > 0, filled((6, 20, 34, 32)) if name != "Between" else filled((6, 8, 34, 32))
+                )
         assert not found.weight[0].any()
-    # Beyond the box stands in for what lies outside of the lungs, here not below them; in the box for what lies inside, whatever the part takes away.
+    # Beyond the box stands in for what lies outside of the lungs, here not below them; in the box for what lies inside,
+    # whatever the part takes away.
     beyond = Rule(((-math.inf, -math.inf, math.inf, 1.0),), place="outside")
     upper = Rule(LOWER, outside=True, place="within")
-    found = Regions(["Beyond", "Upper"], {"Beyond": beyond, "Upper": upper}, 40)(torch.tensor([0, 1]), box.repeat(2, 1), None)
+    found = Regions(["Beyond", "Upper"], {"Beyond": beyond, "Upper": upper}, 40)(
+        torch.tensor([0, 1]), box.repeat(2, 1), None
+    )
     assert torch.equal(found.weight[0] > 0, filled((0, 0, 40, 32)) & ~filled((6, 8, 34, 32)))
     assert torch.equal(found.weight[1] > 0, filled((6, 8, 34, 20)))
     # Without lungs the box is the whole image: what has no narrower part says nothing, and does not count.
-    whole = Regions(["Mine"], {"Mine": Rule(BOX, place="within")}, 40)(torch.tensor([0]), torch.tensor([[0, 0, 40, 40]]), torch.zeros_like(lungs))
+    whole = Regions(["Mine"], {"Mine": Rule(BOX, place="within")}, 40)(
+        torch.tensor([0]), torch.tensor([[0, 0, 40, 40]]), torch.zeros_like(lungs)
+    )
     assert not placed(whole.weight)[0]
 
 
 def test_figures_take_the_region_where_its_weight_is_a_half_or_more():
-    found = Regions(["Mine"], {"Mine": Rule(LOWER, place="within", elsewhere=0.25)}, 40)(torch.tensor([0]), chest()[1], chest()[0])
+    found = Regions(["Mine"], {"Mine": Rule(LOWER, place="within", elsewhere=0.25)}, 40)(
+        torch.tensor([0]), chest()[1], chest()[0]
+    )
     assert torch.equal(found.region[0], filled((6, 20, 14, 28), (24, 20, 34, 32)))
     assert (found.weight[0] > 0).sum() > found.region[0].sum()
 
@@ -155,7 +196,10 @@ def test_a_rim_is_never_thinner_than_a_pixel():
 
 def test_rules_of_one_batch_do_not_mix():
     lungs, box = chest()
-    rules = {str(k): Rule(BOX, place=place, dilate=d) for k, (place, d) in enumerate([("within", 0.0), ("within", 0.1), ("between", 0.1), ("rim", 0.05)])}
+    rules = {
+        str(k): Rule(BOX, place=place, dilate=d)
+        for k, (place, d) in enumerate([("within", 0.0), ("within", 0.1), ("between", 0.1), ("rim", 0.05)])
+    }
     labels = torch.tensor([3, 1, 0, 2, 1])
     together = Regions(list(rules), rules, 40)(labels, box.repeat(5, 1), lungs.repeat(5, 1, 1)).weight
     for b, k in enumerate(labels.tolist()):

@@ -56,7 +56,10 @@ def test_every_shape(tmp_path, region, expected):
         ("- Mine", "expected `Name:` lines"),
         ("Mine: 3", "Mine: expected a name with settings under it"),
         ("Mine:\n  regoin: {half: lower}", "Mine: unknown setting regoin; did you mean region"),
-        ("Mine:\n  region: lower", r"Mine: region: expected a place or a part of the lung box, such as \{within: lungs\} or \{half: lower\}"),
+        (
+            "Mine:\n  region: lower",
+            r"Mine: region: expected a place or a part of the lung box, such as \{within: lungs\} or \{half: lower\}",
+        ),
         ("Mine:\n  region: {half: middle}", "half: middle: expected one of upper, lower, left, right"),
         ("Mine:\n  region: {half: [lower]}", "half: .*expected one of upper, lower, left, right"),
         ("Mine:\n  region: {half: lower, lung: left}", "expected exactly one of .*, got half, lung"),
@@ -67,15 +70,36 @@ def test_every_shape(tmp_path, region, expected):
         ("Mine:\n  region: {half: lower, outside: 1}", "outside: 1: expected true, false or lungs"),
         ("Mine:\n  region: {within: lung}", "within: lung: expected lungs"),
         ("Mine:\n  region: {within: true, half: lower}", "within: True: expected lungs"),
-        ("Mine:\n  region: {within: lungs, between: lungs}", "expected at most one of within, between, outside, rim, got within, between"),
+        (
+            "Mine:\n  region: {within: lungs, between: lungs}",
+            "expected at most one of within, between, outside, rim, got within, between",
+        ),
         ("Mine:\n  region: {wihtin: lungs}", "unknown setting wihtin; did you mean within"),
-        ("Mine:\n  region: {within: lungs, dilate: 0.3}", "dilate: 0.3: expected a share of the image's side, 0 to 0.2"),
+        (
+            "Mine:\n  region: {within: lungs, dilate: 0.3}",
+            "dilate: 0.3: expected a share of the image's side, 0 to 0.2",
+        ),
         ("Mine:\n  region: {rim: lungs}", "rim: expected its width beside it, such as dilate: 0.03"),
-        ("Mine:\n  region: {within: lungs, half: lower, elsewhere: 1}", "elsewhere: 1: expected a weight from 0 to below 1"),
-        ("Mine:\n  region: {half: lower, elsewhere: 0.5}", "elsewhere: is the weight of a place beyond its part; give both"),
-        ("Mine:\n  region: {within: lungs, outside: true}", "outside: true takes what is left of a place beyond its part, and this part is all of it"),
-        ("Mine:\n  region: {rim: lungs, dilate: 0.1, rectangles: [[0, 0, 1, 1]], elsewhere: 0.5}", "elsewhere: is the weight .* this part is all of it"),
-        ("Mine:\n  region: {within: lungs, elsewhere: 0.5}", "elsewhere: is the weight of a place beyond its part; give both"),
+        (
+            "Mine:\n  region: {within: lungs, half: lower, elsewhere: 1}",
+            "elsewhere: 1: expected a weight from 0 to below 1",
+        ),
+        (
+            "Mine:\n  region: {half: lower, elsewhere: 0.5}",
+            "elsewhere: is the weight of a place beyond its part; give both",
+        ),
+        (
+            "Mine:\n  region: {within: lungs, outside: true}",
+            "outside: true takes what is left of a place beyond its part, and this part is all of it",
+        ),
+        (
+            "Mine:\n  region: {rim: lungs, dilate: 0.1, rectangles: [[0, 0, 1, 1]], elsewhere: 0.5}",
+            "elsewhere: is the weight .* this part is all of it",
+        ),
+        (
+            "Mine:\n  region: {within: lungs, elsewhere: 0.5}",
+            "elsewhere: is the weight of a place beyond its part; give both",
+        ),
         ("Mine:\n  region: {box: false}", "box: False: expected true"),
         ("Mine:\n  region: {rectangles: [[0, 0, 0, 1]]}", "left < right, top < bottom; got"),
         ("Mine:\n  region: {rectangles: [0, 0, 1, 1]}", "left < right, top < bottom; got"),
@@ -109,15 +133,21 @@ def test_a_file_extends_and_replaces_the_ready_made_ones(tmp_path):
     mine = read_findings(written(tmp_path, "Effusion:\n  region: {box: true}\nPlaque:\n  images: any\n"))
     assert mine["Effusion"].rule == Rule(((0, 0, 1, 1),))
     assert mine["Plaque"] == Finding(None, "any")
-    assert {name: f for name, f in mine.items() if name not in ("Effusion", "Plaque")} == {n: f for n, f in ready.items() if n != "Effusion"}
+    assert {name: f for name, f in mine.items() if name not in ("Effusion", "Plaque")} == {
+        n: f for n, f in ready.items() if n != "Effusion"
+    }
 
 
 def test_an_entry_without_a_region_keeps_the_ready_made_one(tmp_path):
     ready = read_findings()["Effusion"]
-    assert read_findings(written(tmp_path, "Effusion: {images: any}"))["Effusion"] == Finding(ready.rule, "any", ready.source)
+    assert read_findings(written(tmp_path, "Effusion: {images: any}"))["Effusion"] == Finding(
+        ready.rule, "any", ready.source
+    )
     assert read_findings(written(tmp_path, "Effusion: {images: any, region: null}"))["Effusion"] == Finding(None, "any")
     merged = "Base: &b {images: any}\nMine: {<<: *b, region: {half: lower}}\nOther: {<<: *b, images: only}\n"
-    assert read_findings(written(tmp_path, merged))["Other"].images == "only"  # a name that a merge brings may be given again
+    assert (
+        read_findings(written(tmp_path, merged))["Other"].images == "only"
+    )  # a name that a merge brings may be given again
 
 
 def test_what_is_written_reads_back(tmp_path):
@@ -186,7 +216,13 @@ def test_findings_of_a_file_reach_the_samples(tmp_path):
 
     class Few(Source):
         def load(self, item):
-            return Sample(item.key, np.full((40, 40), int(item.key[1:]) * 9, np.uint8), item.findings, None, [LesionBox("Mine", (4, 4, 9, 9))])
+            return Sample(
+                item.key,
+                np.full((40, 40), int(item.key[1:]) * 9, np.uint8),
+                item.findings,
+                None,
+                [LesionBox("Mine", (4, 4, 9, 9))],
+            )
 
         def settings(self):
             return {}
@@ -204,7 +240,9 @@ def test_findings_of_a_file_reach_the_samples(tmp_path):
 
 
 def test_findings_that_only_come_together_are_counted(tmp_path):
-    """`images: any` for two findings of one task: images that show both belong to neither, and the message says how many."""
+    """`images: any` for two findings of one task: images that show both belong to neither, and the message says how
+    many.
+    """
     from shards.dataset import Split
     from shards.pack import pack
     from shards.sources.item import Item, Source
@@ -217,7 +255,19 @@ def test_findings_that_only_come_together_are_counted(tmp_path):
             return {}
 
     labels = [("No Finding",), ("Effusion", "Infiltration"), ("Effusion", "Infiltration", "Mass"), ("Infiltration",)]
-    pack(Few([Item("train", f"a{i}", found) for i, found in enumerate(labels)]), tmp_path / "shards", dataset="few", workers=1)
-    words = r"no image of Effusion alone of the task's classes \(2 show Effusion and another of them: an image belongs to one class or to none\)"
+    pack(
+        Few([Item("train", f"a{i}", found) for i, found in enumerate(labels)]),
+        tmp_path / "shards",
+        dataset="few",
+        workers=1,
+    )
+    words = (
+        r"no image of Effusion alone of the task's classes \(2 show Effusion and another of them: an image "
+        r"belongs to one class or to none\)"
+    )
     with pytest.raises(InputError, match=words):
-        Split(tmp_path / "shards", "train", SingleLabel(("No Finding", "Effusion", "Infiltration"), ["Effusion", "Infiltration"]))
+        Split(
+            tmp_path / "shards",
+            "train",
+            SingleLabel(("No Finding", "Effusion", "Infiltration"), ["Effusion", "Infiltration"]),
+        )

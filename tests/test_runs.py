@@ -1,4 +1,6 @@
-"""Runs that end well: what happens with several processes, at the second visit to a run, with other settings, and when something fails."""
+"""Runs that end well: what happens with several processes, at the second visit to a run, with other settings, and when
+something fails.
+"""
 
 import errno
 import itertools
@@ -77,18 +79,55 @@ def test_an_ordinary_run_of_two_processes_ends_well(flags, tmp_path, tracker):
 def test_evaluation_by_two_processes_is_that_of_one(flags, tmp_path, shards):
     loop.main([*flags, "--epochs", "1"])
     before = content_of(tmp_path / "run")
-    done = launch("--mixed_precision", "no", "-m", "trainer.evaluate", "--run", str(tmp_path / "run"), "--shards", str(shards), "--batch", "3")
+    done = launch(
+        "--mixed_precision",
+        "no",
+        "-m",
+        "trainer.evaluate",
+        "--run",
+        str(tmp_path / "run"),
+        "--shards",
+        str(shards),
+        "--batch",
+        "3",
+    )
     assert done.returncode == 0, done.stderr
     after = content_of(tmp_path / "run")
     assert after["test"]["auc"] == pytest.approx(before["test"]["auc"])
     assert after["test"]["loss"] == pytest.approx(before["test"]["loss"], rel=1e-5)
-    assert after["test"]["localization"]["lesion"]["all"]["images"] == before["test"]["localization"]["lesion"]["all"]["images"]
+    assert (
+        after["test"]["localization"]["lesion"]["all"]["images"]
+        == before["test"]["localization"]["lesion"]["all"]["images"]
+    )
 
 
 @TOGETHER
 def test_two_processes_train_a_lung_segmenter(shards, tmp_path):
-    small = ["--channels", "[4,4,8,8,8]", "--patch", "1", "--size", "32", "--batch", "4", "--epochs", "2", "--workers", "0"]
-    done = launch("--mixed_precision", "no", "-m", "trainer.train_lungs", "--shards", str(shards), "--out", str(tmp_path / "run"), *small)
+    small = [
+        "--channels",
+        "[4,4,8,8,8]",
+        "--patch",
+        "1",
+        "--size",
+        "32",
+        "--batch",
+        "4",
+        "--epochs",
+        "2",
+        "--workers",
+        "0",
+    ]
+    done = launch(
+        "--mixed_precision",
+        "no",
+        "-m",
+        "trainer.train_lungs",
+        "--shards",
+        str(shards),
+        "--out",
+        str(tmp_path / "run"),
+        *small,
+    )
     assert done.returncode == 0, done.stderr
     assert "weights: " in done.stdout
     # Validation is measured with the statistics that are saved: the figures of the log are those of the file.
@@ -106,9 +145,14 @@ def test_two_processes_train_a_lung_segmenter(shards, tmp_path):
 @TOGETHER
 def test_machines_without_a_common_disk_are_told_at_the_start(flags, tmp_path):
     flags[flags.index("--out") + 1] = "run"
-    done = launch("--mixed_precision", "no", str(ROOT / "tests/two.py"), "apart", str(tmp_path), *flags, "--epochs", "1")
+    done = launch(
+        "--mixed_precision", "no", str(ROOT / "tests/two.py"), "apart", str(tmp_path), *flags, "--epochs", "1"
+    )
     assert done.returncode != 0
-    assert f"error: --out run: process 1 on {socket.gethostname()} does not see the main process's folder; give all machines one file system" in done.stderr
+    assert (
+        f"error: --out run: process 1 on {socket.gethostname()} does not see the main process's folder; give all "
+        "machines one file system" in done.stderr
+    )
     assert "epoch 1/1" not in done.stderr
 
 
@@ -144,7 +188,12 @@ def test_settings_of_the_launcher_that_nobody_does_are_refused(flags, tmp_path, 
 
 
 def test_what_the_launcher_says_by_default_is_fine(monkeypatch):
-    for variable, value in (("DYNAMO_BACKEND", "NO"), ("GRADIENT_ACCUMULATION_STEPS", "1"), ("USE_FSDP", "false"), ("MIXED_PRECISION", "bf16")):
+    for variable, value in (
+        ("DYNAMO_BACKEND", "NO"),
+        ("GRADIENT_ACCUMULATION_STEPS", "1"),
+        ("USE_FSDP", "false"),
+        ("MIXED_PRECISION", "bf16"),
+    ):
         monkeypatch.setenv(f"ACCELERATE_{variable}", value)
     assert launching.start(0).mixed_precision == "bf16"
 
@@ -189,7 +238,21 @@ def test_cosine_by_hand():
 
 @pytest.mark.parametrize("changed", [["--batch", "8"], ["--accumulate", "2"], ["--epochs", "6"]])
 def test_cosine_goes_on_whatever_the_batch(flags, tmp_path, monkeypatch, changed):
-    flags = [*flags, "--balance.lam", "1", "--optim.schedule", "cosine", "--optim.lr", "0.001", "--optim.warmup", "3", "--batch", "4", "--epochs", "4"]
+    flags = [
+        *flags,
+        "--balance.lam",
+        "1",
+        "--optim.schedule",
+        "cosine",
+        "--optim.lr",
+        "0.001",
+        "--optim.warmup",
+        "3",
+        "--batch",
+        "4",
+        "--epochs",
+        "4",
+    ]
     ordinary = Trainer.end_epoch
 
     def stops(self, bar):
@@ -216,7 +279,20 @@ def test_cosine_goes_on_whatever_the_batch(flags, tmp_path, monkeypatch, changed
 
 
 def test_a_lung_run_goes_on_with_another_batch(shards, tmp_path, monkeypatch):
-    small = ["--channels", "[4,4,8,8,8]", "--patch", "1", "--size", "32", "--batch", "8", "--epochs", "4", "--workers", "0"]
+    small = [
+        "--channels",
+        "[4,4,8,8,8]",
+        "--patch",
+        "1",
+        "--size",
+        "32",
+        "--batch",
+        "8",
+        "--epochs",
+        "4",
+        "--workers",
+        "0",
+    ]
     ordinary, rates = train_lungs.Trainer.end_epoch, []
 
     def stops(self, *rest):
@@ -245,7 +321,21 @@ def padded(tmp_path_factory):
         folder = root / "images" / item.split / item.findings[0].replace(" ", "")
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(source.load(item).image[25:75]).save(folder / f"{item.key}.png")
-    shards_main(["folder", "--path", str(root / "images"), "--out", str(root / "shards"), "--size", "64", "--aspect", "pad", "--format", "png"])
+    shards_main(
+        [
+            "folder",
+            "--path",
+            str(root / "images"),
+            "--out",
+            str(root / "shards"),
+            "--size",
+            "64",
+            "--aspect",
+            "pad",
+            "--format",
+            "png",
+        ]
+    )
     return root
 
 
@@ -264,9 +354,13 @@ def test_predict_sees_what_training_saw(padded, tmp_path, capsys, monkeypatch):
     for i in range(4):
         assert told[i]["probability"] == pytest.approx(known[i]["probability"], abs=1e-5)
         stored = torch.from_numpy(split.image(i).copy())[None, None].float() / 255
-        x0, y0, x1, y1 = opened.segmenter.find(stored, 64).boxes[0].tolist()  # of the 64 x 64 square, in which the file has rows 16 to 48
+        x0, y0, x1, y1 = (
+            opened.segmenter.find(stored, 64).boxes[0].tolist()
+        )  # of the 64 x 64 square, in which the file has rows 16 to 48
         wanted = [x0 * 100 / 64, (y0 - 16) * 50 / 32, x1 * 100 / 64, (y1 - 16) * 50 / 32]
-        assert told[i]["lung_box"] == [round(min(max(v, 0), side)) for v, side in zip(wanted, (100, 50) * 2, strict=True)]
+        assert told[i]["lung_box"] == [
+            round(min(max(v, 0), side)) for v, side in zip(wanted, (100, 50) * 2, strict=True)
+        ]
 
 
 def test_predict_brightens_deep_images_as_the_shards_did(tmp_path, segmenter, capsys):
@@ -277,8 +371,32 @@ def test_predict_brightens_deep_images_as_the_shards_did(tmp_path, segmenter, ca
         for i in range(8):
             values = rng.integers(0, 900 if i else 4000, (64, 64)).astype(np.uint16)
             Image.fromarray(values).save(folder / f"{split}{i}.png")
-    shards_main(["folder", "--path", str(tmp_path / "images"), "--out", str(tmp_path / "shards"), "--size", "64", "--format", "png"])
-    loop.main(["--shards", str(tmp_path / "shards"), "--out", str(tmp_path / "run"), "--lungs.weights", str(segmenter), *SMALL, "--epochs", "1"])
+    shards_main(
+        [
+            "folder",
+            "--path",
+            str(tmp_path / "images"),
+            "--out",
+            str(tmp_path / "shards"),
+            "--size",
+            "64",
+            "--format",
+            "png",
+        ]
+    )
+    loop.main(
+        [
+            "--shards",
+            str(tmp_path / "shards"),
+            "--out",
+            str(tmp_path / "run"),
+            "--lungs.weights",
+            str(segmenter),
+            *SMALL,
+            "--epochs",
+            "1",
+        ]
+    )
     split = Split(tmp_path / "shards", "test", ("No Finding", "Effusion"))
     known = [json.loads(line) for line in (tmp_path / "run/predictions_test.jsonl").read_text().splitlines()]
     files = [str(next((tmp_path / "images/test" / folder).glob(split.meta(i)["source"]))) for i, folder in enumerate(
@@ -343,7 +461,11 @@ def test_a_resume_asks_for_no_pretrained_weights(flags, tmp_path, capsys):
 
 def test_the_remedies_of_a_loss_that_is_not_finite_can_be_given(flags, tmp_path, capsys):
     build(resolve([*flags, "--epochs", "1"])).train()
-    job = build(resolve(["--out", str(tmp_path / "run"), "--resume", "--epochs", "2", "--optim.lr", "1e-6", "--optim.clip", "0.5"]))
+    job = build(
+        resolve(
+            ["--out", str(tmp_path / "run"), "--resume", "--epochs", "2", "--optim.lr", "1e-6", "--optim.clip", "0.5"]
+        )
+    )
     assert "note: optim.lr was 1e-05 before, now it is 1e-06" in capsys.readouterr().out
     assert job.optimizer.param_groups[0]["lr"] == pytest.approx(1e-6)
     assert [change["what"] for change in job.state.changes] == ["optim.lr", "optim.clip"]
@@ -473,17 +595,45 @@ def test_nothing_that_is_not_finite_is_saved(flags, tmp_path, monkeypatch, where
 def test_a_lung_loss_that_is_not_finite_saves_nothing(shards, tmp_path, monkeypatch):
     ordinary = train_lungs.bce_dice
     monkeypatch.setattr(train_lungs, "bce_dice", lambda *a: ordinary(*a) * math.nan)
-    small = ["--channels", "[4,4,8,8,8]", "--patch", "1", "--size", "32", "--batch", "8", "--epochs", "1", "--workers", "0"]
+    small = [
+        "--channels",
+        "[4,4,8,8,8]",
+        "--patch",
+        "1",
+        "--size",
+        "32",
+        "--batch",
+        "8",
+        "--epochs",
+        "1",
+        "--workers",
+        "0",
+    ]
     with pytest.raises(InputError, match="the loss is not finite in epoch 1, or a weight after it; lower --lr"):
         train_lungs.main(["--shards", str(shards), "--out", str(tmp_path / "run"), *small])
     assert [path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith(".")] == ["config.yaml"]
 
 
 def test_a_lung_run_folder_belongs_to_one_process(shards, tmp_path):
-    small = ["--channels", "[4,4,8,8,8]", "--patch", "1", "--size", "32", "--batch", "8", "--epochs", "1", "--workers", "0"]
+    small = [
+        "--channels",
+        "[4,4,8,8,8]",
+        "--patch",
+        "1",
+        "--size",
+        "32",
+        "--batch",
+        "8",
+        "--epochs",
+        "1",
+        "--workers",
+        "0",
+    ]
     train_lungs.main(["--shards", str(shards), "--out", str(tmp_path / "run"), *small])
     command = [sys.executable, "-m", "trainer.train_lungs", "--out", str(tmp_path / "run"), "--resume"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONWARNINGS": "ignore"}, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"PYTHONWARNINGS": "ignore"}, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 2
     assert "another process is training there" in done.stderr
 
@@ -491,7 +641,10 @@ def test_a_lung_run_folder_belongs_to_one_process(shards, tmp_path):
 def test_a_report_that_fails_costs_the_report(flags, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("trainer.report.write.panel", lambda *a, **k: Figure() if a[0][0].image.shape[0] == 8 else 1 / 0)
-        with pytest.raises(InputError, match=r"the report could not be written \(ZeroDivisionError: division by zero\). The model is there"):
+        with pytest.raises(
+            InputError,
+            match=r"the report could not be written \(ZeroDivisionError: division by zero\). The model is there",
+        ):
             loop.main([*flags, "--epochs", "1"])
     assert (tmp_path / "run/model.safetensors").is_file()
     loop.main(["--out", str(tmp_path / "run"), "--resume"])
@@ -505,7 +658,10 @@ def test_what_the_report_needs_is_tried_at_the_start(flags, tmp_path, monkeypatc
     assert not (tmp_path / "run").exists()
 
 
-NAMES = ["No Finding", *(f"A rather long name of a finding, as archives have them number {i}".replace(",", ";") for i in range(21))]
+NAMES = [
+    "No Finding",
+    *(f"A rather long name of a finding, as archives have them number {i}".replace(",", ";") for i in range(21)),
+]
 
 
 @pytest.mark.parametrize(
@@ -534,7 +690,15 @@ def test_names_from_data_stay_names(tmp_path, segmenter, names, dataset):
             return sample
 
     pack(Named(), tmp_path / "shards", dataset=dataset)
-    flags = ["--shards", str(tmp_path / "shards"), "--out", str(tmp_path / "sub/run"), "--lungs.weights", str(segmenter), *SMALL]
+    flags = [
+        "--shards",
+        str(tmp_path / "shards"),
+        "--out",
+        str(tmp_path / "sub/run"),
+        "--lungs.weights",
+        str(segmenter),
+        *SMALL,
+    ]
     loop.main([*flags, "--task", ",".join(names), "--epochs", "1"])
     run = tmp_path / "sub/run"
     (text,) = run.glob("*.txt")
@@ -564,8 +728,18 @@ def test_files_whose_names_are_no_text_get_their_line(flags, tmp_path):
     Image.fromarray(buffer).save(tmp_path / "x.png")
     os.rename(tmp_path / "x.png", folder + b"/im\xff$1$.png")
     Image.fromarray(buffer).save(tmp_path / "plain.png")
-    command = [sys.executable, "-m", "trainer.predict", "--run", str(tmp_path / "run"), os.fsdecode(folder + b"/im\xff$1$.png"), str(tmp_path / "plain.png")]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONWARNINGS": "ignore"}, capture_output=True, timeout=300)
+    command = [
+        sys.executable,
+        "-m",
+        "trainer.predict",
+        "--run",
+        str(tmp_path / "run"),
+        os.fsdecode(folder + b"/im\xff$1$.png"),
+        str(tmp_path / "plain.png"),
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"PYTHONWARNINGS": "ignore"}, capture_output=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 2
     assert b"Traceback" not in done.stderr
@@ -582,7 +756,11 @@ def test_a_full_disk_is_one_line_and_what_was_there_stays(tmp_path, monkeypatch)
     for name in ("write_bytes", "open"):
         with monkeypatch.context() as patch:
             patch.setattr(Path, name, full)
-            for action in (lambda: atomic.write(path, "text"), lambda: atomic.append(path, "line"), lambda: checkpoint.save(path, {})):
+            for action in (
+                lambda: atomic.write(path, "text"),
+                lambda: atomic.append(path, "line"),
+                lambda: checkpoint.save(path, {}),
+            ):
                 if name == "open" or action.__code__.co_names[1] == "write":
                     with pytest.raises(InputError, match=r"x\.pt: cannot be written \(No space left on device\)"):
                         action()
@@ -597,7 +775,9 @@ def test_a_run_on_a_full_disk_is_one_line(flags, tmp_path, size):
     flags[flags.index("--out") + 1] = str(tmp_path / "disk/run")
     inside = f'mount -t tmpfs -o size={size} tmpfs {tmp_path}/disk && exec "$0" "$@"'
     command = ["unshare", "--mount", "sh", "-c", inside, sys.executable, "-m", "trainer.train", *flags, "--epochs", "1"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONWARNINGS": "ignore"}, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"PYTHONWARNINGS": "ignore"}, capture_output=True, text=True, timeout=300
+    )
     if "unshare" in done.stderr or "mount:" in done.stderr:
         pytest.skip(f"no small disk can be mounted here: {done.stderr.strip()}")
     assert "Traceback" not in done.stderr
@@ -631,7 +811,8 @@ def test_a_failed_run_ends_its_tracker(flags, monkeypatch):
 
 def test_the_first_model_is_kept_whatever_its_figures(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "trainer.loop.validation_figures", lambda *_: {"val_accuracy": 0.5, "val_auc": math.nan, "val_loss": math.inf, "val_weighted": math.inf}
+        "trainer.loop.validation_figures",
+        lambda *_: {"val_accuracy": 0.5, "val_auc": math.nan, "val_loss": math.inf, "val_weighted": math.inf},
     )
     build(resolve([*flags, "--epochs", "2", "--best", "loss", "--balance.lam", "1"])).train()
     assert (tmp_path / "run/model.safetensors").is_file()
@@ -648,7 +829,11 @@ def test_wandb_takes_along_what_the_readme_says_and_no_more(flags, tmp_path, mon
     said = capsys.readouterr().out
     assert f"logged into {tmp_path / 'run/wandb'} and stay there; `wandb sync" in said
     until = time.monotonic() + 60  # wandb's own process writes after the run has closed it
-    while b"test/accuracy" not in (kept := b"".join(path.read_bytes() for path in (tmp_path / "run/wandb").rglob("*.wandb"))) and time.monotonic() < until:
+    while (
+        b"test/accuracy"
+        not in (kept := b"".join(path.read_bytes() for path in (tmp_path / "run/wandb").rglob("*.wandb")))
+        and time.monotonic() < until
+    ):
         time.sleep(0.5)
     assert b"test/accuracy" in kept
     assert b"val_auc" in kept
@@ -686,7 +871,10 @@ def test_every_operating_point_says_its_threshold(flags, tmp_path):
     share = sum(line["probability"]["Effusion"] >= point - 1e-6 for line in ill) / len(ill)
     assert content["test"]["at_threshold"]["sensitivity"] == pytest.approx(share)
     page = (tmp_path / "run/report.html").read_text()
-    assert f"<td>{point:.3f}, the best Youden&#x27;s index on val</td>" in page or f"<td>{point:.3f}, the best Youden's index on val</td>" in page
+    assert (
+        f"<td>{point:.3f}, the best Youden&#x27;s index on val</td>" in page
+        or f"<td>{point:.3f}, the best Youden's index on val</td>" in page
+    )
     assert "threshold of the best Youden" not in page
     assert "float:left" not in page
     text = next((tmp_path / "run").glob("*.txt")).read_text()
@@ -730,7 +918,11 @@ def test_no_batch_of_one_image_ends_an_epoch(flags, backbone, batch, tmp_path):
     flags[flags.index("--backbone") + 1] = backbone
     build(resolve([*flags, "--batch", batch, "--epochs", "1", "--balance.lam", "1"])).train()
     flags[flags.index("--out") + 1] = str(tmp_path / "other")
-    with pytest.raises(InputError, match="normalises over the images of a batch, and the smallest one of an epoch has a single image; choose another --batch"):
+    with pytest.raises(
+        InputError,
+        match="normalises over the images of a batch, and the smallest one of an epoch has a single image; choose "
+        "another --batch",
+    ):
         build(resolve([*flags, "--batch", "1", "--epochs", "1", "--balance.lam", "1"]))
     assert not (tmp_path / "other").exists()
 
@@ -738,7 +930,9 @@ def test_no_batch_of_one_image_ends_an_epoch(flags, backbone, batch, tmp_path):
 def test_a_backbone_without_a_map_trains_by_cross_entropy(flags, tmp_path, shards, monkeypatch, capsys):
     from trainer.classifier import FocusClassifier
 
-    monkeypatch.setattr("trainer.classifier._to_maps", lambda *_: (_ for _ in ()).throw(InputError("is not a feature map")))
+    monkeypatch.setattr(
+        "trainer.classifier._to_maps", lambda *_: (_ for _ in ()).throw(InputError("is not a feature map"))
+    )
     with pytest.raises(InputError, match=r"--backbone resnet18: gives no feature map .*--balance\.lam 1"):
         FocusClassifier("resnet18", 2, size=64, pretrained="false")
     with pytest.raises(InputError, match="gives no feature map"):
@@ -758,12 +952,21 @@ def test_a_backbone_without_a_map_trains_by_cross_entropy(flags, tmp_path, shard
 # -- commands ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", ["trainer.train", "trainer.train_lungs", "trainer.evaluate", "trainer.predict", "trainer.report"])
+@pytest.mark.parametrize(
+    "module", ["trainer.train", "trainer.train_lungs", "trainer.evaluate", "trainer.predict", "trainer.report"]
+)
 def test_wrong_settings_are_told_before_torch_is_imported(tmp_path, module):
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
     wrong = "--epochz" if "train" in module.partition(".")[2] else "--ouut"
     command = [sys.executable, "-m", module, "--out", "y", wrong, "3"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: unknown flag {wrong}; did you mean --")
 
@@ -771,7 +974,9 @@ def test_wrong_settings_are_told_before_torch_is_imported(tmp_path, module):
 def test_recipes_have_names(tmp_path):
     config = resolve(["--config", "published", "--shards", "x", "--out", str(tmp_path / "y")])
     assert (config.findings, config.attention.form) == ("published", "published")
-    with pytest.raises(InputError, match=r"--config publishd: no such file, and no ready-made recipe; did you mean published"):
+    with pytest.raises(
+        InputError, match=r"--config publishd: no such file, and no ready-made recipe; did you mean published"
+    ):
         resolve(["--config", "publishd"])
 
 
@@ -779,13 +984,28 @@ def test_settings_that_do_nothing_are_told(flags, capsys):
     idle = ["--optim.warmup", "5", "--balance.high", "0.9", "--attention.form", "coverage", "--swap.dilate", "0.1"]
     build(resolve([*flags, *idle, "--balance.lam", "1"]))
     said = capsys.readouterr().out
-    for words in ("--optim.warmup 5 is of --optim.schedule cosine", "--balance.high 0.9 is of the policies", "--attention.form coverage trains nothing"):
+    for words in (
+        "--optim.warmup 5 is of --optim.schedule cosine",
+        "--balance.high 0.9 is of the policies",
+        "--attention.form coverage trains nothing",
+    ):
         assert f"note: {words}" in said
     assert "note: --swap.dilate 0.1 is of the context swap, which is off" in said
 
 
 def test_the_wheel_has_recipes_and_weights(tmp_path):
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(ROOT)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        str(tmp_path),
+        str(ROOT),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if done.returncode and "setuptools" in done.stderr:
         pytest.skip("setuptools is too old to build here")
@@ -794,7 +1014,12 @@ def test_the_wheel_has_recipes_and_weights(tmp_path):
 
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {"launch/recipes/published.yaml", "launch/demo.sh", "trainer/lungs/weights/lung_unet.safetensors", "trainer/findings/nih.yaml"} <= names
+    assert {
+        "launch/recipes/published.yaml",
+        "launch/demo.sh",
+        "trainer/lungs/weights/lung_unet.safetensors",
+        "trainer/findings/nih.yaml",
+    } <= names
 
 
 def test_weights_that_are_not_finite_after_the_last_step_are_one_line(flags, tmp_path, monkeypatch):
@@ -826,7 +1051,18 @@ def test_another_run_s_report_is_never_overwritten(flags, tmp_path, shards):
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs/config.yaml").write_text("")
     with pytest.raises(InputError, match="is another run's folder"):
-        evaluate.main(["--run", str(tmp_path / "run"), "--shards", str(shards), "--out", str(tmp_path / "theirs"), "--workers", "0"])
+        evaluate.main(
+            [
+                "--run",
+                str(tmp_path / "run"),
+                "--shards",
+                str(shards),
+                "--out",
+                str(tmp_path / "theirs"),
+                "--workers",
+                "0",
+            ]
+        )
 
 
 def test_notes_of_the_start_are_not_among_the_data(monkeypatch, capsys):

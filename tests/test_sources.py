@@ -30,7 +30,13 @@ def class_folders(tmp_path):
 
 @pytest.mark.parametrize(
     ("folder", "finding"),
-    [("0NoFinding", "No Finding"), ("1Effusion", "Effusion"), ("3SubcuEmphysema", "Subcutaneous Emphysema"), ("2_Nodule", "Nodule"), ("7", "7")],
+    [
+        ("0NoFinding", "No Finding"),
+        ("1Effusion", "Effusion"),
+        ("3SubcuEmphysema", "Subcutaneous Emphysema"),
+        ("2_Nodule", "Nodule"),
+        ("7", "7"),
+    ],
 )
 def test_a_leading_digit_is_order(folder, finding):
     assert folder_finding(folder) == finding
@@ -45,7 +51,13 @@ def test_class_folders_become_shards(class_folders, tmp_path, capsys):
     assert split.counts() == {"No Finding": 2, "Effusion": 3}
     assert split.left_out == 2
     assert split.image(0).shape == (32, 32)
-    assert {split.key(i) for i in range(5)} == {"0NoFinding-im_0", "0NoFinding-im_1", "1Effusion-im_0", "1Effusion-im_1", "1Effusion-rgb"}
+    assert {split.key(i) for i in range(5)} == {
+        "0NoFinding-im_0",
+        "0NoFinding-im_1",
+        "1Effusion-im_0",
+        "1Effusion-im_1",
+        "1Effusion-rgb",
+    }
     assert open_store(tmp_path / "out").index()["findings"] == ["No Finding", "Effusion", "Nodule"]
     main(["verify", str(tmp_path / "out")])
 
@@ -61,7 +73,9 @@ def test_a_class_missing_from_a_split_is_named(class_folders, tmp_path):
 def test_a_corrupt_image_leaves_nothing_that_looks_whole(class_folders, tmp_path):
     bad = class_folders / "test" / "1Effusion" / "im.1.png"
     bad.write_bytes(bad.read_bytes()[:40])
-    with pytest.raises(InputError, match=r"im\.1\.png: cannot be decoded.*2 finished shards are kept in .*out\.partial"):
+    with pytest.raises(
+        InputError, match=r"im\.1\.png: cannot be decoded.*2 finished shards are kept in .*out\.partial"
+    ):
         main(["folder", "--path", str(class_folders), "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
     bad = class_folders / "train" / "0NoFinding" / "im.0.png"
@@ -84,9 +98,23 @@ def test_masks_are_matched_by_name_and_split_reproducibly(tmp_path):
     for i in range(10):
         picture(tmp_path / "i" / f"a{i}.jpg")
         (tmp_path / "m").mkdir(exist_ok=True)
-        Image.fromarray((np.arange(40) < 20).astype(np.uint8)[None].repeat(30, 0)).save(tmp_path / "m" / f"a{i}_mask.png")  # a 0/1 mask
+        Image.fromarray((np.arange(40) < 20).astype(np.uint8)[None].repeat(30, 0)).save(
+            tmp_path / "m" / f"a{i}_mask.png"
+        )  # a 0/1 mask
     for out in ("one", "two"):
-        main(["masks", "--images", str(tmp_path / "i"), "--masks", str(tmp_path / "m"), "--out", str(tmp_path / out), "--size", "32"])
+        main(
+            [
+                "masks",
+                "--images",
+                str(tmp_path / "i"),
+                "--masks",
+                str(tmp_path / "m"),
+                "--out",
+                str(tmp_path / out),
+                "--size",
+                "32",
+            ]
+        )
     val = Split(tmp_path / "one", "val", masks=True)
     assert len(val) == 2
     assert val.mask(0)[:, :16].all()
@@ -95,7 +123,9 @@ def test_masks_are_matched_by_name_and_split_reproducibly(tmp_path):
         assert (tmp_path / "one" / name).read_bytes().replace(b"one", b"two") == (tmp_path / "two" / name).read_bytes()
 
 
-@pytest.mark.parametrize(("folder", "words"), [("m", "1 masks without an image: alone"), ("i", "1 images without a mask: alone")])
+@pytest.mark.parametrize(
+    ("folder", "words"), [("m", "1 masks without an image: alone"), ("i", "1 images without a mask: alone")]
+)
 def test_a_partner_that_is_missing(tmp_path, folder, words):
     for i in range(3):
         picture(tmp_path / "i" / f"a{i}.png")
@@ -136,7 +166,20 @@ def listed_images(tmp_path):
 
     def packed(header, row, *flags, name="out", rows=40):
         (tmp_path / "table.csv").write_text("\n".join([header, *(row(i) for i in range(rows))]) + "\n")
-        main(["csv", "--csv", str(tmp_path / "table.csv"), "--images", str(tmp_path / "files"), "--out", str(tmp_path / name), "--size", "16", *flags])
+        main(
+            [
+                "csv",
+                "--csv",
+                str(tmp_path / "table.csv"),
+                "--images",
+                str(tmp_path / "files"),
+                "--out",
+                str(tmp_path / name),
+                "--size",
+                "16",
+                *flags,
+            ]
+        )
         return {split: Split(tmp_path / name, split) for split in open_store(tmp_path / name).index()["splits"]}
 
     return packed
@@ -173,9 +216,16 @@ def test_columns_by_name_several_findings_and_a_split_of_ones_own(listed_images)
 
 def test_findings_as_columns_of_0_and_1(listed_images, capsys):
     splits = listed_images(
-        "path,Mass,Nodule", lambda i: f"a/{i}.png,{('1.0', '', '-1', '0')[i % 4]},{('0', '1', '0', '')[i % 4]}", "--finding-column", "Mass,Nodule"
+        "path,Mass,Nodule",
+        lambda i: f"a/{i}.png,{('1.0', '', '-1', '0')[i % 4]},{('0', '1', '0', '')[i % 4]}",
+        "--finding-column",
+        "Mass,Nodule",
     )
-    assert {found for split in splits.values() for found in split.findings()} == {("Mass",), ("Nodule",), ("No Finding",)}
+    assert {found for split in splits.values() for found in split.findings()} == {
+        ("Mass",),
+        ("Nodule",),
+        ("No Finding",),
+    }
     assert "left out 10: uncertain finding (-1)" in capsys.readouterr().out
 
 
@@ -184,16 +234,36 @@ def test_findings_as_columns_of_0_and_1(listed_images, capsys):
     [
         ("file,finding", "a/{i}.png,Mass", (), "has no column 'path'; its columns are file, finding"),
         ("path,finding", "b/{i}.png,Mass", (), "40 of 40 images that it lists are missing: .*b/0.png.* and 35 more"),
-        ("path,finding", "a/{i}.png,Mas", ("--findings", "Mass,No Finding"), "row 2: the finding 'Mas' was not declared; did you mean Mass"),
+        (
+            "path,finding",
+            "a/{i}.png,Mas",
+            ("--findings", "Mass,No Finding"),
+            "row 2: the finding 'Mas' was not declared; did you mean Mass",
+        ),
         ("path,finding", "a/{i}.png,", (), "row 2: no finding in column 'finding'; write 'No Finding'"),
         ("path,finding", "a/1.png,Mass", (), "1 images are listed more than once"),
-        ("path,finding,s", "a/{i}.png,Mass,training2", ("--split-column", "s"), "unknown split 'training2'; expected train, val or test"),
-        ("path,finding,s,p", "a/{i}.png,Mass,{s},p", ("--split-column", "s", "--patient-column", "p"), "1 patients are in two splits: p"),
+        (
+            "path,finding,s",
+            "a/{i}.png,Mass,training2",
+            ("--split-column", "s"),
+            "unknown split 'training2'; expected train, val or test",
+        ),
+        (
+            "path,finding,s,p",
+            "a/{i}.png,Mass,{s},p",
+            ("--split-column", "s", "--patient-column", "p"),
+            "1 patients are in two splits: p",
+        ),
         ("path,finding,s", "a/{i}.png,{f},{s}", ("--split-column", "s"), "the train split gets no image of Nodule"),
         ("path,finding,x", "a/{i}.png,Mass", (), "row 2 has 2 cells, the header 3"),
         ("path,finding", "a/{i}.png,Mass", ("--ratios", "0.5,0.5"), "--ratios 0.5,0.5: expected three shares"),
         ("path,finding", "a/{i}.png,Mass", ("--ratios", "0.9,0.9,0.1"), "add up to 1"),
-        ("path,Mass,Nodule", "a/{i}.png,maybe,0", ("--finding-column", "Mass,Nodule"), "column 'Mass' holds 'maybe'; expected 1, 0, -1"),
+        (
+            "path,Mass,Nodule",
+            "a/{i}.png,maybe,0",
+            ("--finding-column", "Mass,Nodule"),
+            "column 'Mass' holds 'maybe'; expected 1, 0, -1",
+        ),
     ],
 )
 def test_tables_that_cannot_be_used(listed_images, tmp_path, header, row, flags, words):
@@ -204,7 +274,9 @@ def test_tables_that_cannot_be_used(listed_images, tmp_path, header, row, flags,
 
 
 def test_missing_images_can_be_left_out(listed_images, capsys):
-    splits = listed_images("path,finding", lambda i: f"a/{i}.png,Mass", "--on-bad", "skip", "--ratios", "0.5,0.25,0.25", rows=44)
+    splits = listed_images(
+        "path,finding", lambda i: f"a/{i}.png,Mass", "--on-bad", "skip", "--ratios", "0.5,0.25,0.25", rows=44
+    )
     assert sum(len(split) for split in splits.values()) == 40
     assert "left out 4: listed but missing" in capsys.readouterr().out
 
@@ -219,7 +291,10 @@ def test_a_table_that_is_no_text(tmp_path):
 
 # -- NIH --------------------------------------------------------------------------------------------------------
 
-HEADER = "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient {},View Position,OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]"
+HEADER = (
+    "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient {},View "
+    "Position,OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]"
+)
 HEADER_2017, HEADER_2020 = HEADER.format("Gender") + ",", HEADER.format("Sex")
 
 
@@ -240,12 +315,25 @@ def archive(tmp_path):
     (tmp_path / "entry.csv").write_text("\n".join([HEADER_2017, *rows]))
     (tmp_path / "test_list.txt").write_text("\n".join(names[90:]))
     (tmp_path / "train_val_list.txt").write_text("\n".join(names[:90]))
-    (tmp_path / "boxes.csv").write_text("Image Index,Finding Label,Bbox [x,y,w,h],,,\n" + f"{names[3]},Effusion,512,256,256,128\n")
+    (tmp_path / "boxes.csv").write_text(
+        "Image Index,Finding Label,Bbox [x,y,w,h],,,\n" + f"{names[3]},Effusion,512,256,256,128\n"
+    )
     return tmp_path
 
 
 def nih(root, *flags):
-    return ["nih", "--images", str(root / "nih"), "--metadata", str(root / "entry.csv"), "--size", "32", "--out", str(root / "out"), *flags]
+    return [
+        "nih",
+        "--images",
+        str(root / "nih"),
+        "--metadata",
+        str(root / "entry.csv"),
+        "--size",
+        "32",
+        "--out",
+        str(root / "out"),
+        *flags,
+    ]
 
 
 @pytest.mark.parametrize("how", ["published", "official", "random"])
@@ -260,7 +348,9 @@ def test_nih_as_downloaded(archive, how, capsys):
             meta = split.meta(i)
             assert meta["age"] == 58
             assert meta["source"].startswith(f"{int(meta['patient']):08d}")
-            assert [box.xyxy for box in meta["boxes"]] == ([(16.0, 8.0, 24.0, 12.0)] if meta["source"] == "00000001_000.png" else [])
+            assert [box.xyxy for box in meta["boxes"]] == (
+                [(16.0, 8.0, 24.0, 12.0)] if meta["source"] == "00000001_000.png" else []
+            )
     main(["verify", str(archive / "out")])
     assert "not drawn" in capsys.readouterr().out
 
@@ -273,7 +363,17 @@ def test_the_newer_column_names_and_the_same_bytes_twice(archive):
     (archive / "out").rename(archive / "before")
     main(nih(archive, "--task", "ne", "--workers", "2"))
     assert {p.name: p.read_bytes() for p in (archive / "out").rglob("*.tar")} == one
-    main([*nih(archive, "--task", "ne", "--seed", "1")[:-4], "--task", "ne", "--seed", "1", "--out", str(archive / "seed")])
+    main(
+        [
+            *nih(archive, "--task", "ne", "--seed", "1")[:-4],
+            "--task",
+            "ne",
+            "--seed",
+            "1",
+            "--out",
+            str(archive / "seed"),
+        ]
+    )
     assert {p.name: p.read_bytes() for p in (archive / "seed").rglob("*.tar")} != one
 
 
@@ -337,7 +437,17 @@ def test_the_archive_s_own_images(tmp_path):
 
 def table_of(tmp_path, rows, header="path,finding,patient"):
     (tmp_path / "t.csv").write_text(header + "\n" + "\n".join(rows) + "\n")
-    return ["csv", "--csv", str(tmp_path / "t.csv"), "--images", str(tmp_path), "--out", str(tmp_path / "out"), "--size", "16"]
+    return [
+        "csv",
+        "--csv",
+        str(tmp_path / "t.csv"),
+        "--images",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "out"),
+        "--size",
+        "16",
+    ]
 
 
 def test_patients_are_the_same_with_a_blank_behind(tmp_path):
@@ -382,7 +492,19 @@ def test_masks_with_a_number_for_each_lung_keep_both(tmp_path, values):
         lungs[4:20, 2:12], lungs[4:20, 20:30] = values
         (tmp_path / "m").mkdir(exist_ok=True)
         Image.fromarray(lungs).save(tmp_path / "m" / f"{i}.png")
-    main(["masks", "--images", str(tmp_path / "i"), "--masks", str(tmp_path / "m"), "--out", str(tmp_path / "out"), "--size", "32"])
+    main(
+        [
+            "masks",
+            "--images",
+            str(tmp_path / "i"),
+            "--masks",
+            str(tmp_path / "m"),
+            "--out",
+            str(tmp_path / "out"),
+            "--size",
+            "32",
+        ]
+    )
     mask = Split(tmp_path / "out", "train", masks=True).mask(0)
     assert mask[10, 5]
     assert mask[10, 25]
@@ -405,12 +527,40 @@ def test_what_is_no_mask_is_refused(tmp_path, kind):
     for i in range(2):
         for folder in "im":
             (tmp_path / folder).mkdir(exist_ok=True)
-            values = rng.integers(0, 255, (32, 32), np.uint8) if folder == "i" or kind == "a radiograph" else np.full((32, 32), 255, np.uint8)
+            values = (
+                rng.integers(0, 255, (32, 32), np.uint8)
+                if folder == "i" or kind == "a radiograph"
+                else np.full((32, 32), 255, np.uint8)
+            )
             Image.fromarray(values).save(tmp_path / folder / f"{i}.png")
     with pytest.raises(InputError, match="is no lung mask"):
-        main(["masks", "--images", str(tmp_path / "i"), "--masks", str(tmp_path / "m"), "--out", str(tmp_path / "out"), "--size", "32"])
+        main(
+            [
+                "masks",
+                "--images",
+                str(tmp_path / "i"),
+                "--masks",
+                str(tmp_path / "m"),
+                "--out",
+                str(tmp_path / "out"),
+                "--size",
+                "32",
+            ]
+        )
     with pytest.raises(InputError, match="--test-share nan"):
-        main(["masks", "--images", str(tmp_path / "i"), "--masks", str(tmp_path / "m"), "--out", str(tmp_path / "out"), "--test-share", "nan"])
+        main(
+            [
+                "masks",
+                "--images",
+                str(tmp_path / "i"),
+                "--masks",
+                str(tmp_path / "m"),
+                "--out",
+                str(tmp_path / "out"),
+                "--test-share",
+                "nan",
+            ]
+        )
 
 
 def test_labels_that_cannot_be_meant(tmp_path):
@@ -419,15 +569,27 @@ def test_labels_that_cannot_be_meant(tmp_path):
     with pytest.raises(InputError, match="No Finding and something else"):
         main(table_of(tmp_path, ["0.png,No Finding|Mass,1", "1.png,Mass,2"]))
     with pytest.raises(InputError, match="2 rows have no patient"):
-        main([*table_of(tmp_path, ["0.png,Mass,", "1.png,No Finding,NA", "2.png,Mass,3"]), "--patient-column", "patient"])
-    main([*table_of(tmp_path, [f"{i}.png,{i % 2},{i}" for i in range(12)], "path,Mass,patient"), "--finding-column", "Mass"])
+        main(
+            [*table_of(tmp_path, ["0.png,Mass,", "1.png,No Finding,NA", "2.png,Mass,3"]), "--patient-column", "patient"]
+        )
+    main(
+        [
+            *table_of(tmp_path, [f"{i}.png,{i % 2},{i}" for i in range(12)], "path,Mass,patient"),
+            "--finding-column",
+            "Mass",
+        ]
+    )
     assert open_store(tmp_path / "out").index()["findings"] == ["No Finding", "Mass"]
 
 
 def test_rows_of_findings_that_are_not_wanted_can_be_left_out(tmp_path, capsys):
     for i in range(20):
         picture(tmp_path / f"{i}.png", value=12 * i)
-    flags = [*table_of(tmp_path, [f"{i}.png,{('Mass', 'No Finding', 'Edema')[i % 3]},{i}" for i in range(20)]), "--findings", "No Finding,Mass"]
+    flags = [
+        *table_of(tmp_path, [f"{i}.png,{('Mass', 'No Finding', 'Edema')[i % 3]},{i}" for i in range(20)]),
+        "--findings",
+        "No Finding,Mass",
+    ]
     with pytest.raises(InputError, match=r"'Edema' was not declared.*--on-bad skip"):
         main(flags)
     main([*flags, "--on-bad", "skip"])
@@ -451,21 +613,27 @@ def test_files_that_are_missing_are_named_in_the_index(tmp_path):
     assert open_store(tmp_path / "out").index()["left_out"] == {"listed but missing": 1}
 
 
-@pytest.mark.parametrize(("header", "numbers"), [("path,finding,x0,y0,x1,y1", "10,6,30,24"), ("path,finding,x,y,w,h", "10,6,20,18")])
+@pytest.mark.parametrize(
+    ("header", "numbers"), [("path,finding,x0,y0,x1,y1", "10,6,30,24"), ("path,finding,x,y,w,h", "10,6,20,18")]
+)
 def test_lesion_boxes_of_a_table(tmp_path, header, numbers, capsys):
     rows = []
     for i in range(30):
         picture(tmp_path / f"{i}.png", value=4 * i)  # 40 x 30
         rows.append(f"{i}.png,{'Mass|Nodule' if i % 2 else 'No Finding'}")
     flags = table_of(tmp_path, rows, "path,finding")
-    (tmp_path / "boxes.csv").write_text(f"{header}\n3.png,Mass,{numbers}\n3.png,Nodule,{numbers}\nother.png,Mass,1,1,2,2\n")
+    (tmp_path / "boxes.csv").write_text(
+        f"{header}\n3.png,Mass,{numbers}\n3.png,Nodule,{numbers}\nother.png,Mass,1,1,2,2\n"
+    )
     main([*flags, "--boxes", str(tmp_path / "boxes.csv"), "--ratios", "0.5,0.5,0"])
     printed = capsys.readouterr().out
     assert "left out 1: boxes of images that are not in" in printed
     assert "2 lesion boxes are on 1 of the images" in printed
     splits = [Split(tmp_path / "out", name) for name in ("train", "val")]
     found = {split.key(i): split.meta(i)["boxes"] for split in splits for i in range(len(split))}
-    assert [(box.finding, box.xyxy) for box in found.pop("3")] == [(name, pytest.approx((4, 3.2, 12, 12.8))) for name in ("Mass", "Nodule")]
+    assert [(box.finding, box.xyxy) for box in found.pop("3")] == [
+        (name, pytest.approx((4, 3.2, 12, 12.8))) for name in ("Mass", "Nodule")
+    ]
     assert not any(found.values())
 
 
@@ -502,12 +670,19 @@ def test_boxes_of_what_an_image_is_not_labelled_with_are_left_out(tmp_path, caps
         ("path,finding,x,y,w,h\n0.png,Mass,1,1,40,2", r"row 2: 1 1 41 3 is no box in 0\.png of 40x30 pixels"),
         ("path,finding,x0,y0,x1,y1\n0.png,Mass,5,1,5,2", "is no box"),
         ("path,finding,x,y,w,h\n0.png,Mass,nan,1,1,2", "is no box"),
-        ("path,finding,x,y,w,h\nzero.png,Mass,1,1,2,2", r"none of its 1 boxes can be used \(1 boxes of images that are not in the table\)"),
+        (
+            "path,finding,x,y,w,h\nzero.png,Mass,1,1,2,2",
+            r"none of its 1 boxes can be used \(1 boxes of images that are not in the table\)",
+        ),
         (
             "path,finding,x,y,w,h\n0.png,Masss,1,1,2,2",
-            r"none of its 1 boxes can be used \(1 boxes of 'Masss', which is no finding of the table \(did you mean Mass\?\)\)",
+            r"none of its 1 boxes can be used \(1 boxes of 'Masss', which is no finding of the table \(did you mean "
+            r"Mass\?\)\)",
         ),
-        ("path,finding,x0,y0,x1,y1\n0.png,Mass,0.2,0.2,0.6,0.5", r"row 2: 0\.2 .* is less than a pixel of 0\.png \(40x30\): boxes are in pixels"),
+        (
+            "path,finding,x0,y0,x1,y1\n0.png,Mass,0.2,0.2,0.6,0.5",
+            r"row 2: 0\.2 .* is less than a pixel of 0\.png \(40x30\): boxes are in pixels",
+        ),
     ],
 )
 def test_boxes_that_are_none(tmp_path, text, words):
@@ -530,7 +705,10 @@ def test_a_rare_finding_beside_others_need_not_be_in_every_split(tmp_path):
     with pytest.raises(InputError, match="the val split gets no image of Hernia"):
         main([*flags, "--findings", "No Finding,Mass,Hernia"])
     main(flags)
-    assert Split(tmp_path / "out", "train", SingleLabel(("No Finding", "Mass"), ["Mass"])).counts() == {"No Finding": 2, "Mass": 2}
+    assert Split(tmp_path / "out", "train", SingleLabel(("No Finding", "Mass"), ["Mass"])).counts() == {
+        "No Finding": 2,
+        "Mass": 2,
+    }
     rows[1] = "1.png,Hernia,train"  # alone it is a class
     with pytest.raises(InputError, match="the val split gets no image of Hernia"):
         main([*table_of(tmp_path, rows, "path,finding,split"), "--split-column", "split"])
@@ -555,9 +733,27 @@ def test_class_folders_without_splits_are_dealt(tmp_path, capsys):
         for i in range(10):
             picture(tmp_path / "images" / name / f"{i}.png", value=10 * i)
     main(["folder", "--path", str(tmp_path / "images"), "--out", str(tmp_path / "out"), "--size", "16"])
-    assert [Split(tmp_path / "out", name, ("No Finding", "Effusion")).counts()["Effusion"] for name in ("train", "val", "test")] == [6, 2, 2]
-    assert "no split folders: images are dealt to train, val and test, and one patient may be in two" in capsys.readouterr().out
-    main(["folder", "--path", str(tmp_path / "images"), "--out", str(tmp_path / "test"), "--size", "16", "--ratios", "0,0,1"])
+    assert [
+        Split(tmp_path / "out", name, ("No Finding", "Effusion")).counts()["Effusion"]
+        for name in ("train", "val", "test")
+    ] == [6, 2, 2]
+    assert (
+        "no split folders: images are dealt to train, val and test, and one patient may be in two"
+        in capsys.readouterr().out
+    )
+    main(
+        [
+            "folder",
+            "--path",
+            str(tmp_path / "images"),
+            "--out",
+            str(tmp_path / "test"),
+            "--size",
+            "16",
+            "--ratios",
+            "0,0,1",
+        ]
+    )
     assert list(open_store(tmp_path / "test").index()["splits"]) == ["test"]
 
 
@@ -600,7 +796,17 @@ def test_tables_as_spreadsheets_save_them(tmp_path, kind, capsys):
         picture(tmp_path / "images" / name, value=10 * i)
     rows = [f"{name},{('No Finding', 'Effusion')[i % 2]},P{i}" for i, name in enumerate(names)]
     (tmp_path / "t.csv").write_bytes(EXCEL[kind](text_table(tmp_path, rows)))
-    command = ["csv", "--csv", str(tmp_path / "t.csv"), "--images", str(tmp_path / "images"), "--patient-column", "patient", "--size", "16"]
+    command = [
+        "csv",
+        "--csv",
+        str(tmp_path / "t.csv"),
+        "--images",
+        str(tmp_path / "images"),
+        "--patient-column",
+        "patient",
+        "--size",
+        "16",
+    ]
     main([*command, "--out", str(tmp_path / "out")])
     split = Split(tmp_path / "out", "train", ("No Finding", "Effusion"))
     assert len(split) == 12
@@ -621,7 +827,19 @@ def test_paths_as_other_systems_write_them(tmp_path):
     ]
     rows = [f"{written[i % 4](i)},{('No Finding', 'Effusion')[i % 2]},{i}" for i in range(20)]
     (tmp_path / "t.csv").write_text(text_table(tmp_path, rows))
-    main(["csv", "--csv", str(tmp_path / "t.csv"), "--images", str(tmp_path / "images"), "--out", str(tmp_path / "out"), "--size", "16"])
+    main(
+        [
+            "csv",
+            "--csv",
+            str(tmp_path / "t.csv"),
+            "--images",
+            str(tmp_path / "images"),
+            "--out",
+            str(tmp_path / "out"),
+            "--size",
+            "16",
+        ]
+    )
     assert len(Split(tmp_path / "out", "train")) == 12
 
 
@@ -631,7 +849,20 @@ def packed_table(root: Path, header: str, rows: list[str], *flags: str, images: 
     for i in range(images):
         Image.fromarray(rng.integers(0, 255, (30, 40), np.uint8)).save(root / f"images/{i}.png")
     (root / "t.csv").write_text("\n".join([header, *rows]) + "\n")
-    main(["csv", "--csv", str(root / "t.csv"), "--images", str(root / "images"), "--out", str(root / "out"), "--size", "16", *flags])
+    main(
+        [
+            "csv",
+            "--csv",
+            str(root / "t.csv"),
+            "--images",
+            str(root / "images"),
+            "--out",
+            str(root / "out"),
+            "--size",
+            "16",
+            *flags,
+        ]
+    )
     return root / "out"
 
 
@@ -643,15 +874,27 @@ def test_healthy_is_only_whom_the_table_calls_so(tmp_path, capsys):
     # No Finding, Effusion, Pneumonia, Support Devices: well; effusion; another disease; well with a device; not said
     kinds = ["1.0,,,", ",1.0,,", ",0.0,1.0,", "1.0,,,1.0", ",,,"]
     rows = [f"{i}.png,{kinds[i % 5]}" for i in range(40)]
-    out = packed_table(tmp_path, "path,No Finding,Effusion,Pneumonia,Support Devices", rows, "--finding-column", "Effusion")
+    out = packed_table(
+        tmp_path, "path,No Finding,Effusion,Pneumonia,Support Devices", rows, "--finding-column", "Effusion"
+    )
     assert sorted(all_findings(out)) == [("Effusion",)] * 8 + [("No Finding",)] * 16
     assert "left out 16: none of the findings named, and not called No Finding" in capsys.readouterr().out
 
 
 def test_a_device_is_no_disease(tmp_path):
     rows = [f"{i}.png,{('1,,', '1,,1', ',1,1')[i % 3]}" for i in range(36)]
-    out = packed_table(tmp_path, "path,No Finding,Effusion,Support Devices", rows, "--finding-column", "No Finding,Effusion,Support Devices")
-    assert set(all_findings(out)) == {("No Finding",), ("No Finding", "Support Devices"), ("Effusion", "Support Devices")}
+    out = packed_table(
+        tmp_path,
+        "path,No Finding,Effusion,Support Devices",
+        rows,
+        "--finding-column",
+        "No Finding,Effusion,Support Devices",
+    )
+    assert set(all_findings(out)) == {
+        ("No Finding",),
+        ("No Finding", "Support Devices"),
+        ("Effusion", "Support Devices"),
+    }
     (tmp_path / "out").rename(tmp_path / "before")
     with pytest.raises(InputError, match=r"row 2: says No Finding and something else \(Effusion\)"):
         packed_table(tmp_path, "path,No Finding,Effusion", ["0.png,1,1"], "--finding-column", "No Finding,Effusion")
@@ -661,13 +904,19 @@ def test_a_table_without_no_finding_says_who_is_taken_as_healthy(tmp_path, capsy
     rows = [f"{i}.png,{('1,0,', '0,1,', '0,0,x')[i % 3]}" for i in range(36)]
     packed_table(tmp_path, "path,Effusion,Pneumonia,note", rows, "--finding-column", "Effusion")
     said = capsys.readouterr().out
-    assert "its 24 rows with none of the findings named are taken as healthy (12 of them have a 1 in another column: Pneumonia 12)" in said
+    assert (
+        "its 24 rows with none of the findings named are taken as healthy (12 of them have a 1 in another column: "
+        "Pneumonia 12)" in said
+    )
 
 
 @pytest.mark.parametrize("word", ["nan", "NaN", "None", "null", "N/A", ""])
 def test_nothing_is_no_finding(tmp_path, word, capsys):
     rows = [f"{i}.png,{('No Finding', 'Effusion', word)[i % 3]}" for i in range(36)]
-    with pytest.raises(InputError, match=r"row 4: .*; write 'No Finding' where there is none, or leave such rows out with --on-bad skip"):
+    with pytest.raises(
+        InputError,
+        match=r"row 4: .*; write 'No Finding' where there is none, or leave such rows out with --on-bad skip",
+    ):
         packed_table(tmp_path, "path,finding", rows)
     packed_table(tmp_path, "path,finding", rows, "--on-bad", "skip")
     assert "left out 12: no finding in column 'finding'" in capsys.readouterr().out
@@ -678,13 +927,18 @@ def test_two_spellings_of_a_finding_are_told(tmp_path, capsys):
     packed_table(tmp_path, "path,finding", [f"{i}.png,{names[i % 5]}" for i in range(40)])
     said = capsys.readouterr().out
     assert "'Effusion' (8) and 'effusion' (8) are findings of their own" in said
-    assert "'Pleural Thickening' (8) and 'Pleural_Thickening' (8)" in said or "'Pleural_Thickening' (8) and 'Pleural Thickening' (8)" in said
+    assert (
+        "'Pleural Thickening' (8) and 'Pleural_Thickening' (8)" in said
+        or "'Pleural_Thickening' (8) and 'Pleural Thickening' (8)" in said
+    )
     assert "'No finding' is read as 'No Finding'" in said
 
 
 def test_a_comma_in_a_finding_is_refused_when_packing(tmp_path):
     with pytest.raises(InputError, match="'Effusion, left' must not hold a comma"):
-        packed_table(tmp_path, "path,finding", [f'{i}.png,"{("No Finding", "Effusion, left")[i % 2]}"' for i in range(20)])
+        packed_table(
+            tmp_path, "path,finding", [f'{i}.png,"{("No Finding", "Effusion, left")[i % 2]}"' for i in range(20)]
+        )
     for split in ("train", "val"):
         picture(tmp_path / "folders" / split / "Mass, left" / "x.png")
     with pytest.raises(InputError, match="'Mass, left' must not hold a comma"):
@@ -693,10 +947,18 @@ def test_a_comma_in_a_finding_is_refused_when_packing(tmp_path):
 
 def test_patients_that_may_be_one_are_told(tmp_path, capsys):
     who = ["007", "7", "12", "12.0", "ab", "AB", "x", "y"]
-    packed_table(tmp_path, "path,finding,p", [f"{i}.png,Mass,{who[i % 8]}" for i in range(40)], "--patient-column", "p", "--ratios", "0.6,0.4,0")
+    packed_table(
+        tmp_path,
+        "path,finding,p",
+        [f"{i}.png,Mass,{who[i % 8]}" for i in range(40)],
+        "--patient-column",
+        "p",
+        "--ratios",
+        "0.6,0.4,0",
+    )
     assert (
-        "warning: 3 patients may stand under two IDs that differ only by zeros or case: '007' and '7', '12' and '12.0', 'AB' and 'ab'"
-        in capsys.readouterr().err
+        "warning: 3 patients may stand under two IDs that differ only by zeros or case: '007' and '7', '12' and "
+        "'12.0', 'AB' and 'ab'" in capsys.readouterr().err
     )
 
 
@@ -706,17 +968,34 @@ def test_one_patient_for_everybody_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("header", "box"), [("x,y,width,height", "10,12,5,6"), ("x_min,y_min,x_max,y_max", "10,12,15,18"), ("X0,Y0,X1,Y1", "10,12,15,18"), ("x,y,w,h", "10,12,5,6")]
+    ("header", "box"),
+    [
+        ("x,y,width,height", "10,12,5,6"),
+        ("x_min,y_min,x_max,y_max", "10,12,15,18"),
+        ("X0,Y0,X1,Y1", "10,12,15,18"),
+        ("x,y,w,h", "10,12,5,6"),
+    ],
 )
 def test_a_row_for_each_box(tmp_path, header, box, capsys):
     rows = []
     for i in range(20):
         rows += [f"{i},{box},1", f"{i},1,2,3,4,1"] if i % 2 else [f"{i},,,,,0"]
-    out = packed_table(tmp_path, f"patientId,{header},Target", rows, "--path-column", "patientId", "--finding-column", "Target", images=20)
+    out = packed_table(
+        tmp_path,
+        f"patientId,{header},Target",
+        rows,
+        "--path-column",
+        "patientId",
+        "--finding-column",
+        "Target",
+        images=20,
+    )
     split = Split(out, "train", ("No Finding", "Target"))
     assert split.counts() == {"No Finding": 6, "Target": 6}
     boxes = {tuple(round(v, 3) for v in box.xyxy) for i in range(len(split)) for box in split.meta(i)["boxes"]}
-    assert tuple(v * s for v, s in zip((10, 12, 15, 18), (16 / 40, 16 / 30) * 2, strict=True)) == pytest.approx(max(boxes), abs=1e-3)
+    assert tuple(v * s for v, s in zip((10, 12, 15, 18), (16 / 40, 16 / 30) * 2, strict=True)) == pytest.approx(
+        max(boxes), abs=1e-3
+    )
     assert "lesion boxes are taken from the table's own columns" in capsys.readouterr().out
 
 
@@ -740,11 +1019,26 @@ def test_masks_of_any_kind(tmp_path, kind):
         (tmp_path / "m").mkdir(exist_ok=True)
         mask = Image.fromarray(LUNGS)
         made = {
-            "gif": mask, "palette": mask.convert("P"), "bmp": mask,
-            "alpha": Image.merge("RGBA", [*[Image.new("L", mask.size)] * 3, mask]), "rgb": Image.merge("RGB", [mask, *[Image.new("L", mask.size)] * 2]),
-        }[kind]  # fmt: skip
+            "gif": mask,
+            "palette": mask.convert("P"),
+            "bmp": mask,
+            "alpha": Image.merge("RGBA", [*[Image.new("L", mask.size)] * 3, mask]),
+            "rgb": Image.merge("RGB", [mask, *[Image.new("L", mask.size)] * 2]),
+        }[kind]
         made.save(tmp_path / "m" / f"{i}.{kind if kind in ('gif', 'bmp') else 'png'}")
-    main(["masks", "--images", str(tmp_path / "i"), "--masks", str(tmp_path / "m"), "--out", str(tmp_path / "out"), "--size", "40"])
+    main(
+        [
+            "masks",
+            "--images",
+            str(tmp_path / "i"),
+            "--masks",
+            str(tmp_path / "m"),
+            "--out",
+            str(tmp_path / "out"),
+            "--size",
+            "40",
+        ]
+    )
     assert (Split(tmp_path / "out", "train", masks=True).mask(0) == (LUNGS > 0)).all()
 
 
@@ -769,7 +1063,9 @@ def test_an_inverted_mask_is_refused(tmp_path):
         picture(tmp_path / "i" / f"{i}.png", size=(40, 40))
         (tmp_path / "m").mkdir(exist_ok=True)
         Image.fromarray(255 - LUNGS).save(tmp_path / "m" / f"{i}.png")
-    with pytest.raises(InputError, match=r"is white along 100% of its border, so it shows all but the lungs; invert it"):
+    with pytest.raises(
+        InputError, match=r"is white along 100% of its border, so it shows all but the lungs; invert it"
+    ):
         main(["masks", "--images", str(tmp_path / "i"), "--masks", str(tmp_path / "m"), "--out", str(tmp_path / "out")])
 
 
@@ -787,7 +1083,9 @@ def test_nih_copies_with_other_suffixes(archive):
 def test_a_subset_of_nih_is_counted_by_finding(archive):
     for path in list((archive / "nih").rglob("*.png"))[::2]:
         path.unlink()
-    with pytest.raises(InputError, match=r"images that it lists are missing: .*\(there are No Finding \d+ of 60, Effusion \d+ of 30\)"):
+    with pytest.raises(
+        InputError, match=r"images that it lists are missing: .*\(there are No Finding \d+ of 60, Effusion \d+ of 30\)"
+    ):
         main(nih(archive, "--task", "ne"))
 
 
@@ -804,14 +1102,28 @@ def test_a_pipe_is_not_waited_for(tmp_path):
 
 def test_a_mask_with_a_number_for_each_lobe(tmp_path):
     lobes = np.zeros((40, 40), np.uint8)
-    for k, (rows, columns) in enumerate([(slice(8, 20), slice(4, 16)), (slice(20, 32), slice(4, 16)), (slice(8, 32), slice(24, 36))]):
+    for k, (rows, columns) in enumerate(
+        [(slice(8, 20), slice(4, 16)), (slice(20, 32), slice(4, 16)), (slice(8, 32), slice(24, 36))]
+    ):
         lobes[rows, columns] = k + 1
     lobes[8:14, 24:36], lobes[26:32, 4:16] = 4, 5
     for i in range(4):
         picture(tmp_path / "i" / f"{i}.png", size=(40, 40))
         (tmp_path / "m").mkdir(exist_ok=True)
         Image.fromarray(lobes).save(tmp_path / "m" / f"{i}.png")
-    main(["masks", "--images", str(tmp_path / "i"), "--masks", str(tmp_path / "m"), "--out", str(tmp_path / "out"), "--size", "40"])
+    main(
+        [
+            "masks",
+            "--images",
+            str(tmp_path / "i"),
+            "--masks",
+            str(tmp_path / "m"),
+            "--out",
+            str(tmp_path / "out"),
+            "--size",
+            "40",
+        ]
+    )
     assert (Split(tmp_path / "out", "train", masks=True).mask(0) == (LUNGS > 0)).all()
 
 
@@ -861,6 +1173,12 @@ def test_decimal_commas_of_spreadsheets(tmp_path):
 
 def test_devices_are_no_disease_of_the_ill_or_the_healthy(tmp_path):
     rows = [f"{i}.png,{('1,,', '1,,1', ',1,', ',1,1')[i % 4]}" for i in range(40)]
-    out = packed_table(tmp_path, "path,No Finding,Effusion,Support Devices", rows, "--finding-column", "No Finding,Effusion,Support Devices")
+    out = packed_table(
+        tmp_path,
+        "path,No Finding,Effusion,Support Devices",
+        rows,
+        "--finding-column",
+        "No Finding,Effusion,Support Devices",
+    )
     counts = [Split(out, name, ("No Finding", "Effusion")).counts() for name in ("train", "val", "test")]
     assert sum(c["No Finding"] for c in counts) == sum(c["Effusion"] for c in counts) == 20

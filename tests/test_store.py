@@ -102,7 +102,9 @@ def test_http_gives_the_same_images_and_fetches_each_shard_once(served, shards, 
 @pytest.mark.parametrize("fault", ["drop", "truncate", "500"])
 def test_a_server_that_fails_now_and_then(served, shards, fault):
     url, handler = served
-    handler.faults |= {f"/{name}": [fault] * 2 for name in ("index.json", "train.npy", "train/000000.tar", "train/000003.tar")}
+    handler.faults |= {
+        f"/{name}": [fault] * 2 for name in ("index.json", "train.npy", "train/000000.tar", "train/000003.tar")
+    }
     assert sorted(read(Split(url, "train"))) == list(range(60))
     assert handler.seen.count("/train/000003.tar") >= 3
 
@@ -123,7 +125,9 @@ def test_a_shard_that_changed_stops_with_its_name(shards, tmp_path):
     data = bytearray(tar.read_bytes())
     data[5000] ^= 1
     tar.write_bytes(data)
-    with pytest.raises(InputError, match=r"train/000004\.tar: could not be read .*checksum.*changed since it was packed"):
+    with pytest.raises(
+        InputError, match=r"train/000004\.tar: could not be read .*checksum.*changed since it was packed"
+    ):
         read(split)
     tar.unlink()
     with pytest.raises(InputError, match=r"train/000004\.tar: is not there"):
@@ -168,13 +172,18 @@ def test_leftovers_of_a_killed_process_are_cleared(shards, cache):
 def test_processes_share_the_cache(served, shards):
     url, handler = served
     code = (
-        "import sys\nfrom shards.dataset import Split\nfrom shards.loader import Loader\nfrom shards.plan import EpochPlan\n"
+        "import sys\nfrom shards.dataset import Split\nfrom shards.loader import Loader\nfrom shards.plan import "
+        "EpochPlan\n"
         "split = Split(sys.argv[1], 'train')\n"
         "plan = EpochPlan(split.shard_sizes(), 0)\n"
-        "print(sum(len(b.index) for b in Loader(split, plan, batch=5, rank=int(sys.argv[2]), world=3, workers=1).batches(0)))\n"
+        "print(sum(len(b.index) for b in Loader(split, plan, batch=5, rank=int(sys.argv[2]), world=3, "
+        "workers=1).batches(0)))\n"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    processes = [subprocess.Popen([sys.executable, "-c", code, url, str(r)], env=environment, stdout=subprocess.PIPE, text=True) for r in range(3)]
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, url, str(r)], env=environment, stdout=subprocess.PIPE, text=True)
+        for r in range(3)
+    ]
     assert sum(int(process.communicate()[0]) for process in processes) == 60
     tars = [path for path in handler.seen if path.endswith(".tar")]
     assert len(tars) == len(set(tars)) == 9
@@ -188,7 +197,11 @@ def test_s3(shards, monkeypatch):
     server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    for name, value in {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}.items():
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "x",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://{host}:{port}")
@@ -238,7 +251,9 @@ def test_room_held_by_a_process_that_is_gone_is_given_back(tmp_path):
         hold.truncate(1000)
     origin = tmp_path / "origin"
     origin.write_bytes(b"y" * 1000)
-    done = threading.Thread(target=Cache(folder, 1500).fetch, args=(origin.as_uri(), 1000, file_sha256(origin)), daemon=True)
+    done = threading.Thread(
+        target=Cache(folder, 1500).fetch, args=(origin.as_uri(), 1000, file_sha256(origin)), daemon=True
+    )
     done.start()
     done.join(5)
     assert not done.is_alive()
@@ -280,7 +295,11 @@ class Swollen(Flaky):
 
 
 @pytest.mark.parametrize(
-    ("swell", "words"), [("index.json", "has more than the 1000000 bytes that an index may have"), ("train.npy", "bytes that its index says")]
+    ("swell", "words"),
+    [
+        ("index.json", "has more than the 1000000 bytes that an index may have"),
+        ("train.npy", "bytes that its index says"),
+    ],
 )
 def test_a_server_that_sends_too_much_is_not_believed(shards, cache, monkeypatch, swell, words):
     monkeypatch.setattr(cached, "INDEX_BYTES", 10**6)
@@ -309,7 +328,9 @@ def test_a_file_url_whose_file_is_too_large(shards, tmp_path, monkeypatch, name)
 
 
 def test_a_hold_that_ends_while_the_cache_is_listed_is_not_lost(tmp_path, monkeypatch):
-    """Its bytes are those of a file that the listing was too early for: counted neither as hold nor as file, the cache would outgrow its bound."""
+    """Its bytes are those of a file that the listing was too early for: counted neither as hold nor as file, the cache
+    would outgrow its bound.
+    """
     cache = Cache(tmp_path, 100)
     ends = tmp_path / f"{os.getpid()}-1.hold"
     ends.write_bytes(b"x" * 60)

@@ -41,12 +41,41 @@ class Several(OneOf):
         self.present = present
 
     def pairs(self, target):
-        return Pairs(*torch.nonzero(torch.tensor([[self.present(i, k) for k in (0, 1)] for i in range(len(target))])).unbind(1))
+        return Pairs(
+            *torch.nonzero(torch.tensor([[self.present(i, k) for k in (0, 1)] for i in range(len(target))])).unbind(1)
+        )
 
 
 def test_figures_are_by_pair_however_many_an_image_has(shards, segmenter, tmp_path):
-    flags = ["--shards", str(shards), "--out", str(tmp_path / "run"), "--lungs.weights", str(segmenter), "--backbone", "resnet18", "--pretrained", "false"]
-    job = build(resolve([*flags, "--size", "64", "--batch", "7", "--workers", "0", "--tracker", "none", "--task", "Effusion,Pneumothorax"]))
+    flags = [
+        "--shards",
+        str(shards),
+        "--out",
+        str(tmp_path / "run"),
+        "--lungs.weights",
+        str(segmenter),
+        "--backbone",
+        "resnet18",
+        "--pretrained",
+        "false",
+    ]
+    job = build(
+        resolve(
+            [
+                *flags,
+                "--size",
+                "64",
+                "--batch",
+                "7",
+                "--workers",
+                "0",
+                "--tracker",
+                "none",
+                "--task",
+                "Effusion,Pneumothorax",
+            ]
+        )
+    )
     job.evaluator.splits = job.splits = {"val": Split(shards, "val", FINDINGS[1:])}
 
     def measured(present):

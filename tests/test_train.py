@@ -37,7 +37,22 @@ TASKS = ("ne", "np", "ns", "nep", "neps")
 BACKBONES = ("pvt", "vgg", "resnet")
 POLICIES = ("fixed", "published", "ratio", "balanced", "constrained")
 FORMS = ("energy", "coverage", "published", "lift")
-SMALL = ["--backbone", "resnet18", "--pretrained", "false", "--size", "64", "--batch", "8", "--workers", "0", "--tracker", "none", "--log_every", "1"]
+SMALL = [
+    "--backbone",
+    "resnet18",
+    "--pretrained",
+    "false",
+    "--size",
+    "64",
+    "--batch",
+    "8",
+    "--workers",
+    "0",
+    "--tracker",
+    "none",
+    "--log_every",
+    "1",
+]
 
 
 @pytest.fixture
@@ -59,13 +74,31 @@ def lines(out: Path) -> list[dict]:
 # Fifteen runs meet every pair of backbone and task, policy or form.
 # VGG's 130 million parameters take 25 s a run: one of its five is in the default tier.
 @pytest.mark.parametrize(
-    ("t", "b"), [pytest.param(t, b, marks=[pytest.mark.slow] if b == 1 and t else []) for t in range(5) for b in range(3)], ids=lambda v: str(v)
+    ("t", "b"),
+    [pytest.param(t, b, marks=[pytest.mark.slow] if b == 1 and t else []) for t in range(5) for b in range(3)],
+    ids=lambda v: str(v),
 )
 def test_every_task_backbone_and_policy_takes_two_steps(flags, t, b):
     policy, form = POLICIES[(t + b) % 5], FORMS[(t + 2 * b) % 4]
     if policy == "balanced" and form == "published":  # it has no gradient to balance
         form = "energy"
-    job = build(resolve([*flags, "--task", TASKS[t], "--backbone", BACKBONES[b], "--batch", "4", "--balance.policy", policy, "--attention.form", form]))
+    job = build(
+        resolve(
+            [
+                *flags,
+                "--task",
+                TASKS[t],
+                "--backbone",
+                BACKBONES[b],
+                "--batch",
+                "4",
+                "--balance.policy",
+                policy,
+                "--attention.form",
+                form,
+            ]
+        )
+    )
     job.state.epoch = 5  # the published lambda begins at 1
     job.net.train()
     split = job.splits["train"]
@@ -94,14 +127,36 @@ def test_pairs_are_covered():
 
 def test_the_whole_job(flags, shards, tmp_path, capsys):
     out = tmp_path / "run"
-    loop.main([*flags, "--task", "nep", "--epochs", "2", "--attention.threshold", "0.1", "--balance.lam", "0.25", "--optim.lr", "1e-3"])
+    loop.main(
+        [
+            *flags,
+            "--task",
+            "nep",
+            "--epochs",
+            "2",
+            "--attention.threshold",
+            "0.1",
+            "--balance.lam",
+            "0.25",
+            "--optim.lr",
+            "1e-3",
+        ]
+    )
     printed = capsys.readouterr().out
     assert "energy in region" in printed
     assert f"report: {out / 'report.html'}" in printed
 
     names = {path.name for path in out.iterdir()}
     text_name = "resnet18_phantom_nep_la0.25_t0.1.txt"
-    assert names >= {"config.yaml", "metrics.jsonl", "checkpoints", "model.safetensors", "lungs.safetensors", "report.json", "report.html"}
+    assert names >= {
+        "config.yaml",
+        "metrics.jsonl",
+        "checkpoints",
+        "model.safetensors",
+        "lungs.safetensors",
+        "report.json",
+        "report.html",
+    }
     assert names >= {text_name, "panel.png", "curves.png", "predictions_val.jsonl", "predictions_test.jsonl"}
     assert not [name for name in names if "partial" in name]
 
@@ -157,7 +212,10 @@ def test_the_whole_job(flags, shards, tmp_path, capsys):
     assert "http" not in page.replace("http-equiv", "")
 
     # The folder is taken now, and stays as it is.
-    with pytest.raises(InputError, match=r"already holds another run; choose another folder, remove it, or go on with that run by --resume"):
+    with pytest.raises(
+        InputError,
+        match=r"already holds another run; choose another folder, remove it, or go on with that run by --resume",
+    ):
         loop.main([*flags, "--task", "nep"])
     assert json.loads((out / "report.json").read_text())["test"] == before
 
@@ -178,7 +236,11 @@ def test_lambda_one_calls_neither_cam_nor_segmenter(shards, tmp_path, monkeypatc
     def never(*_args, **_kwargs):
         raise AssertionError("lambda = 1 pays nothing for attention")
 
-    job = build(resolve(["--shards", str(shards), "--out", str(tmp_path / "run"), *SMALL, "--balance.lam", "1", "--epochs", "1"]))
+    job = build(
+        resolve(
+            ["--shards", str(shards), "--out", str(tmp_path / "run"), *SMALL, "--balance.lam", "1", "--epochs", "1"]
+        )
+    )
     monkeypatch.setattr("trainer.classifier.grad_cam", never)
     monkeypatch.setattr("trainer.lungs.LungSegmenter.logits", never)
     job.train()
@@ -190,7 +252,9 @@ def test_remembered_lungs_are_not_segmented_again(flags, monkeypatch):
     job = build(resolve([*flags, "--epochs", "3"]))
     images = []
     ordinary = LungSegmenter.find
-    monkeypatch.setattr("trainer.lungs.LungSegmenter.find", lambda self, x, size: images.append(len(x)) or ordinary(self, x, size))
+    monkeypatch.setattr(
+        "trainer.lungs.LungSegmenter.find", lambda self, x, size: images.append(len(x)) or ordinary(self, x, size)
+    )
     job.train()
     assert sum(images) == len(job.splits["train"]) + len(job.splits["val"])
 
@@ -202,8 +266,21 @@ class Interrupted(Exception):
 # In the first epoch of 4 steps, in the second.
 @pytest.mark.parametrize(("stop", "policy"), [(2, "ratio"), (6, "balanced"), (6, "constrained")])
 def test_an_interrupted_run_goes_on_to_the_same_bits(flags, tmp_path, monkeypatch, stop, policy):
-    # Cosine and the adaptive lambda carry state from step to step; augmentation and context swap are random; some lungs are not found yet.
-    flags = [*seeing(flags), "--epochs", "2", "--balance.policy", policy, "--optim.name", "adamw", "--optim.schedule", "cosine", "--optim.lr", "1e-3"]
+    # Cosine and the adaptive lambda carry state from step to step; augmentation and context swap are random; some lungs
+    # are not found yet.
+    flags = [
+        *seeing(flags),
+        "--epochs",
+        "2",
+        "--balance.policy",
+        policy,
+        "--optim.name",
+        "adamw",
+        "--optim.schedule",
+        "cosine",
+        "--optim.lr",
+        "1e-3",
+    ]
     flags += ["--augment.rotate", "5", "--augment.noise", "0.05", "--save_every", "1"]
     whole = flags.copy()
     whole[whole.index("--out") + 1] = str(tmp_path / "whole")
@@ -233,9 +310,15 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(flags, tmp_path, monkeypatc
     assert str(one["balance"]) == str(other["balance"])
     assert one["balance"] != Balance(policy).state_dict()
     known = [checkpoint.load(tmp_path / name / "checkpoints/lungs.pt") for name in ("whole", "run")]
-    assert all(torch.equal(known[0][n]["table"], known[1][n]["table"]) and (known[0][n]["table"][:, 8] > 0).all() for n in ("train", "val"))
+    assert all(
+        torch.equal(known[0][n]["table"], known[1][n]["table"]) and (known[0][n]["table"][:, 8] > 0).all()
+        for n in ("train", "val")
+    )
     assert (one["state"]["best"], one["state"]["best_epoch"]) == (other["state"]["best"], other["state"]["best_epoch"])
-    logs = [[{k: v for k, v in line.items() if k != "images_per_s"} for line in lines(tmp_path / name)] for name in ("whole", "run")]
+    logs = [
+        [{k: v for k, v in line.items() if k != "images_per_s"} for line in lines(tmp_path / name)]
+        for name in ("whole", "run")
+    ]
     assert logs[0] == logs[1]
     assert not resolve(["--config", str(tmp_path / "run/config.yaml")]).resume
 
@@ -255,7 +338,9 @@ def test_resume_refuses_what_does_not_fit(flags, tmp_path):
     ):
         with pytest.raises(InputError, match=f"made with {words}; leave that as it was"):
             loop.main(["--out", out, "--resume", *given])
-        assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before, "a refused resume changed the run"
+        assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before, (
+            "a refused resume changed the run"
+        )
     (tmp_path / "run/checkpoints/last.pt").write_bytes(b"not a checkpoint")
     with pytest.raises(InputError, match="is not a checkpoint of this trainer"):
         loop.main(["--out", out, "--resume=true"])
@@ -314,7 +399,9 @@ def test_a_task_without_regions_is_plain_cross_entropy(tmp_path, flags, capsys):
 
 
 def test_findings_belong_to_the_run(flags, tmp_path, shards):
-    """A run keeps its own findings: evaluating, predicting and resuming ask nothing else, and another rule is another run."""
+    """A run keeps its own findings: evaluating, predicting and resuming ask nothing else, and another rule is another
+    run.
+    """
     mine = tmp_path / "mine.yaml"
     mine.write_text("Effusion:\n  region: {rectangles: [[0.1, 0.2, 0.4, 0.9]]}\n")
     loop.main([*flags, "--findings", str(mine), "--epochs", "1"])
@@ -332,8 +419,20 @@ def test_findings_belong_to_the_run(flags, tmp_path, shards):
 
 
 def test_regions_follow_the_lungs(flags, tmp_path, shards):
-    """The default: what is expected is cut to the lungs' outline in training and evaluation, and figures of the box stay comparable."""
-    flags = [*seeing(flags), "--augment.rotate", "10", "--augment.shift", "0.1", "--epochs", "1", "--swap.probability", "0"]
+    """The default: what is expected is cut to the lungs' outline in training and evaluation, and figures of the box
+    stay comparable.
+    """
+    flags = [
+        *seeing(flags),
+        "--augment.rotate",
+        "10",
+        "--augment.shift",
+        "0.1",
+        "--epochs",
+        "1",
+        "--swap.probability",
+        "0",
+    ]
     job = build(resolve(flags))
     split = job.splits["train"]
     batch = next(iter(Loader(split, EpochPlan(split.shard_sizes()), batch=20, workers=0).batches(0)))
@@ -368,7 +467,10 @@ def test_where_no_lungs_are_found_the_box_stands_in_and_is_counted(flags, tmp_pa
     assert place["expected_box"]["all"]["images"] == positives
     (text,) = (tmp_path / "run").glob("resnet18_*.txt")
     assert f"Expected regions replaced by their part of the lung box (test): {positives}" in text.read_text()
-    assert f"its part of the lung box stands in: {report['regions_replaced']['val']} in val, {positives} in test" in (tmp_path / "run/report.html").read_text()
+    assert (
+        f"its part of the lung box stands in: {report['regions_replaced']['val']} in val, {positives} in test"
+        in (tmp_path / "run/report.html").read_text()
+    )
 
 
 def test_rules_of_the_lung_box_draw_no_outline(flags, tmp_path, monkeypatch):
@@ -393,7 +495,10 @@ def test_a_run_of_an_earlier_version_keeps_its_rules(flags, tmp_path, monkeypatc
     (tmp_path / "run/checkpoints/lungs.pt").unlink()  # it kept boxes alone, in last.pt
     capsys.readouterr()
     job = build(resolve(["--out", str(tmp_path / "run"), "--resume", "--epochs", "2"]))
-    assert "note: the run keeps the rules of its own findings.yaml; the ready-made findings now say others" in capsys.readouterr().out
+    assert (
+        "note: the run keeps the rules of its own findings.yaml; the ready-made findings now say others"
+        in capsys.readouterr().out
+    )
     assert job.rules["Effusion"].place == ""
     job.train()
     (tmp_path / "mine.yaml").write_text("Effusion: {region: {within: lungs}}")
@@ -436,7 +541,10 @@ def test_the_probes_of_a_run_are_reported(flags, tmp_path):
 
 def test_patience_is_reset_by_a_better_model_and_ends_the_run(flags, monkeypatch):
     scores = iter([0.5, 0.4, 0.6, 0.55, 0.5, 0.9])
-    monkeypatch.setattr("trainer.loop.validation_figures", lambda *_: {"val_accuracy": next(scores), "val_auc": 0.5, "val_loss": 1.0, "val_weighted": 1.0})
+    monkeypatch.setattr(
+        "trainer.loop.validation_figures",
+        lambda *_: {"val_accuracy": next(scores), "val_auc": 0.5, "val_loss": 1.0, "val_weighted": 1.0},
+    )
     job = build(resolve([*flags, "--epochs", "6", "--patience", "2", "--balance.lam", "1"]))
     job.train()
     assert job.state.epoch == 5  # 0.6 reset the count; 0.55 and 0.5 ended it before 0.9
@@ -446,7 +554,11 @@ def test_patience_is_reset_by_a_better_model_and_ends_the_run(flags, monkeypatch
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--batch", "50"], r"--batch 50 x 1 processes x --accumulate 1 = 50 images a step, but the train split has \d+; lower --batch to at most \d+"),
+        (
+            ["--batch", "50"],
+            r"--batch 50 x 1 processes x --accumulate 1 = 50 images a step, but the train split has \d+; lower --batch "
+            r"to at most \d+",
+        ),
         (["--batch", "10", "--accumulate", "9"], r"--batch 10 x 1 processes x --accumulate 9 = 90"),
         (["--backbone", "resnett"], r"--backbone resnett: unknown; did you mean resnet"),
         (["--attention.layer", "layer7"], r"layer7: resnet18 has no such module"),
@@ -508,7 +620,8 @@ def test_two_processes_train_one_run(flags, tmp_path, policy):
 @TOGETHER
 @pytest.mark.parametrize("form", ["energy", "published"])
 def test_two_processes_have_the_gradient_of_one(flags, tmp_path, form):
-    # LayerNorm, float64, unequal positives on the processes and in the micro-batches; regions in the shape of the lungs, moved with the images.
+    # LayerNorm, float64, unequal positives on the processes and in the micro-batches; regions in the shape of the
+    # lungs, moved with the images.
     flags = [
         *seeing(flags),
         "--augment.rotate",
@@ -525,7 +638,18 @@ def test_two_processes_have_the_gradient_of_one(flags, tmp_path, form):
         "0",
     ]
     flags += ["--balance.policy", "balanced"] if form == "energy" else ["--balance.lam", "0.3"]
-    done = launch("--mixed_precision", "no", str(ROOT / "tests/two.py"), "gradients", str(tmp_path), *flags, "--batch", "3", "--accumulate", "5")
+    done = launch(
+        "--mixed_precision",
+        "no",
+        str(ROOT / "tests/two.py"),
+        "gradients",
+        str(tmp_path),
+        *flags,
+        "--batch",
+        "3",
+        "--accumulate",
+        "5",
+    )
     assert done.returncode == 0, done.stderr
     parts = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1)]
     positives = [sum(label > 0 for label in labels) for _, group, _ in parts for labels in group]
@@ -546,9 +670,28 @@ def test_two_processes_have_the_gradient_of_one(flags, tmp_path, form):
 def test_processes_that_do_not_see_each_other_are_told_so(flags, tmp_path):
     # With `use_cpu: true` accelerate starts two processes that, since 1.11 or so, each believe they are alone.
     text = (ROOT / "accelerate_config.yaml").read_text()
-    (tmp_path / "wrong.yaml").write_text(text.replace("num_processes: 1", "num_processes: 2").replace("'NO'", "MULTI_GPU") + "use_cpu: true\n")
-    start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "wrong.yaml"), "-m", "trainer.train", *flags, "--epochs", "1"]
-    done = subprocess.run(start, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300)
+    (tmp_path / "wrong.yaml").write_text(
+        text.replace("num_processes: 1", "num_processes: 2").replace("'NO'", "MULTI_GPU") + "use_cpu: true\n"
+    )
+    start = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(tmp_path / "wrong.yaml"),
+        "-m",
+        "trainer.train",
+        *flags,
+        "--epochs",
+        "1",
+    ]
+    done = subprocess.run(
+        start,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     if done.returncode == 0:  # older ones do what was meant
         assert "8 images x 2 processes" in done.stdout
         return
@@ -579,7 +722,9 @@ def test_a_tracker_that_fails_is_a_warning(tmp_path):
         end_training = log
 
     tracking = Tracking(Broken(), "tensorboard")
-    with pytest.warns(UserWarning, match=r"tracking with tensorboard ended \(ConnectionError: no route to host\); the run goes on"):
+    with pytest.warns(
+        UserWarning, match=r"tracking with tensorboard ended \(ConnectionError: no route to host\); the run goes on"
+    ):
         tracking.start(tmp_path, {})
     tracking.log({"ce": 1.0}, 1)  # nothing is called any more
     tracking.finish()
@@ -639,8 +784,8 @@ def test_images_that_the_run_was_trained_on_are_counted(flags, tmp_path, shards,
     run = str(tmp_path / "run")
     evaluate.main(["--run", run, "--shards", str(other), "--workers", "0"])
     assert (
-        f"WARNING: of the {len(train)} test images {len(train)} have the name or the bytes of a training image of this run, patients are not known"
-        in capsys.readouterr().out
+        f"WARNING: of the {len(train)} test images {len(train)} have the name or the bytes of a training image of this "
+        "run, patients are not known" in capsys.readouterr().out
     )
     evaluate.main(["--run", run, "--shards", str(other), "--workers", "0"])  # the same once more
     third = tmp_path / "third"
@@ -675,8 +820,14 @@ def test_patients_that_the_run_was_trained_on_are_counted(tmp_path):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (["--balance.lam", "0.3", "--balance.policy", "ratio"], r"--balance\.lam 0\.3: is of the policy fixed, ratio finds its own"),
-        (["--attention.annotated", "0.1"], r"--attention\.annotated 0\.1: no lesion boxes are used with --attention\.region anatomy"),
+        (
+            ["--balance.lam", "0.3", "--balance.policy", "ratio"],
+            r"--balance\.lam 0\.3: is of the policy fixed, ratio finds its own",
+        ),
+        (
+            ["--attention.annotated", "0.1"],
+            r"--attention\.annotated 0\.1: no lesion boxes are used with --attention\.region anatomy",
+        ),
         (["--best", "last", "--patience", "3"], "--patience 3: with --best last no epoch is better"),
     ],
 )
@@ -703,7 +854,9 @@ def test_a_run_folder_belongs_to_one_process(flags, tmp_path):
     job = build(resolve([*flags, "--epochs", "1"]))
     job.train()
     command = [sys.executable, "-m", "trainer.train", "--out", str(tmp_path / "run"), "--resume", "--epochs", "2"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONWARNINGS": "ignore"}, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"PYTHONWARNINGS": "ignore"}, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 2
     assert "another process is training there; wait for it, or stop it" in done.stderr
 
@@ -732,7 +885,10 @@ def test_an_interrupted_run_says_how_to_go_on(flags, tmp_path, capsys, monkeypat
 
 def test_the_last_epoch_is_kept_where_that_is_asked_for(flags, tmp_path, monkeypatch):
     scores = iter([0.5, 0.9, 0.4])
-    monkeypatch.setattr("trainer.loop.validation_figures", lambda *_: {"val_accuracy": next(scores), "val_auc": 0.5, "val_loss": 1.0, "val_weighted": 1.0})
+    monkeypatch.setattr(
+        "trainer.loop.validation_figures",
+        lambda *_: {"val_accuracy": next(scores), "val_auc": 0.5, "val_loss": 1.0, "val_weighted": 1.0},
+    )
     job = build(resolve([*flags, "--epochs", "3", "--best", "last", "--balance.lam", "1"]))
     job.train()
     assert job.state.best_epoch == 2
@@ -762,15 +918,30 @@ def test_prediction_goes_on_after_a_bad_file_and_says_so(flags, tmp_path, capsys
     loop.main([*flags, "--epochs", "1"])
     Image.fromarray(np.full((70, 90), 99, np.uint8)).save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_text("x")
-    with pytest.raises(InputError, match=r"1 of 2 images could not be used: .*bad\.png: cannot be decoded as an image \(1 bytes; no known image format\)"):
-        predict.main(["--run", str(tmp_path / "run"), "--look_at", "Effusion", str(tmp_path / "bad.png"), str(tmp_path / "good.png")])
+    with pytest.raises(
+        InputError,
+        match=r"1 of 2 images could not be used: .*bad\.png: cannot be decoded as an image \(1 bytes; no known image "
+        r"format\)",
+    ):
+        predict.main(
+            [
+                "--run",
+                str(tmp_path / "run"),
+                "--look_at",
+                "Effusion",
+                str(tmp_path / "bad.png"),
+                str(tmp_path / "good.png"),
+            ]
+        )
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert line["lung_box"] is None  # a gray image has no lungs, so nothing is known of a region
     assert line["energy_in_region"] is None
     with pytest.raises(InputError, match="no such image file: nowhere"):
         predict.main(["--run", str(tmp_path / "run"), "nowhere.png"])
     with pytest.raises(InputError, match=r"--out \S*good\.png/x: cannot be written"):
-        predict.main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "good.png/x"), str(tmp_path / "good.png")])
+        predict.main(
+            ["--run", str(tmp_path / "run"), "--out", str(tmp_path / "good.png/x"), str(tmp_path / "good.png")]
+        )
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"no such image file: \S*empty \(a folder without images\), nowhere\*"):
         predict.main(["--run", str(tmp_path / "run"), str(tmp_path / "empty"), "nowhere*"])
@@ -778,7 +949,10 @@ def test_prediction_goes_on_after_a_bad_file_and_says_so(flags, tmp_path, capsys
     shutil.copy(tmp_path / "good.png", tmp_path / "more")
     capsys.readouterr()
     predict.main(["--run", str(tmp_path / "run"), str(tmp_path / "more"), str(tmp_path / "g*.png")])
-    assert [json.loads(line)["image"] for line in capsys.readouterr().out.splitlines()] == [str(tmp_path / "more/good.png"), str(tmp_path / "good.png")]
+    assert [json.loads(line)["image"] for line in capsys.readouterr().out.splitlines()] == [
+        str(tmp_path / "more/good.png"),
+        str(tmp_path / "good.png"),
+    ]
     assert (tmp_path / "run/model.safetensors").stat().st_mode & 0o044
 
 

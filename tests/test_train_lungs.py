@@ -30,7 +30,11 @@ def test_several_sources_are_trained_on_and_each_is_measured(shards, other, tmp_
     said = capsys.readouterr().out
     assert "phantom 60 + 20, elsewhere 12 + 4" in said
     report = json.loads((out / "report.json").read_text())
-    assert {name: s["images"] for name, s in report["sources"].items()} == {"phantom": 20, "elsewhere": 4, "elsewhere (left out)": 20}
+    assert {name: s["images"] for name, s in report["sources"].items()} == {
+        "phantom": 20,
+        "elsewhere": 4,
+        "elsewhere (left out)": 20,
+    }
     for summary in report["sources"].values():
         low, high = summary["dice_interval"]
         assert low <= summary["dice"] <= high
@@ -63,7 +67,9 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(shards, tmp_path, monk
         log.write('{"epoch": 2, "loss": 9}\n')
     train_lungs.main(["--out", str(stopped), "--resume"])
     assert (whole / "lung_unet.safetensors").read_bytes() == (stopped / "lung_unet.safetensors").read_bytes()
-    histories = [[json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (whole, stopped)]
+    histories = [
+        [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (whole, stopped)
+    ]
     assert [{k: v for k, v in line.items() if k != "seconds"} for line in histories[0]] == [
         {k: v for k, v in line.items() if k != "seconds"} for line in histories[1]
     ]
@@ -71,7 +77,20 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(shards, tmp_path, monk
 
 def test_a_second_phase_starts_from_other_weights(shards, tmp_path):
     train_lungs.main(["--shards", str(shards), "--out", str(tmp_path / "one"), *SMALL])
-    second = ["--init", str(tmp_path / "one"), "--out", str(tmp_path / "two"), "--lr", "1e-9", "--batch", "8", "--epochs", "1", "--workers", "0"]
+    second = [
+        "--init",
+        str(tmp_path / "one"),
+        "--out",
+        str(tmp_path / "two"),
+        "--lr",
+        "1e-9",
+        "--batch",
+        "8",
+        "--epochs",
+        "1",
+        "--workers",
+        "0",
+    ]
     train_lungs.main(["--shards", str(shards), *second])
     one, two = (load_segmenter(tmp_path / name) for name in ("one", "two"))
     assert one.settings == two.settings
@@ -128,5 +147,7 @@ def test_figures_of_known_masks():
 def test_every_image_is_measured_once(shards):
     split = Split(shards, "val", masks=True)
     segmenter = train_lungs.LungSegmenter([2, 2, 2, 2, 2], 32).eval()
-    figures = lung_report.measure(Accelerator(cpu=True), segmenter, Loader(split, EpochPlan(split.shard_sizes(), shuffle=False), batch=3))
+    figures = lung_report.measure(
+        Accelerator(cpu=True), segmenter, Loader(split, EpochPlan(split.shard_sizes(), shuffle=False), batch=3)
+    )
     assert figures.shape == (20, len(lung_report.COLUMNS))

@@ -1,4 +1,6 @@
-"""In a step the host does not wait for the device: nothing that needs a value of it is asked for, by whatever policy, form and option."""
+"""In a step the host does not wait for the device: nothing that needs a value of it is asked for, by whatever policy,
+form and option.
+"""
 
 import traceback
 from pathlib import Path
@@ -15,7 +17,8 @@ from trainer.command import resolve
 
 # What returns a number, or something of a size that the device knows alone.
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2", "is_nonzero", "equal"}
-# Who may ask for the values of a tensor: of what the loader made, of lambda's means, and of sums that have been sent to the host a step before.
+# Who may ask for the values of a tensor: of what the loader made, of lambda's means, and of sums that have been sent to
+# the host a step before.
 HOST = {"draw", "unknown", "read", "regions", "value", "update", "__init__", "tell_balance"}
 OURS = str(Path(__file__).parents[1] / "trainer")
 
@@ -53,7 +56,9 @@ class Waits(TorchDispatchMode):
 
 @pytest.fixture
 def waits(monkeypatch):
-    """A mode in which values of tensors that are asked for are told, too: of a tensor on the CPU torch reads them without an operation."""
+    """A mode in which values of tensors that are asked for are told, too: of a tensor on the CPU torch reads them
+    without an operation.
+    """
     mode = Waits()
     for name in ("tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__"):
         ordinary = getattr(torch.Tensor, name)

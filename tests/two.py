@@ -21,7 +21,9 @@ from trainer.train import main as main_of_training
 
 
 def gradients(argv: list[str]) -> tuple[dict[str, torch.Tensor], list[list[int]], torch.Tensor]:
-    """Gradients of the first step in float64, the labels of each of its micro-batches on this process, and the sums that lambda follows."""
+    """Gradients of the first step in float64, the labels of each of its micro-batches on this process, and the sums
+    that lambda follows.
+    """
     ordinary = build.FocusClassifier
     build.FocusClassifier = lambda *args, **kwargs: ordinary(*args, **kwargs).double()  # type: ignore[assignment,misc]
     try:
@@ -29,7 +31,9 @@ def gradients(argv: list[str]) -> tuple[dict[str, torch.Tensor], list[list[int]]
     finally:
         build.FocusClassifier = ordinary  # type: ignore[misc]
     kept: dict[str, torch.Tensor] = {}
-    job.optimizer.step = lambda: kept.update({n: p.grad.clone() for n, p in job.model.named_parameters() if p.grad is not None})
+    job.optimizer.step = lambda: kept.update(
+        {n: p.grad.clone() for n, p in job.model.named_parameters() if p.grad is not None}
+    )
     job.net.train()
     split, c, acc = job.splits["train"], job.config, job.accelerator
     plan = EpochPlan(split.shard_sizes(), c.seed)
@@ -45,7 +49,9 @@ def watched(argv: list[str]) -> dict[str, list]:
     ordinary = Trainer.step
 
     def step(self, group, lam):
-        seen["index"] += [(self.state.epoch, i) for b in group for i, w in zip(b.index.tolist(), b.weight.tolist(), strict=True) if w]
+        seen["index"] += [
+            (self.state.epoch, i) for b in group for i, w in zip(b.index.tolist(), b.weight.tolist(), strict=True) if w
+        ]
         seen["lambda"].append(lam.hex())
         return ordinary(self, group, lam)
 

@@ -1,7 +1,7 @@
 """One sampled transform for an image and what belongs to it (box, outline, mask), on the device. Hides Kornia.
 
-Legend: images float [B,1,H,W] in [0,1]; boxes int64 [B,4] x0 y0 x1 y1, ends exclusive, pixels of these images; outlines float [B,h,w]: grids over
-the boxes.
+Legend: images float [B,1,H,W] in [0,1]; boxes int64 [B,4] x0 y0 x1 y1, ends exclusive, pixels of these images; outlines
+float [B,h,w]: grids over the boxes.
 
 Random numbers are a function of (seed, epoch, position of the sample), so an image is transformed alike whichever
 process, batch or loader worker it comes through.
@@ -21,7 +21,9 @@ from trainer.upload import upload
 
 DRAWS = 13  # random numbers that one image uses
 SWAPS = slice(11, 13)  # of these, for the context swap: whether, and with whom
-GOLDEN, *MIX = (x - 2**64 for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))  # SplitMix64's, as signed numbers
+GOLDEN, *MIX = (
+    x - 2**64 for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+)  # SplitMix64's, as signed numbers
 
 
 class Augmented(NamedTuple):
@@ -56,10 +58,11 @@ def augment(
     masks: torch.Tensor | None = None,
     outlines: torch.Tensor | None = None,
 ) -> Augmented:
-    """Transform images float [B,1,H,W], boxes int64 [B,4], masks bool [B,H,W] and the outlines in the boxes by the same sampled maps.
+    """Transform images float [B,1,H,W], boxes int64 [B,4], masks bool [B,H,W] and the outlines in the boxes by the same
+    sampled maps.
 
-    A box becomes the rectangle around its transformed corners, cut at the image; an outline becomes a mask bool [B,H,W] of what it says is
-    lung, drawn once, at its final place. What comes in from outside is black.
+    A box becomes the rectangle around its transformed corners, cut at the image; an outline becomes a mask bool [B,H,W]
+    of what it says is lung, drawn once, at its final place. What comes in from outside is black.
     """
     height, width = images.shape[-2:]
     d = upload(draws, images.device)
@@ -90,8 +93,11 @@ def _matrix(d: torch.Tensor, signed: torch.Tensor, strength: Strength, height: i
     return matrix @ mirror
 
 
-def lung_masks(outlines: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int], matrix: torch.Tensor | None = None) -> torch.Tensor:
-    """Grids over boxes as masks of images of size (height, width): where the share of lung, between the cells bilinear, is a half or more.
+def lung_masks(
+    outlines: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int], matrix: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Grids over boxes as masks of images of size (height, width): where the share of lung, between the cells bilinear,
+    is a half or more.
 
     Args:
         matrix: [B,3,3] that then moves the image, in its pixels.
@@ -106,11 +112,16 @@ def lung_masks(outlines: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int
     at = torch.zeros(len(boxes), 3, 3, device=boxes.device)
     at[:, 0, 0], at[:, 1, 1], at[:, 2, 2] = step[:, 0], step[:, 1], 1.0
     at[:, :2, 2] = first
-    return kornia.geometry.transform.warp_affine(outlines[:, None], (matrix @ at)[:, :2], size, align_corners=True)[:, 0] >= 0.5
+    return (
+        kornia.geometry.transform.warp_affine(outlines[:, None], (matrix @ at)[:, :2], size, align_corners=True)[:, 0]
+        >= 0.5
+    )
 
 
 def _tent(first: torch.Tensor, step: torch.Tensor, cells: int, pixels: int) -> torch.Tensor:
-    """How much of each cell a pixel has by linear interpolation, nothing beyond the outer cells: float [B,pixels,cells]; first, step [B,1] in pixels."""
+    """How much of each cell a pixel has by linear interpolation, nothing beyond the outer cells: float
+    [B,pixels,cells]; first, step [B,1] in pixels.
+    """
     place = (torch.arange(pixels, device=first.device) - first) / step
     return (1 - (place[:, :, None] - torch.arange(cells, device=first.device)).abs()).clamp(min=0)
 
@@ -139,7 +150,9 @@ def _expose(images: torch.Tensor, d: torch.Tensor, signed: torch.Tensor, strengt
     if strength.gamma:
         images = images.clamp(1e-6, 1) ** per_image((1 + strength.gamma) ** signed[:, 7])
     if strength.noise:
-        seeds = (d[:, 9].double() * 2**53).long()  # its own draw: an image's noise does not depend on who else is in the batch
+        seeds = (
+            d[:, 9].double() * 2**53
+        ).long()  # its own draw: an image's noise does not depend on who else is in the batch
         images = (images + _normal(seeds, height, width) * per_image(strength.noise * d[:, 8])).clamp(0, 1)
     if strength.invert:
         images = torch.where(per_image(d[:, 10] < strength.invert), 1 - images, images)
@@ -147,9 +160,11 @@ def _expose(images: torch.Tensor, d: torch.Tensor, signed: torch.Tensor, strengt
 
 
 def _normal(seeds: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Standard normal numbers float [B,1,height,width] of seeds int64 [B], whatever the device: a hash of (seed, pixel), and Box and Muller's transform of it.
+    """Standard normal numbers float [B,1,height,width] of seeds int64 [B], whatever the device: a hash of (seed,
+    pixel), and Box and Muller's transform of it.
 
-    The hash is the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014); a generator for each image would be a kernel for each.
+    The hash is the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014); a generator for each image would be a
+    kernel for each.
     """
     x = seeds[:, None] + (1 + torch.arange(height * width, device=seeds.device)) * GOLDEN
     for shift, factor in ((30, MIX[0]), (27, MIX[1])):

@@ -22,7 +22,9 @@ class StepSums(NamedTuple):
     attention: float  # the attention term
     images: float
     positives: float  # that count for attention
-    ce_norm2: float = 0.0  # squared norms of the gradients of the two means at the feature map, where lambda follows them
+    ce_norm2: float = (
+        0.0  # squared norms of the gradients of the two means at the feature map, where lambda follows them
+    )
     attention_norm2: float = 0.0
     swapped: float = 0.0  # images that got other surroundings
     swappable: float = 0.0  # images that context swap looked at
@@ -34,17 +36,23 @@ class Balance:
     Args:
         policy: ``fixed``: ``lam``; ``published``: `published_lambda`;
             ``ratio``: A / (CE + A) of running means, clamped, so that both terms pull with the same weight;
-            ``balanced``: |dA| / (|dCE| + |dA|), the norms of both terms' gradients at the feature map that the CAM is of, by running
-            means, clamped: both pull equally hard (kin to GradNorm, Chen et al., ICML 2018, at the one place where they meet);
-            ``constrained``: attention as strong as validation allows. After an epoch whose validation cross-entropy is within
-            ``epsilon`` of the best so far, attention's weight (1 - lambda) / lambda grows by 1.5, otherwise it is divided by 3
-            (kin to Rezende & Viola, "Taming VAEs", 2018: a constraint met by moving a multiplier). It begins at ``high``.
+            ``balanced``: |dA| / (|dCE| + |dA|), the norms of both terms' gradients at the feature map that the CAM is
+                of, by running
+            means, clamped: both pull equally hard (kin to GradNorm, Chen et al., ICML 2018, at the one place where they
+                meet);
+            ``constrained``: attention as strong as validation allows. After an epoch whose validation cross-entropy is
+                within
+            ``epsilon`` of the best so far, attention's weight (1 - lambda) / lambda grows by 1.5, otherwise it is
+            divided by 3 (kin to Rezende & Viola, "Taming VAEs", 2018: a constraint met by moving a multiplier). It
+            begins at ``high``.
         lam: for ``fixed``.
         low, high: clamp of the adaptive ones.
         epsilon: for ``constrained``, in nats.
     """
 
-    def __init__(self, policy: str, lam: float = 0.5, low: float = 0.2, high: float = 0.95, epsilon: float = 0.05) -> None:
+    def __init__(
+        self, policy: str, lam: float = 0.5, low: float = 0.2, high: float = 0.95, epsilon: float = 0.05
+    ) -> None:
         self.policy, self.lam, self.low, self.high, self.epsilon = policy, lam, low, high, epsilon
         self.means: torch.Tensor | None = None  # float64 [2] on the CPU: CE, A or the norms of their gradients
         self.current, self.best = high, math.inf  # of `constrained`
@@ -80,7 +88,8 @@ class Balance:
     def update(self, sums: StepSums) -> None:
         """Take one step's sums, of all processes together.
 
-        A step without positives says nothing about the ratio and is left out, and so is one whose gradients are not finite.
+        A step without positives says nothing about the ratio and is left out, and so is one whose gradients are not
+        finite.
         """
         if not (sums.images and sums.positives):
             return

@@ -15,12 +15,18 @@ from shards.errors import InputError, listed
 
 
 def claim(accelerator: Accelerator, out: Path, files: dict[str, str], *, resumable: bool = True) -> None:
-    """Make the run folder with these files, config.yaml last; InputError on every process if it already holds something."""
+    """Make the run folder with these files, config.yaml last; InputError on every process if it already holds
+    something.
+    """
     taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
     accelerator.wait_for_everyone()  # all have looked before anybody writes
     if taken:
         what = "another run" if (out / "config.yaml").is_file() else "other files"
-        remedy = "choose another folder, remove it, or go on with that run by --resume" if resumable else "choose another folder, or remove it"
+        remedy = (
+            "choose another folder, remove it, or go on with that run by --resume"
+            if resumable
+            else "choose another folder, or remove it"
+        )
         raise InputError(f"--out {out}: already holds {what}; {remedy}")
     if accelerator.is_main_process:
         try:
@@ -45,7 +51,12 @@ def hold(out: Path) -> None:
 
 def not_finite(*modules: torch.nn.Module) -> list[str]:
     """Weights and statistics that are not finite: nothing of the kind is ever saved."""
-    return [name for module in modules for name, tensor in module.state_dict().items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    return [
+        name
+        for module in modules
+        for name, tensor in module.state_dict().items()
+        if tensor.is_floating_point() and not tensor.isfinite().all()
+    ]
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -61,7 +72,12 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 def save_weights(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file, whole or not there."""
-    write(path, safetensors_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata=metadata))
+    write(
+        path,
+        safetensors_bytes(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata=metadata
+        ),
+    )
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -69,20 +85,31 @@ def load(path: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged or hostile file
-        raise InputError(f"{path}: is not a checkpoint of this trainer ({type(error).__name__}); remove it or restore it") from error
+        raise InputError(
+            f"{path}: is not a checkpoint of this trainer ({type(error).__name__}); remove it or restore it"
+        ) from error
     return state
 
 
 def refuse_other(out: Path, was: dict[str, Any], own: dict[str, Any], words: dict[str, str]) -> None:
-    """InputError where a run to be resumed was made with other settings; ``words``: what to call those that are no flag."""
+    """InputError where a run to be resumed was made with other settings; ``words``: what to call those that are no
+    flag.
+    """
     other = [name for name, value in own.items() if was.get(name) != value]
     if other:
-        told = [words.get(name) or (f"--{name} {was[name]}" if was.get(name) is not None else f"no --{name}") for name in other]
-        raise InputError(f"--resume {out}: the run was made with {listed(told)}; leave that as it was, or start a new run")
+        told = [
+            words.get(name) or (f"--{name} {was[name]}" if was.get(name) is not None else f"no --{name}")
+            for name in other
+        ]
+        raise InputError(
+            f"--resume {out}: the run was made with {listed(told)}; leave that as it was, or start a new run"
+        )
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl that are whole; none where there is no such file. A crash, or another program, may have left others."""
+    """The lines of a metrics.jsonl that are whole; none where there is no such file. A crash, or another program, may
+    have left others.
+    """
     found = []
     for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:

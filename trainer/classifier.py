@@ -2,9 +2,9 @@
 
 Legend: images float [B,1,S,S] in [0,1]; logits [B,K]; cam float [B,h,w], not negative, at least float32.
 
-Grad-CAM (Selvaraju et al. 2017, eq. 1 and 2): the gradient of one class's logit with respect to a feature map A, averaged
-over positions, weighs A's channels; ReLU of the weighted sum. It is taken inside the forward, where the network runs in
-the launcher's precision, so it costs the gradient of the head alone and can itself be differentiated.
+Grad-CAM (Selvaraju et al. 2017, eq. 1 and 2): the gradient of one class's logit with respect to a feature map A,
+averaged over positions, weighs A's channels; ReLU of the weighted sum. It is taken inside the forward, where the
+network runs in the launcher's precision, so it costs the gradient of the head alone and can itself be differentiated.
 """
 
 import contextlib
@@ -24,7 +24,9 @@ from trainer.backbone import create, head_names
 from trainer.losses import TINY, at_least_float32
 
 INPUT = "input"
-INSIDE = re.compile(r"(attn|mlp|drop|crpe|cpe|act|qkv|proj|gate)", re.IGNORECASE)  # parts of blocks, whose outputs are no features of the network
+INSIDE = re.compile(
+    r"(attn|mlp|drop|crpe|cpe|act|qkv|proj|gate)", re.IGNORECASE
+)  # parts of blocks, whose outputs are no features of the network
 
 
 class Prediction(NamedTuple):
@@ -42,21 +44,30 @@ class FocusClassifier(nn.Module):
         classes: K.
         size: pixels of a side of the input, for backbones with a fixed one.
         pretrained: ``true`` (ImageNet weights from timm's hub), ``false``, or a file: safetensors or a state dict.
-        layer: module whose output is A; several, separated by commas: the mean of their normalised maps; ``input``: the energy of
-            the input's gradient in place of a CAM (Ross et al., "Right for the right reasons", IJCAI 2017); empty: the last feature map
-            that the prediction depends on.
+        layer: module whose output is A; several, separated by commas: the mean of their normalised maps; ``input``: the
+            energy of the input's gradient in place of a CAM (Ross et al., "Right for the right reasons", IJCAI 2017);
+            empty: the last feature map that the prediction depends on.
         needs_map: without, a backbone that has no feature map is taken, too: `has_map` tells.
 
     Raises:
-        InputError: unknown backbone (with the nearest), weights that cannot be had or do not fit, a layer that does not exist
-            (with the model's layers), no feature map.
+        InputError: unknown backbone (with the nearest), weights that cannot be had or do not fit, a layer that does not
+            exist (with the model's layers), no feature map.
     """
 
     net: Any  # a timm model: forward_features, forward_head, pretrained_cfg
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(self, backbone: str, classes: int, *, size: int = 224, pretrained: str = "true", layer: str = "", needs_map: bool = True) -> None:
+    def __init__(
+        self,
+        backbone: str,
+        classes: int,
+        *,
+        size: int = 224,
+        pretrained: str = "true",
+        layer: str = "",
+        needs_map: bool = True,
+    ) -> None:
         super().__init__()
         self.backbone, self.size, self.layer = backbone, size, layer
         self.net, self.loaded = create(backbone, classes, size, pretrained)
@@ -64,14 +75,22 @@ class FocusClassifier(nn.Module):
         known = [name for name, _ in self.net.named_modules()]
         for name in self.layers:
             if name == INPUT and len(self.layers) > 1:
-                raise InputError(f"--attention.layer {layer}: {INPUT} is the gradient at the image and stands alone; leave the others out, or it")
+                raise InputError(
+                    f"--attention.layer {layer}: {INPUT} is the gradient at the image and stands alone; leave the "
+                    "others out, or it"
+                )
             if name not in known and name != INPUT:
                 close = difflib.get_close_matches(name, known, n=3)
                 hint = f"; did you mean {' or '.join(close)}?" if close else "."
-                raise InputError(f"--attention.layer {name}: {backbone} has no such module{hint} It has {', '.join(_layers(self.net))} and what is in them")
+                raise InputError(
+                    f"--attention.layer {name}: {backbone} has no such module{hint} It has "
+                    f"{', '.join(_layers(self.net))} and what is in them"
+                )
         self.map_side = 0  # positions of a side of the map
         self.keeps = False
-        self.kept: list[torch.Tensor] = []  # with ``keeps``: the last forward's feature maps, where the gradients of both losses meet
+        self.kept: list[
+            torch.Tensor
+        ] = []  # with ``keeps``: the last forward's feature maps, where the gradients of both losses meet
         config: dict[str, Any] = self.net.pretrained_cfg  # type: ignore[assignment]
         self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1), persistent=False)
@@ -81,19 +100,28 @@ class FocusClassifier(nn.Module):
             trial = torch.rand(1, 1, size, size)
             logits = self.eval()(trial).logits  # a wrong size shows here, not in the first step
             if not isinstance(logits, torch.Tensor) or logits.shape != (1, classes):
-                raise InputError(f"--backbone {backbone}: gives no logits of {classes} classes, so it is no classifier of this kind; choose another")
+                raise InputError(
+                    f"--backbone {backbone}: gives no logits of {classes} classes, so it is no classifier of this "
+                    "kind; choose another"
+                )
             with self._awake():
                 self.has_map = self._find_map(trial, layer, needs_map)
         self.train()
 
     def untrained(self) -> "FocusClassifier":
         """The same network with random weights."""
-        return FocusClassifier(self.backbone, self.net.num_classes, size=self.size, pretrained="false", layer=self.layer)
+        return FocusClassifier(
+            self.backbone, self.net.num_classes, size=self.size, pretrained="false", layer=self.layer
+        )
 
     @contextlib.contextmanager
     def _awake(self) -> Iterator[None]:
         """Some heads begin with zeros, from which no gradient comes: meanwhile with random numbers in their place."""
-        asleep = [p for name, p in self.net.named_parameters() if name.startswith(tuple(head_names(self.net))) and p.ndim > 1 and not p.any()]
+        asleep = [
+            p
+            for name, p in self.net.named_parameters()
+            if name.startswith(tuple(head_names(self.net))) and p.ndim > 1 and not p.any()
+        ]
         for parameter in asleep:
             torch.nn.init.normal_(parameter)
         try:
@@ -128,8 +156,10 @@ class FocusClassifier(nn.Module):
         self.layers = before
         if not fallback and needed:
             raise InputError(
-                f"--backbone {self.backbone}: gives no feature map that a CAM could be taken from; name a layer that has one with --attention.layer, "
-                "choose another backbone, or train by cross-entropy alone, which needs none: --balance.lam 1 --swap.probability 0"
+                f"--backbone {self.backbone}: gives no feature map that a CAM could be taken from; name a layer that "
+                "has one with --attention.layer, "
+                "choose another backbone, or train by cross-entropy alone, which needs none: --balance.lam 1 "
+                "--swap.probability 0"
             )
         return fallback
 
@@ -162,27 +192,37 @@ class FocusClassifier(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
-        once = [name for name in reversed(run) if run.count(name) == 1]  # what runs several times is a part that others share
+        once = [
+            name for name in reversed(run) if run.count(name) == 1
+        ]  # what runs several times is a part that others share
         return [name for name in once if not INSIDE.search(name)] or once
 
     def try_step(self, size: int, images: int, *, cam: bool, mode: str = "train") -> None:
-        """One forward and backward in training, as many images as the smallest batch has; nothing of the model is changed.
+        """One forward and backward in training, as many images as the smallest batch has; nothing of the model is
+        changed.
 
         InputError: what the backbone cannot do, in one line.
         """
         before = {name: buffer.clone() for name, buffer in self.named_buffers()}
         device = self.mean.device
         try:
-            with self._explained(f"in training with {images} image{'s' if images > 1 else ''}"), torch.random.fork_rng(devices=[]):
+            with (
+                self._explained(f"in training with {images} image{'s' if images > 1 else ''}"),
+                torch.random.fork_rng(devices=[]),
+            ):
                 torch.manual_seed(0)
                 logits, found = self.train()(
-                    torch.rand(images, 1, size, size, device=device), torch.zeros(images, dtype=torch.int64, device=device), cam=cam, mode=mode
+                    torch.rand(images, 1, size, size, device=device),
+                    torch.zeros(images, dtype=torch.int64, device=device),
+                    cam=cam,
+                    mode=mode,
                 )
                 (logits.float().square().mean() + (0 if found is None else found.mean())).backward()
         except InputError as error:
             if images == 1 and "more than 1 value per channel" in str(error):
                 raise InputError(
-                    f"--backbone {self.backbone}: normalises over the images of a batch, and the smallest one of an epoch has a single image; "
+                    f"--backbone {self.backbone}: normalises over the images of a batch, and the smallest one of an "
+                    "epoch has a single image; "
                     "choose another --batch or number of processes"
                 ) from error
             raise
@@ -205,14 +245,21 @@ class FocusClassifier(nn.Module):
             raise InputError(f"--backbone {self.backbone} does not work {where}: {why}") from error
 
     def forward(
-        self, images: torch.Tensor, classes: torch.Tensor | None = None, *, cam: bool = False, mode: str = "train", differentiable: bool = True
+        self,
+        images: torch.Tensor,
+        classes: torch.Tensor | None = None,
+        *,
+        cam: bool = False,
+        mode: str = "train",
+        differentiable: bool = True,
     ) -> Prediction:
         """Logits, and with ``cam`` the Grad-CAM of ``classes`` (int64 [B]; None: the predicted ones).
 
         Args:
             images: float [B,1,S,S] in [0,1].
             mode: ``train``: the CAM of this very forward; ``eval``: of a second forward in eval mode, as published.
-            differentiable: whether the CAM carries a gradient. Under no_grad it never does, and only the head keeps a graph.
+            differentiable: whether the CAM carries a gradient. Under no_grad it never does, and only the head keeps a
+                graph.
         """
         x = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         if not cam:
@@ -225,14 +272,19 @@ class FocusClassifier(nn.Module):
             return Prediction(logits, raw)
         return Prediction(*self._logits_and_cam(x, classes, differentiable))
 
-    def _logits_and_cam(self, x: torch.Tensor, classes: torch.Tensor | None, differentiable: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def _logits_and_cam(
+        self, x: torch.Tensor, classes: torch.Tensor | None, differentiable: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         kept: list[torch.Tensor] = []
         had_graph = torch.is_grad_enabled()
         behind = contextlib.ExitStack()  # what holds from A to the logits
 
         def keep(features: torch.Tensor) -> torch.Tensor:
             if not isinstance(features, torch.Tensor):
-                raise InputError(f"--backbone {self.backbone}: gives several outputs where its feature map is looked for; name a layer with --attention.layer")
+                raise InputError(
+                    f"--backbone {self.backbone}: gives several outputs where its feature map is looked for; name a "
+                    "layer with --attention.layer"
+                )
             if not kept:  # fused attention has no second derivative
                 behind.enter_context(sdpa_kernel(SDPBackend.MATH))
             if not had_graph and not kept:  # from here on a graph is needed, for what follows alone
@@ -244,21 +296,29 @@ class FocusClassifier(nn.Module):
         with torch.set_grad_enabled(had_graph), behind:
             logits = self._run(x, keep)
             if len(kept) < max(1, len(self.layers)):
-                raise InputError(f"--attention.layer {','.join(self.layers)}: is not run in the forward, so there is nothing to see; choose another layer")
+                raise InputError(
+                    f"--attention.layer {','.join(self.layers)}: is not run in the forward, so there is nothing to "
+                    "see; choose another layer"
+                )
             if classes is None:
                 classes = logits.argmax(1)
             score = logits.gather(1, classes[:, None]).sum()
-            gradients = torch.autograd.grad(score, kept, create_graph=differentiable, retain_graph=True, allow_unused=True)
+            gradients = torch.autograd.grad(
+                score, kept, create_graph=differentiable, retain_graph=True, allow_unused=True
+            )
             if any(gradient is None for gradient in gradients):
                 raise InputError(
-                    f"--backbone {self.backbone}: its prediction does not depend on {','.join(self.layers) or 'its features'}; choose another layer"
+                    f"--backbone {self.backbone}: its prediction does not depend on "
+                    f"{','.join(self.layers) or 'its features'}; choose another layer"
                 )
         self.kept = kept if self.keeps and differentiable else []
         maps = []
         for features, gradient in zip(kept, gradients, strict=True):
             if self.layers == [INPUT]:
                 energy = at_least_float32(gradient).square().sum(1)
-                maps.append(energy / energy.detach().amax((1, 2), keepdim=True).clamp(min=1e-30))  # tiny numbers, which are no sign of a dead map
+                maps.append(
+                    energy / energy.detach().amax((1, 2), keepdim=True).clamp(min=1e-30)
+                )  # tiny numbers, which are no sign of a dead map
                 continue
             features = features if differentiable else features.detach()
             maps.append(grad_cam(_to_maps(features, self.net), _to_maps(gradient, self.net)))
@@ -311,16 +371,26 @@ def _mean_map(maps: list[torch.Tensor]) -> torch.Tensor:
 def default_layer(net: nn.Module) -> str:
     """The published layer of a family, or empty for whatever ``forward_features`` gives."""
     if type(net).__name__ == "VGG":  # the last convolution, before its ReLU
-        return [name for name, module in net.named_modules() if name.startswith("features.") and isinstance(module, nn.Conv2d)][-1]
+        return [
+            name
+            for name, module in net.named_modules()
+            if name.startswith("features.") and isinstance(module, nn.Conv2d)
+        ][-1]
     blocks = getattr(net, "blocks", None)
-    if getattr(net, "global_pool", None) == "token" and isinstance(blocks, nn.Sequential) and hasattr(blocks[-1], "norm1"):
+    if (
+        getattr(net, "global_pool", None) == "token"
+        and isinstance(blocks, nn.Sequential)
+        and hasattr(blocks[-1], "norm1")
+    ):
         # The class token alone is read: patches act on it last through this block's attention.
         return f"blocks.{len(blocks) - 1}.norm1"
     return ""
 
 
 def _to_maps(x: torch.Tensor, net: nn.Module) -> torch.Tensor:
-    """Features of any timm layout to [B,C,h,w]. Tokens [B,N,C] are a map where N, less a few that stand for the whole, is the grid's or a square."""
+    """Features of any timm layout to [B,C,h,w]. Tokens [B,N,C] are a map where N, less a few that stand for the whole,
+    is the grid's or a square.
+    """
     if x.ndim == 3:
         declared = int(getattr(net, "num_prefix_tokens", 0))
         h, w = getattr(getattr(net, "patch_embed", None), "grid_size", None) or (0, 0)
@@ -332,9 +402,13 @@ def _to_maps(x: torch.Tensor, net: nn.Module) -> torch.Tensor:
             if count > 1 and side * side == count:
                 return x[:, prefix:].transpose(1, 2).unflatten(2, (side, side))
     elif x.ndim == 4:
-        last = getattr(net, "output_fmt", "NCHW") == "NHWC" or (x.shape[1] == x.shape[2] != x.shape[3] and x.shape[2] != 1)
+        last = getattr(net, "output_fmt", "NCHW") == "NHWC" or (
+            x.shape[1] == x.shape[2] != x.shape[3] and x.shape[2] != 1
+        )
         return x.permute(0, 3, 1, 2) if last else x
-    raise InputError(f"--attention.layer: an output of shape {tuple(x.shape)} is not a feature map; choose another layer")
+    raise InputError(
+        f"--attention.layer: an output of shape {tuple(x.shape)} is not a feature map; choose another layer"
+    )
 
 
 def _square(output: torch.Tensor) -> bool:

@@ -1,4 +1,5 @@
-"""The command line and YAML files of settings: jsonargparse makes flags, help and errors out of the dataclasses of `trainer.config`.
+"""The command line and YAML files of settings: jsonargparse makes flags, help and errors out of the dataclasses of
+`trainer.config`.
 
 ``--config FILE`` is applied before all other flags, wherever it stands.
 """
@@ -50,7 +51,9 @@ def parse(kind: type[T], argv: list[str] | None = None, *, prog: str = "") -> T:
             raise InputError(f"unknown flag {name}; {nearest(name, flags)}")
     settings = [_read_yaml(kind, recipe(file)) for file in files]
     try:
-        namespace = parser.parse_args([part for content in settings for part in ("--config", yaml.safe_dump(content))] + argv)
+        namespace = parser.parse_args(
+            [part for content in settings for part in ("--config", yaml.safe_dump(content))] + argv
+        )
     except _Refused as refused:  # its sentences are its own business: what is wrong is found from the settings' types
         given = [pair for content in settings for pair in flat(content).items()] + _pairs(argv)
         raise InputError(f"{_problem(kind, given) or refused}; see --help") from None
@@ -77,8 +80,12 @@ def _problem(kind: type, given: list[tuple[str, Any]]) -> str:
     for name, value in given:
         allowed = _alternatives(kinds[name]) if name in kinds else ()
         if allowed and not any(_fits(one, value) for one in allowed):
-            return f"--{name} {value}: expected {' or '.join(_in_words(one) for one in allowed if one is not type(None))}"
-    needed = [item.name for item in dataclasses.fields(kind) if item.default is item.default_factory is dataclasses.MISSING]
+            return (
+                f"--{name} {value}: expected {' or '.join(_in_words(one) for one in allowed if one is not type(None))}"
+            )
+    needed = [
+        item.name for item in dataclasses.fields(kind) if item.default is item.default_factory is dataclasses.MISSING
+    ]
     missing = [name for name in needed if name not in dict(given)]
     return f"missing: {', '.join(f'--{name}' for name in missing)}" if missing else ""
 
@@ -87,7 +94,11 @@ def _types(kind: type, prefix: str = "") -> dict[str, Any]:
     """The type of each setting by its dotted name."""
     kinds: dict[str, Any] = {}
     for name, of in typing.get_type_hints(kind).items():
-        kinds |= _types(of, f"{prefix}{name}.") if dataclasses.is_dataclass(of) and isinstance(of, type) else {f"{prefix}{name}": of}
+        kinds |= (
+            _types(of, f"{prefix}{name}.")
+            if dataclasses.is_dataclass(of) and isinstance(of, type)
+            else {f"{prefix}{name}": of}
+        )
     return kinds
 
 
@@ -170,7 +181,9 @@ def _split_config(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def positionals(argv: list[str] | None) -> tuple[list[str], list[str]]:
-    """``--name value`` and ``--name=value`` pairs, and the words among them, for commands that take files or folders."""
+    """``--name value`` and ``--name=value`` pairs, and the words among them,
+    for commands that take files or folders.
+    """
     flags: list[str] = []
     words: list[str] = []
     tokens = iter(sys.argv[1:] if argv is None else argv)

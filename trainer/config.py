@@ -1,8 +1,9 @@
-"""Settings: one dataclass per section, which become the command line, the YAML, the help and the errors (`trainer.command`).
+"""Settings: one dataclass per section, which become the command line, the YAML, the help and the errors
+(`trainer.command`).
 
 Precision is the launcher's
-(`accelerate_config.yaml`, `accelerate launch --mixed_precision ...`) and is not configured here. Neither torch nor kornia is imported, so
-that what is wrong with a command is said at once.
+(`accelerate_config.yaml`, `accelerate launch --mixed_precision ...`) and is not configured here. Neither torch nor
+kornia is imported, so that what is wrong with a command is said at once.
 """
 
 import dataclasses
@@ -23,17 +24,29 @@ class AttentionConfig:
     """What the attention loss asks of the CAM."""
 
     form: Form = "energy"
-    """energy: the CAM's share in the region; lift: that, area-corrected; coverage: a soft count of its hot pixels; published: the hard one, gradient zero."""
+    """energy: the CAM's share in the region; lift: that, area-corrected; coverage: a soft count of its hot pixels;
+    published: the hard one, gradient zero.
+    """
     region: Literal["anatomy", "annotation", "both"] = "anatomy"
-    """anatomy: where the finding is expected; annotation: an image's own lesion boxes, where it has some; both: these, else where it is expected."""
+    """anatomy: where the finding is expected; annotation: an image's own lesion boxes, where it has some; both: these,
+    else where it is expected.
+    """
     annotated: float = 1.0
-    """Share of the images with lesion boxes whose boxes are used, for annotation and both: 0.01 tells what 1% annotated would give."""
+    """Share of the images with lesion boxes whose boxes are used, for annotation and both: 0.01 tells what 1% annotated
+    would give.
+    """
     threshold: float = 0.5
-    """CAM values above it are hot, in [0, 1]: for the forms published and coverage, and for the coverage that is reported."""
+    """CAM values above it are hot, in [0, 1]: for the forms published and coverage, and for the coverage that is
+    reported.
+    """
     layer: str = ""
-    """Module whose output gives the CAM, such as stages.3; several, with commas: their mean; input: the input's gradient; empty: the last feature map."""
+    """Module whose output gives the CAM, such as stages.3; several, with commas: their mean; input: the input's
+    gradient; empty: the last feature map.
+    """
     mode: Literal["train", "eval"] = "train"
-    """train: the CAM of the training forward, which costs nothing; eval: of a second forward in eval mode, as published."""
+    """train: the CAM of the training forward, which costs nothing; eval: of a second forward in eval mode, as
+    published.
+    """
 
 
 @dataclass
@@ -41,7 +54,9 @@ class BalanceConfig:
     """Lambda, the weight of cross-entropy; attention gets 1 - lambda."""
 
     policy: Policy = "fixed"
-    """fixed: lam; published: max(0.2, 1 - 0.023 epoch); ratio: A / (CE + A); balanced: equal gradients at the CAM's layer; constrained: see epsilon."""
+    """fixed: lam; published: max(0.2, 1 - 0.023 epoch); ratio: A / (CE + A); balanced: equal gradients at the CAM's
+    layer; constrained: see epsilon.
+    """
     lam: float = 0.5
     """Lambda of the policy fixed, in [0, 1]; 1 is plain cross-entropy and pays nothing for attention."""
     low: float = 0.2
@@ -77,7 +92,9 @@ class Swap:
     """Context swap."""
 
     probability: float | None = None
-    """Share of the images whose surroundings come from another image of the batch; empty: 0.75 with attention, 0 without."""
+    """Share of the images whose surroundings come from another image of the batch; empty: 0.75 with attention, 0
+    without.
+    """
     dilate: float = 0.05
     """How far the kept box reaches beyond the lung box, in shares of its sides."""
     feather: float = 0.04
@@ -113,7 +130,8 @@ class Painting:
     """How often each thing is painted: probabilities in [0, 1]; 0 leaves it out."""
 
     opacity: float = 0.0
-    """Effusion with a meniscus, half and whole white-outs, consolidations, haze: one or two of them, at any strength."""
+    """Effusion with a meniscus, half and whole white-outs, consolidations, haze: one or two of them, at any strength.
+    """
     gas: float = 0.0
     """Air where there is no lung: under the diaphragm, in the stomach, in the bowel, in the neck."""
     collapse: float = 0.0
@@ -135,7 +153,9 @@ class LungsConfig:
     """The lung segmenter."""
 
     weights: str = ""
-    """File of trainer.train_lungs (or its run folder), or the published U-Net; empty: the segmenter that ships with the package."""
+    """File of trainer.train_lungs (or its run folder), or the published U-Net; empty: the segmenter that ships with the
+    package.
+    """
 
 
 @dataclass
@@ -149,11 +169,15 @@ class Config:
     task: str = "ne"
     """ne, np, ns, nc, nep, neps, or names of findings separated by commas; the first is class 0."""
     findings: str = ""
-    """YAML file of findings and their regions, on top of the ready-made ones (nih); published: only the three of the paper."""
+    """YAML file of findings and their regions, on top of the ready-made ones (nih); published: only the three of the
+    paper.
+    """
     backbone: str = "pvt"
     """pvt, vgg, resnet (the published ones) or any timm model."""
     pretrained: str = "true"
-    """true: ImageNet weights from the hub; false: none; or a file (safetensors or a state dict), or a run folder of this trainer."""
+    """true: ImageNet weights from the hub; false: none; or a file (safetensors or a state dict), or a run folder of
+    this trainer.
+    """
     size: int = 224
     """Pixels of a side of the classifier's input."""
     batch: int = 32
@@ -167,7 +191,9 @@ class Config:
     patience: int = 30
     """Stop after so many epochs in a row without a better model."""
     best: Literal["accuracy", "auc", "loss", "last"] = "accuracy"
-    """What the model that is kept is best in, on val (loss: validation cross-entropy); last: the last epoch's, where val is too small to choose by."""
+    """What the model that is kept is best in, on val (loss: validation cross-entropy); last: the last epoch's, where
+    val is too small to choose by.
+    """
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -175,7 +201,9 @@ class Config:
     augment: Strength = field(default_factory=Strength)
     lungs: LungsConfig = field(default_factory=LungsConfig)
     tracker: Literal["none", "wandb", "tensorboard"] = "wandb"
-    """wandb stays in the run folder unless you are logged in; then scalars, settings and a panel of test images go to its server."""
+    """wandb stays in the run folder unless you are logged in; then scalars, settings and a panel of test images go to
+    its server.
+    """
     workers: int = 2
     """Loader processes per process; 0: read in the training process."""
     log_every: int = 10
@@ -205,17 +233,34 @@ class Config:
         ]
         if self.balance.low > self.balance.high:
             found.append(f"--balance.low {self.balance.low}: is above --balance.high {self.balance.high}")
-        least = {"size": 32, "batch": 1, "accumulate": 1, "epochs": 1, "patience": 1, "workers": 0, "log_every": 1, "save_every": 1, "seed": 0}
-        found += [f"--{n} {getattr(self, n)}: must be at least {low}" for n, low in least.items() if getattr(self, n) < low]
+        least = {
+            "size": 32,
+            "batch": 1,
+            "accumulate": 1,
+            "epochs": 1,
+            "patience": 1,
+            "workers": 0,
+            "log_every": 1,
+            "save_every": 1,
+            "seed": 0,
+        }
+        found += [
+            f"--{n} {getattr(self, n)}: must be at least {low}" for n, low in least.items() if getattr(self, n) < low
+        ]
         if not self.optim.lr > 0:
             found.append(f"--optim.lr {self.optim.lr}: must be above 0")
         if self.balance.epsilon < 0:
             found.append(f"--balance.epsilon {self.balance.epsilon}: must not be negative")
         if self.balance.policy == "balanced" and (self.attention.mode == "eval" or self.attention.form == "published"):
             what = "--attention.mode eval" if self.attention.mode == "eval" else "--attention.form published"
-            found.append(f"--balance.policy balanced: needs an attention term with a gradient in the training forward, which {what} has not")
+            found.append(
+                "--balance.policy balanced: needs an attention term with a gradient in the training forward, which "
+                f"{what} has not"
+            )
         if self.balance.policy == "constrained" and self.balance.high == 1:
-            found.append("--balance.high 1: constrained starts there, and from cross-entropy alone it would never move; lower it")
+            found.append(
+                "--balance.high 1: constrained starts there, and from cross-entropy alone it would never move; lower it"
+            )
         for name in ("weight_decay", "clip", "warmup"):
             if getattr(self.optim, name) < 0:
                 found.append(f"--optim.{name} {getattr(self.optim, name)}: must not be negative")
@@ -231,11 +276,20 @@ class Config:
         """Settings of a new run that others leave without effect."""
         found = []
         if self.balance.policy != "fixed" and self.balance.lam != BalanceConfig.lam:
-            found.append(f"--balance.lam {self.balance.lam}: is of the policy fixed, {self.balance.policy} finds its own; leave one of the two out")
+            found.append(
+                f"--balance.lam {self.balance.lam}: is of the policy fixed, {self.balance.policy} finds its own; leave "
+                "one of the two out"
+            )
         if self.attention.region == "anatomy" and self.attention.annotated != 1:
-            found.append(f"--attention.annotated {self.attention.annotated}: no lesion boxes are used with --attention.region anatomy; take annotation or both")
+            found.append(
+                f"--attention.annotated {self.attention.annotated}: no lesion boxes are used with --attention.region "
+                "anatomy; take annotation or both"
+            )
         if self.best == "last" and self.patience != Config.patience:
-            found.append(f"--patience {self.patience}: with --best last no epoch is better than another, so none is waited for; leave one of the two out")
+            found.append(
+                f"--patience {self.patience}: with --best last no epoch is better than another, so none is waited for; "
+                "leave one of the two out"
+            )
         return found
 
     def unused(self) -> list[str]:
@@ -251,7 +305,9 @@ class Config:
         if self.plain:
             for name in ("form", "mode"):
                 if getattr(self.attention, name) != getattr(AttentionConfig, name):
-                    found.append(f"--attention.{name} {getattr(self.attention, name)} trains nothing with lambda 1 throughout")
+                    found.append(
+                        f"--attention.{name} {getattr(self.attention, name)} trains nothing with lambda 1 throughout"
+                    )
         if self.swap_probability == 0:
             found += [
                 f"--swap.{n} {getattr(self.swap, n)} is of the context swap, which is off"
@@ -278,15 +334,23 @@ class LungsTrainConfig:
     """Train a lung segmenter from shards with lung masks."""
 
     shards: str
-    """Folders or URLs of packed shards with lung masks (python -m shards masks, or phantom), separated by commas: one for each source."""
+    """Folders or URLs of packed shards with lung masks (python -m shards masks, or phantom), separated by commas: one
+    for each source.
+    """
     out: str
     """Run folder to make; lung_unet.safetensors goes there."""
     test: str = ""
-    """More of them, separated by commas, that are only measured at the end, all their splits: hospitals that are left out of training."""
+    """More of them, separated by commas, that are only measured at the end, all their splits: hospitals that are left
+    out of training.
+    """
     init: str = ""
-    """Weights to start from (file or run folder; "shipped": those of the package), for a second phase or another hospital; their net is taken, too."""
+    """Weights to start from (file or run folder; "shipped": those of the package), for a second phase or another
+    hospital; their net is taken, too.
+    """
     channels: list[int] = field(default_factory=lambda: [24, 48, 96, 192, 256])
-    """Of the U-Net's five levels: the default is light (3.3 M parameters, 1.6 GMAC), [64, 128, 256, 512, 1024] the published one (31.04 M, 193 GMAC)."""
+    """Of the U-Net's five levels: the default is light (3.3 M parameters, 1.6 GMAC), [64, 128, 256, 512, 1024] the
+    published one (31.04 M, 193 GMAC).
+    """
     patch: int = 2
     """Side of the squares of pixels that the first level takes together; published: 1."""
     size: int = 256
@@ -300,9 +364,23 @@ class LungsTrainConfig:
     seed: int = 0
     """Of weights, order and augmentation."""
     augment: Strength = field(
-        default_factory=lambda: Strength(rotate=15, scale=0.2, shift=0.08, flip=0.3, contrast=0.4, brightness=0.15, gamma=0.5, noise=0.05, invert=0.15)
+        default_factory=lambda: Strength(
+            rotate=15,
+            scale=0.2,
+            shift=0.08,
+            flip=0.3,
+            contrast=0.4,
+            brightness=0.15,
+            gamma=0.5,
+            noise=0.05,
+            invert=0.15,
+        )
     )
-    paint: Painting = field(default_factory=lambda: Painting(opacity=0.55, gas=0.4, collapse=0.1, devices=0.35, tone=0.5, warp=0.5, frame=0.3, negative=0.12))
+    paint: Painting = field(
+        default_factory=lambda: Painting(
+            opacity=0.55, gas=0.4, collapse=0.1, devices=0.35, tone=0.5, warp=0.5, frame=0.3, negative=0.12
+        )
+    )
     threshold: float = 0.35
     """Probability above which a pixel is lung: below 0.5 the box reaches further into the thin costophrenic angles."""
     workers: int = 2
@@ -312,7 +390,11 @@ class LungsTrainConfig:
 
     def problems(self) -> list[str]:
         """Everything that is wrong with the values, each naming its flag."""
-        found = [f"--{n} {getattr(self, n)}: must be at least 1" for n in ("patch", "batch", "epochs") if getattr(self, n) < 1]
+        found = [
+            f"--{n} {getattr(self, n)}: must be at least 1"
+            for n in ("patch", "batch", "epochs")
+            if getattr(self, n) < 1
+        ]
         if len(self.channels) != 5 or min(self.channels) < 1:
             found.append(f"--channels {self.channels}: expected five whole numbers, such as [24, 48, 96, 192, 256]")
         if self.patch > 0 and (self.size < 16 * self.patch or self.size % (16 * self.patch)):
@@ -323,8 +405,15 @@ class LungsTrainConfig:
             found.append(f"--threshold {self.threshold}: must lie between 0 and 1")
         if self.workers < 0 or self.seed < 0:
             found.append("--workers and --seed must not be negative")
-        chances = dataclasses.asdict(self.paint) | {"augment.flip": self.augment.flip, "augment.invert": self.augment.invert}
-        found += [f"--{n if '.' in n else f'paint.{n}'} {v}: must lie in [0, 1]" for n, v in chances.items() if not 0 <= v <= 1]
+        chances = dataclasses.asdict(self.paint) | {
+            "augment.flip": self.augment.flip,
+            "augment.invert": self.augment.invert,
+        }
+        found += [
+            f"--{n if '.' in n else f'paint.{n}'} {v}: must lie in [0, 1]"
+            for n, v in chances.items()
+            if not 0 <= v <= 1
+        ]
         return found
 
 
@@ -345,12 +434,19 @@ class EvaluateConfig:
 
     def problems(self) -> list[str]:
         """Everything that is wrong with the values, each naming its flag."""
-        return [f"--{n} {v}: must be at least {low}" for n, v, low in (("batch", self.batch, 1), ("workers", self.workers, 0)) if v < low]
+        return [
+            f"--{n} {v}: must be at least {low}"
+            for n, v, low in (("batch", self.batch, 1), ("workers", self.workers, 0))
+            if v < low
+        ]
 
 
 @dataclass
 class PredictConfig:
-    """Predict image files with a finished run. Usage: python -m trainer.predict --run RUN [--out DIR] IMAGE|FOLDER|PATTERN..."""
+    """Predict image files with a finished run.
+
+    Usage: python -m trainer.predict --run RUN [--out DIR] IMAGE|FOLDER|PATTERN...
+    """
 
     run: str
     """Run folder of trainer.train."""
@@ -366,7 +462,10 @@ class PredictConfig:
 
 @dataclass
 class ReportConfig:
-    """Finished runs side by side. Usage: python -m trainer.report --out FILE.html RUN [RUN ...]"""
+    """Finished runs side by side.
+
+    Usage: python -m trainer.report --out FILE.html RUN [RUN ...]
+    """
 
     out: str
     """HTML file to write."""

@@ -1,17 +1,21 @@
-"""Context swap: what lies outside the lungs is exchanged between the images of a batch, so that it says less about the label.
+"""Context swap: what lies outside the lungs is exchanged between the images of a batch, so that it says less about the
+label.
 
 Legend: images float [B,1,S,S]; boxes int64 [B,4] x0 y0 x1 y1, ends exclusive; draws float [B] in [0,1).
 
-Kin of it: mixing foregrounds and backgrounds to break spurious correlations (Xiao et al., "Noise or Signal", ICLR 2021); here the
-foreground is the lung box that the trainer knows anyway, or for an annotated image its lesions.
+Kin of it: mixing foregrounds and backgrounds to break spurious correlations (Xiao et al., "Noise or Signal", ICLR
+2021); here the foreground is the lung box that the trainer knows anyway, or for an annotated image its lesions.
 
 Who gives what to whom; "k around b" is what is kept of image b, with the rest of image k:
 
-    ordinary      b  <-  k around b             both show their finding (or none) inside the lung box, k's lungs lie under what is kept of b
-    lesions of b  b  <-  host around lesions    host: healthy, its lungs lie like b's
-                  host <- other around a piece  of the shape of b's lesions, so that a seam is no sign of disease; other: healthy as well
+    ordinary       b     <-  k around b             both show their finding (or none) inside the lung box,
+                                                    k's lungs lie under what is kept of b
+    lesions of b   b     <-  host around lesions    host: healthy, its lungs lie like b's
+                   host  <-  other around a piece   of the shape of b's lesions, so that a seam is no sign
+                                                    of disease; other: healthy as well
 
-All of it is decided on the device: a list of partners on the host would wait for the device at every step, and grow with the square of B.
+All of it is decided on the device: a list of partners on the host would wait for the device at every step, and grow
+with the square of B.
 """
 
 from typing import NamedTuple
@@ -21,7 +25,8 @@ from torch.nn import functional as F
 
 from trainer.config import Swap
 
-ALIKE = 0.2  # share of its sides by which the edges of a lung box may differ from another's, for a lesion to be in its place there too
+# Share of its sides by which the edges of a lung box may differ from another's, for a lesion to be in its place there.
+ALIKE = 0.2
 
 
 class Swapped(NamedTuple):
@@ -32,10 +37,12 @@ class Swapped(NamedTuple):
 
 
 def kept_box(boxes: torch.Tensor, size: int, dilate: float, feather: float, reach: float = 0.0) -> torch.Tensor:
-    """How much of each pixel stays: 1 in the dilated box, falling to 0 over ``feather`` x size pixels outside: float [B,S,S].
+    """How much of each pixel stays: 1 in the dilated box, falling to 0 over ``feather`` x size pixels outside: float
+    [B,S,S].
 
     Args:
-        dilate: in shares of the box's sides, but at least so much that the seam ends ``reach`` beyond the box, in shares of the image's side.
+        dilate: in shares of the box's sides, but at least so much that the seam ends ``reach`` beyond the box, in
+            shares of the image's side.
     """
     low, high = boxes[:, :2].float(), boxes[:, 2:].float()
     margin = (dilate * (high - low)).clamp(min=max(0.0, reach - feather) * size)
@@ -52,7 +59,9 @@ def kept_box(boxes: torch.Tensor, size: int, dilate: float, feather: float, reac
 
 def under(boxes: torch.Tensor, size: int, dilate: float, feather: float, reach: float = 0.0) -> torch.Tensor:
     """[b,k]: whether box k lies under what is kept of image b, its seam included: bool [B,B]."""
-    margin = (dilate * (boxes[:, 2:] - boxes[:, :2])).clamp(min=max(0.0, reach - feather) * size).repeat(1, 2) + feather * size
+    margin = (dilate * (boxes[:, 2:] - boxes[:, :2])).clamp(min=max(0.0, reach - feather) * size).repeat(
+        1, 2
+    ) + feather * size
     low, high = boxes[:, :2] - margin[:, :2], boxes[:, 2:] + margin[:, 2:]
     return ((boxes[None, :, :2] >= low[:, None]) & (boxes[None, :, 2:] <= high[:, None])).all(2)
 
@@ -97,16 +106,18 @@ def swap_context(
 ) -> Swapped:
     """Images [B,1,S,S] whose surroundings come, with ``settings.probability``, from another image of the batch.
 
-    An image is changed, and lends its surroundings, only where ``inside`` says that its finding (or the lack of one) shows inside its lung
-    box; and only to those under whose kept box and seam its own lung box lies, so that its lungs do not show. Labels, boxes and regions stay
-    right. (Stretching it to fit would do for more pairs, but what was interpolated is a sign that the surroundings say nothing, which
+    An image is changed, and lends its surroundings, only where ``inside`` says that its finding (or the lack of one)
+    shows inside its lung box; and only to those under whose kept box and seam its own lung box lies, so that its lungs
+    do not show. Labels, boxes and regions stay right. (Stretching it to fit would do for more pairs, but what was
+    interpolated is a sign that the surroundings say nothing, which
     training picks up: see bench/LOG.md.) What is kept of an image with ``lesions`` is those alone, in a healthy image.
 
     Args:
         inside: bool [B].
         draws: float [B,2], whether and with whom.
         lesions: bool [B,S,S], with ``healthy`` bool [B]: which images show no finding.
-        reach: how far beyond the lung box a region may lie, in shares of the image's side: every kept box with its seam reaches so far, also of who has none.
+        reach: how far beyond the lung box a region may lie, in shares of the image's side: every kept box with its seam
+            reaches so far, also of who has none.
     """
     assert settings.probability is not None
     size, own = images.shape[-1], torch.arange(len(images), device=images.device)
@@ -124,9 +135,15 @@ def swap_context(
 
 
 def _lay_lesions(
-    kept: torch.Tensor, boxes: torch.Tensor, lesions: torch.Tensor, candidates: torch.Tensor, draws: torch.Tensor, settings: Swap
+    kept: torch.Tensor,
+    boxes: torch.Tensor,
+    lesions: torch.Tensor,
+    candidates: torch.Tensor,
+    draws: torch.Tensor,
+    settings: Swap,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is kept of each image, and whose surroundings it gets, after lesions are laid into healthy images and pieces of these into others.
+    """What is kept of each image, and whose surroundings it gets, after lesions are laid into healthy images and pieces
+    of these into others.
 
     Args:
         kept: float [B,S,S], as far as there are no lesions.
@@ -140,7 +157,8 @@ def _lay_lesions(
     candidates = candidates & alike & alike.T
     hosts = partners(candidates & marked[:, None], draws, settings.probability)
     laid = hosts != own
-    # A host gets a piece of the shape of the lesions that are laid into it (of the first, where there are several), in another healthy image.
+    # A host gets a piece of the shape of the lesions that are laid into it (of the first, where there are several), in
+    # another healthy image.
     guests = torch.where(laid[:, None] & (hosts[:, None] == own), own[:, None], count).amin(0)
     others = partners(candidates, draws, 1.0)
     hosting = (guests < count) & (others != own) & ~laid

@@ -48,20 +48,46 @@ def tiles(evaluator: Evaluator, name: str) -> list[Tile]:
     split, model, device, task = evaluator.splits[name], evaluator.model, evaluator.accelerator.device, evaluator.task
     pairs = task.pairs(torch.from_numpy(split.targets()))
     of_finding = [pairs.image[pairs.finding == k].tolist() for k in range(len(task.findings))]
-    chosen = [(c[i], k) for i in range(max(map(len, of_finding))) for k, c in reversed(list(enumerate(of_finding))) if i < len(c)][:TILES]
+    chosen = [
+        (c[i], k)
+        for i in range(max(map(len, of_finding)))
+        for k, c in reversed(list(enumerate(of_finding)))
+        if i < len(c)
+    ][:TILES]
     index, finding = torch.tensor(chosen).reshape(-1, 2).unbind(1)
     raw = torch.from_numpy(np.stack([split.image(p) for p, _ in chosen]))[:, None].to(device)
     with evaluating(model):
-        seen = look(evaluator.accelerator, model, raw, index, finding.to(device), evaluator.lungs.get(name), evaluator.regions(split), finding)
+        seen = look(
+            evaluator.accelerator,
+            model,
+            raw,
+            index,
+            finding.to(device),
+            evaluator.lungs.get(name),
+            evaluator.regions(split),
+            finding,
+        )
     blank = torch.zeros_like(seen.images[:, 0])
-    cams, lungs = (part.float().cpu().numpy() for part in (seen.cam if seen.cam is not None else blank, seen.lungs if seen.lungs is not None else blank))
+    cams, lungs = (
+        part.float().cpu().numpy()
+        for part in (seen.cam if seen.cam is not None else blank, seen.lungs if seen.lungs is not None else blank)
+    )
     lesions = LesionRegions(split)(index, finding, raw.shape[-2:], evaluator.size).numpy()
     probability, predicted = (of(seen.logits).cpu() for of in (task.probabilities, task.predicted))
     result = []
     for b, (k, guess) in enumerate(zip(finding.tolist(), predicted.tolist(), strict=True)):
         title = f"{short(task.findings[k])}\npredicted {short(task.findings[guess])} {probability[b, guess]:.2f}"
         title += "" if cams[b].any() else ", no map"
-        result.append(Tile(title, seen.images[b, 0].float().cpu().numpy(), cams[b], seen.region[b].cpu().numpy(), lesions[b], lungs[b] > 0))
+        result.append(
+            Tile(
+                title,
+                seen.images[b, 0].float().cpu().numpy(),
+                cams[b],
+                seen.region[b].cpu().numpy(),
+                lesions[b],
+                lungs[b] > 0,
+            )
+        )
     return result
 
 
@@ -75,8 +101,8 @@ def finish(
 ) -> dict[str, Any]:
     """Evaluate val and test, probe the model, and write the run's reports. Returns the content of report.json.
 
-    ``known``: what a report.json of the run says already. What is not measured now stays as it is there, and where there is no val,
-    thresholds are those that the run's own validation images chose.
+    ``known``: what a report.json of the run says already. What is not measured now stays as it is there, and where
+    there is no val, thresholds are those that the run's own validation images chose.
 
     InputError: the report could not be written; the run is as it was.
     """
@@ -87,7 +113,11 @@ def finish(
         if name in lungs:
             lungs[name].share(accelerator)
     lost = {name: finder.memory.not_found().tolist() for name, finder in lungs.items()}
-    content: dict[str, Any] = {"findings": evaluator.task.findings, "dataset": next(iter(splits.values())).dataset, "training": training}
+    content: dict[str, Any] = {
+        "findings": evaluator.task.findings,
+        "dataset": next(iter(splits.values())).dataset,
+        "training": training,
+    }
     content["images"] = known.get("images", {}) | {name: split.fingerprint for name, split in splits.items()}
     content["regions"] = to_yaml(findings)
     content["written"] = f"cxr-focus {__version__}, {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}"
@@ -99,7 +129,9 @@ def finish(
     point = outcomes["val"].operating_point() if "val" in outcomes else known.get("threshold")
     content["iou_threshold"], content["threshold"] = thresholds, point
     content |= {split: known[split] for split in ("val", "test") if split in known and split not in outcomes}
-    content |= {name: outcome.report(intervals=True, chosen=thresholds, threshold=point) for name, outcome in outcomes.items()}
+    content |= {
+        name: outcome.report(intervals=True, chosen=thresholds, threshold=point) for name, outcome in outcomes.items()
+    }
     content["config"] = known.get("config") or asdict(config)
     shown = "test" if "test" in splits else "val"
     content[shown]["probe"] = evaluator.probe(shown, outcomes[shown])
@@ -110,7 +142,8 @@ def finish(
         except Exception as error:  # a picture or a name that cannot be made costs the report, not the run
             why = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
             raise InputError(
-                f"{out}: the report could not be written ({why}). The model is there: `python -m trainer.evaluate --run RUN` tries again"
+                f"{out}: the report could not be written ({why}). The model is there: `python -m trainer.evaluate "
+                "--run RUN` tries again"
             ) from error
 
     on_main(accelerator, write)
@@ -118,7 +151,9 @@ def finish(
 
 
 def overlap(train: Split, split: Split) -> tuple[int, int]:
-    """How many images of ``split`` have the key or the bytes of a training image, and how many others the ID of a patient of theirs."""
+    """How many images of ``split`` have the key or the bytes of a training image, and how many others the ID of a
+    patient of theirs.
+    """
     there, here = train.ids(), split.ids()
     known = np.isin(here["key"], there["key"])
     order = np.argsort(train.image_lengths(), kind="stable")
@@ -130,26 +165,48 @@ def overlap(train: Split, split: Split) -> tuple[int, int]:
     return int(known.sum()), int((~known & np.isin(here["patient"], patients)).sum())
 
 
-def tell_overlap(config: Config, trained_on: str | None, findings: Mapping[str, Finding], splits: Mapping[str, Split]) -> None:
+def tell_overlap(
+    config: Config, trained_on: str | None, findings: Mapping[str, Finding], splits: Mapping[str, Split]
+) -> None:
     """Say how many images of other shards the run has most likely been trained on: figures on those prove nothing."""
     try:
-        train = Split(open_store(config.shards), "train", task_of(config, findings).labels) if os.path.isdir(config.shards) else None
+        train = (
+            Split(open_store(config.shards), "train", task_of(config, findings).labels)
+            if os.path.isdir(config.shards)
+            else None
+        )
     except InputError:
         train = None
     if train is None or trained_on not in (None, train.fingerprint):
-        print(f"note: the images that the run was trained on are not in {config.shards} any more, so it was not checked whether some are among these")
+        print(
+            f"note: the images that the run was trained on are not in {config.shards} any more, so it was not checked "
+            "whether some are among these"
+        )
         return
     for name, split in splits.items():
         images, patients = overlap(train, split)
-        told = f"of the {len(split)} {name} images {images or 'none'} have the name or the bytes of a training image of this run, "
-        told += f"{patients or 'none'} more the ID of a patient" if train.ids()["patient"].any() else "patients are not known"
-        print(f"WARNING: {told}: if they are the same, the figures say nothing about new ones" if images or patients else told)
+        told = (
+            f"of the {len(split)} {name} images {images or 'none'} have the name or the bytes of a training image "
+            "of this run, "
+        )
+        told += (
+            f"{patients or 'none'} more the ID of a patient"
+            if train.ids()["patient"].any()
+            else "patients are not known"
+        )
+        print(
+            f"WARNING: {told}: if they are the same, the figures say nothing about new ones"
+            if images or patients
+            else told
+        )
 
 
 def refuse_to_overwrite(out: Path, path: Path, splits: Mapping[str, Split]) -> None:
     """InputError where ``out`` is another run, or holds the evaluation of other images."""
     if (out / "config.yaml").is_file() and out.resolve() != path.resolve():
-        raise InputError(f"--out {out}: is another run's folder, whose report would be overwritten; name another folder")
+        raise InputError(
+            f"--out {out}: is another run's folder, whose report would be overwritten; name another folder"
+        )
     other = read_report(out).get("images", {})
     if any(other.get(name, split.fingerprint) != split.fingerprint for name, split in splits.items()):
         raise InputError(f"--out {out}: holds the report of other images; name another folder for this one")
@@ -174,10 +231,14 @@ def main(argv: list[str] | None = None) -> None:
     if not splits:
         raise InputError(f"--shards {store.name}: has neither val nor test; pack one")
 
-    own = os.path.realpath(options.shards) == os.path.realpath(config.shards) or options.shards.rstrip("/") == config.shards.rstrip("/")
+    own = os.path.realpath(options.shards) == os.path.realpath(config.shards) or options.shards.rstrip(
+        "/"
+    ) == config.shards.rstrip("/")
     old = read_report(path)
     # The run's own shards, if they are still those that it was trained on.
-    own = own and all(old.get("images", {}).get(name, split.fingerprint) == split.fingerprint for name, split in splits.items())
+    own = own and all(
+        old.get("images", {}).get(name, split.fingerprint) == split.fingerprint for name, split in splits.items()
+    )
     out = Path(options.out) if options.out else path if own else folder_of(path, index["dataset"])
     if out.resolve() != path.resolve():
         refuse_to_overwrite(out, path, splits)
@@ -195,9 +256,18 @@ def main(argv: list[str] | None = None) -> None:
     known: dict[str, Any] = (
         {"config": asdict(config)} | old
         if own
-        else {"config": asdict(config)} | {name: old[name] for name in ("iou_threshold", "threshold", "config") if name in old}
+        else {"config": asdict(config)}
+        | {name: old[name] for name in ("iou_threshold", "threshold", "config") if name in old}
     )
-    evaluator = evaluator_of(accelerator, model, replace(config, batch=options.batch, workers=options.workers), task, opened.findings, splits, lungs)
+    evaluator = evaluator_of(
+        accelerator,
+        model,
+        replace(config, batch=options.batch, workers=options.workers),
+        task,
+        opened.findings,
+        splits,
+        lungs,
+    )
     content = finish(evaluator, config, opened.findings, training, out, known)
     if accelerator.is_main_process:
         print(table({path.resolve().name: content}))

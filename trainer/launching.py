@@ -25,15 +25,40 @@ __all__ = ["Accelerator", "start"]
 
 ON_CPU = "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N -m ..."
 SEEN_SECONDS = 60.0  # in which all machines must see the run folder
-# What a launcher's configuration may ask for and this trainer does not do: the variable, the values that are fine, what to do.
+# What a launcher's configuration may ask for and this trainer does not do: the variable, the values that are fine, what
+# to do.
 REFUSED = (
-    ("ACCELERATE_DYNAMO_BACKEND", ("", "no"), "torch.compile cannot take the second derivative that attention needs; launch without --dynamo_backend"),
-    ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", ("", "1"), "every loss would be divided once more; set it to 1 there, and accumulate with --accumulate"),
-    ("ACCELERATE_USE_FSDP", ("", "false", "0"), "FSDP shards the weights that the CAM is taken from; launch with --multi_gpu"),
-    ("ACCELERATE_USE_DEEPSPEED", ("", "false", "0"), "DeepSpeed takes over optimizer and loss; launch with --multi_gpu"),
+    (
+        "ACCELERATE_DYNAMO_BACKEND",
+        ("", "no"),
+        "torch.compile cannot take the second derivative that attention needs; launch without --dynamo_backend",
+    ),
+    (
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+        ("", "1"),
+        "every loss would be divided once more; set it to 1 there, and accumulate with --accumulate",
+    ),
+    (
+        "ACCELERATE_USE_FSDP",
+        ("", "false", "0"),
+        "FSDP shards the weights that the CAM is taken from; launch with --multi_gpu",
+    ),
+    (
+        "ACCELERATE_USE_DEEPSPEED",
+        ("", "false", "0"),
+        "DeepSpeed takes over optimizer and loss; launch with --multi_gpu",
+    ),
     ("ACCELERATE_USE_MEGATRON_LM", ("", "false", "0"), "Megatron-LM is for language models; launch with --multi_gpu"),
-    ("ACCELERATE_USE_PARALLELISM_CONFIG", ("", "false", "0"), "only data parallelism is supported; launch with --multi_gpu"),
-    ("ACCELERATE_MIXED_PRECISION", ("", "no", "bf16", "fp16"), "bf16, fp16 and no are supported; launch with --mixed_precision bf16"),
+    (
+        "ACCELERATE_USE_PARALLELISM_CONFIG",
+        ("", "false", "0"),
+        "only data parallelism is supported; launch with --multi_gpu",
+    ),
+    (
+        "ACCELERATE_MIXED_PRECISION",
+        ("", "no", "bf16", "fp16"),
+        "bf16, fp16 and no are supported; launch with --mixed_precision bf16",
+    ),
 )
 
 
@@ -46,10 +71,11 @@ def start(seed: int, precision: str = "", **options: Any) -> Accelerator:
         options: of Accelerator.
 
     Raises:
-        InputError: the launcher started several processes that do not see each other, or one where several were asked for;
-            settings of the launcher that this trainer does not do; fp16 on a CPU.
+        InputError: the launcher started several processes that do not see each other, or one where several were asked
+            for; settings of the launcher that this trainer does not do; fp16 on a CPU.
     """
-    # Torch warns about our use of gloo tensors and of channels_last strides in DDP buckets; neither is a user's concern.
+    # Torch warns about our use of gloo tensors and of channels_last strides in DDP buckets; neither is a user's
+    # concern.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     for variable, fine, remedy in REFUSED:
         value = os.environ.get(variable, "").strip().lower()
@@ -67,10 +93,25 @@ def start(seed: int, precision: str = "", **options: Any) -> Accelerator:
             tell("the run's fp16 needs a GPU; figures are taken in float32 and may differ in the last digits")
     accelerator = Accelerator(**options)
     if precision and said and said != precision:
-        tell(f"note: the run has the precision {precision}, the launcher says {said}: figures may differ in the last digits")
+        tell(
+            f"note: the run has the precision {precision}, the launcher says {said}: figures may differ in the last "
+            "digits"
+        )
     kind = str(accelerator.distributed_type).rpartition(".")[2]
-    if kind not in ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU", "MULTI_NPU", "MULTI_HPU", "MULTI_MLU", "MULTI_SDAA", "MULTI_MUSA"):
-        raise InputError(f"the launcher's settings ask for distributed_type {kind}, which is not supported; launch with --multi_gpu")
+    if kind not in (
+        "NO",
+        "MULTI_GPU",
+        "MULTI_CPU",
+        "MULTI_XPU",
+        "MULTI_NPU",
+        "MULTI_HPU",
+        "MULTI_MLU",
+        "MULTI_SDAA",
+        "MULTI_MUSA",
+    ):
+        raise InputError(
+            f"the launcher's settings ask for distributed_type {kind}, which is not supported; launch with --multi_gpu"
+        )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise InputError(
@@ -79,13 +120,22 @@ def start(seed: int, precision: str = "", **options: Any) -> Accelerator:
             "with GPUs check `use_cpu` and `distributed_type` of your accelerate configuration"
         )
     # Accelerate's launcher for one process sets these two when it was asked for more, and starts one all the same.
-    if "WORLD_SIZE" not in os.environ and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        raise InputError(f"the launcher was asked for several processes and started one: add --multi_gpu. On a machine without GPUs launch with `{ON_CPU}`")
+    if (
+        "WORLD_SIZE" not in os.environ
+        and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    ):
+        raise InputError(
+            "the launcher was asked for several processes and started one: add --multi_gpu. On a machine without GPUs "
+            f"launch with `{ON_CPU}`"
+        )
     gpus = torch.cuda.device_count() if accelerator.device.type == "cuda" else 1
     if accelerator.num_processes == 1 and gpus > 1:
         tell(f"one of {gpus} GPUs is used; for all of them: accelerate launch --multi_gpu --num_processes {gpus} ...")
     if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16":
-        raise InputError("fp16 on a CPU trains without loss scaling and diverges; use `accelerate launch --mixed_precision bf16` or `no`")
+        raise InputError(
+            "fp16 on a CPU trains without loss scaling and diverges; use `accelerate launch --mixed_precision bf16` or "
+            "`no`"
+        )
     set_seed(seed)
     torch.set_float32_matmul_precision("high")
     return accelerator
@@ -98,13 +148,17 @@ def tell(message: str) -> None:
 
 
 def set_threads() -> None:
-    """As many threads as this process may use, where nobody said how many; several processes of a machine have a launcher that says it."""
+    """As many threads as this process may use, where nobody said how many; several processes of a machine have a
+    launcher that says it.
+    """
     if "OMP_NUM_THREADS" not in os.environ and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         torch.set_num_threads(cores())
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Random numbers of dropout and stochastic depth: others for each step and process, and the same again when a run is resumed."""
+    """Random numbers of dropout and stochastic depth: others for each step and process, and the same again when a run
+    is resumed.
+    """
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]) >> 1)
 
 
@@ -115,7 +169,9 @@ def share_buffers(model: torch.nn.Module) -> None:
 
 
 def seen_by_all(accelerator: Accelerator, out: Path) -> None:
-    """InputError on every process where one does not see the run folder of the main one: several machines need one file system."""
+    """InputError on every process where one does not see the run folder of the main one: several machines need one file
+    system.
+    """
     if accelerator.num_processes == 1:
         return
     mark, found = out / ".seen", False
@@ -125,24 +181,41 @@ def seen_by_all(accelerator: Accelerator, out: Path) -> None:
         mark.write_text(token[0])
     accelerator.wait_for_everyone()
     until = time.monotonic() + SEEN_SECONDS
-    while not found and time.monotonic() < until:  # a network's file system may take a while to show what another machine wrote
+    while (
+        not found and time.monotonic() < until
+    ):  # a network's file system may take a while to show what another machine wrote
         with suppress(OSError):
             os.listdir(out.parent)
             found = mark.read_text() == token[0]
         if not found:
             time.sleep(0.2)
-    blind = [name for name in gather_object([None if found else f"process {accelerator.process_index} on {socket.gethostname()}"]) if name]
+    blind = [
+        name
+        for name in gather_object([None if found else f"process {accelerator.process_index} on {socket.gethostname()}"])
+        if name
+    ]
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         mark.unlink(missing_ok=True)
     if blind:
-        raise InputError(f"--out {out}: {', '.join(blind)} does not see the main process's folder; give all machines one file system and put --out there")
+        raise InputError(
+            f"--out {out}: {', '.join(blind)} does not see the main process's folder; give all machines one file "
+            "system and put --out there"
+        )
 
 
 def loader_of(accelerator: Accelerator, samples: Samples, plan: EpochPlan, *, batch: int, workers: int) -> Loader:
     """The loader of this process's share of a split."""
     pinned = accelerator.device.type == "cuda"
-    return Loader(samples, plan, batch=batch, rank=accelerator.process_index, world=accelerator.num_processes, workers=workers, pinned=pinned)
+    return Loader(
+        samples,
+        plan,
+        batch=batch,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        workers=workers,
+        pinned=pinned,
+    )
 
 
 def close(accelerator: Accelerator) -> None:
@@ -152,7 +225,9 @@ def close(accelerator: Accelerator) -> None:
 
 
 def on_main(accelerator: Accelerator, action: Callable[[], object]) -> None:
-    """Something that the main process alone does, and of whose failure all learn: none is left waiting. InputError as ``action`` raises it."""
+    """Something that the main process alone does, and of whose failure all learn: none is left waiting. InputError as
+    ``action`` raises it.
+    """
     problem = ""
     if accelerator.is_main_process:
         try:

@@ -1,8 +1,10 @@
 """The way of an image: raw -> resized -> lungs -> expected region -> logits and CAM.
 
-Evaluation, panels and predict go it with `look`. Training goes it with `locate`, and augments and swaps surroundings in between (`Trainer.prepare`).
+Evaluation, panels and predict go it with `look`. Training goes it with `locate`, and augments and swaps surroundings in
+between (`Trainer.prepare`).
 
-Legend: raw uint8 [B,1,H,W], as stored; images float [B,1,S,S] in [0,1]; boxes int64 [B,4]; lungs bool [B,S,S]; cam float [B,S,S] in [0,1].
+Legend: raw uint8 [B,1,H,W], as stored; images float [B,1,S,S] in [0,1]; boxes int64 [B,4]; lungs bool [B,S,S]; cam
+float [B,S,S] in [0,1].
 """
 
 from collections.abc import Callable
@@ -19,7 +21,9 @@ from trainer.regions import Expected, Regions
 
 @dataclass
 class Located:
-    """A batch on the device with its lungs. boxes, outlines None: nobody looked; found bool [B] on the CPU: false where the whole image is the box."""
+    """A batch on the device with its lungs. boxes, outlines None: nobody looked; found bool [B] on the CPU: false where
+    the whole image is the box.
+    """
 
     images: torch.Tensor
     boxes: torch.Tensor | None
@@ -46,11 +50,17 @@ class Seen(Located):
     @property
     def region(self) -> torch.Tensor:
         """Where the finding is expected: bool [B,S,S], empty where nothing is expected."""
-        return self.expected.region if self.expected is not None else torch.zeros_like(self.images[:, 0], dtype=torch.bool)
+        return (
+            self.expected.region if self.expected is not None else torch.zeros_like(self.images[:, 0], dtype=torch.bool)
+        )
 
 
-def locate(accelerator: Accelerator, raw: torch.Tensor, index: torch.Tensor, finder: LungFinder | None, size: int) -> Located:
-    """Resize a batch that is on the device, and find its lungs, once an image; ``index`` int64 [B] on the CPU: positions in the finder's split."""
+def locate(
+    accelerator: Accelerator, raw: torch.Tensor, index: torch.Tensor, finder: LungFinder | None, size: int
+) -> Located:
+    """Resize a batch that is on the device, and find its lungs, once an image; ``index`` int64 [B] on the CPU:
+    positions in the finder's split.
+    """
     if finder is None:
         return Located(resize(raw, size), None, None, torch.zeros(len(raw), dtype=torch.bool))
     with accelerator.autocast():

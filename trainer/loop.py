@@ -2,7 +2,8 @@
 
 Legend: B images of a process and micro-batch, W processes, K classes, S pixels of a side, h x w positions of the CAM.
 A step is `accumulate` micro-batches; its losses are divided by the counts of the whole step over all processes, so W
-processes and any accumulation give the gradient of one big batch (but for context swap, whose partners come from a micro-batch).
+processes and any accumulation give the gradient of one big batch (but for context swap, whose partners come from a
+micro-batch).
 """
 
 import contextlib
@@ -40,7 +41,9 @@ from trainer.upload import Download, upload
 
 @dataclass
 class Prepared:
-    """A micro-batch on the device: images float [B,1,S,S]; target int8 [B,K]; region float [B,S,S] in [0,1]; weight, has_region float [B]."""
+    """A micro-batch on the device: images float [B,1,S,S]; target int8 [B,K]; region float [B,S,S] in [0,1]; weight,
+    has_region float [B].
+    """
 
     images: torch.Tensor
     target: torch.Tensor
@@ -83,7 +86,9 @@ class Trainer(Training):
                 for group in groups(self.loader.batches(state.epoch, state.position), config.accumulate):
                     # A step: its learning rate, its random numbers, its lambda.
                     taken = sum(batch.total for batch in group)
-                    self.schedule.before_step(state.epoch * images + state.position, taken, config.epochs * images, state.warmup)
+                    self.schedule.before_step(
+                        state.epoch * images + state.position, taken, config.epochs * images, state.warmup
+                    )
                     seed_step(config.seed, state.step, self.accelerator.process_index)
                     lam = self.balance.value(state.epoch) if self.attends else 1.0
                     sums = self.step(group, lam)
@@ -119,32 +124,51 @@ class Trainer(Training):
         )
 
     def step(self, group: list[Batch], lam: float) -> torch.Tensor:
-        """One optimizer step; the host does not wait for the device in it. Returns this process's `StepSums` as float64 [8] on the device."""
+        """One optimizer step; the host does not wait for the device in it. Returns this process's `StepSums` as float64
+        [8] on the device.
+        """
         config, accelerator = self.config, self.accelerator
         attend = lam < 1  # lambda = 1 is plain cross-entropy and pays nothing for attention
-        hard = config.attention.form == "published"  # as published: of the predicted class, without a gradient, averaged over all images
+        hard = (
+            config.attention.form == "published"
+        )  # as published: of the predicted class, without a gradient, averaged over all images
 
-        # Each batch: find the lungs (new images are segmented, known ones looked up), augment, say where the finding is expected, swap surroundings.
+        # Each batch: find the lungs (new images are segmented, known ones looked up), augment, say where the finding is
+        # expected, swap surroundings.
         batches = [self.prepare(batch, attend) for batch in group]
 
         # How many images and positives the whole step has, over all processes.
-        own = torch.stack([torch.stack([self.task.counted(batch.target, batch.weight), batch.has_region.sum()]) for batch in batches]).sum(0)
+        own = torch.stack(
+            [torch.stack([self.task.counted(batch.target, batch.weight), batch.has_region.sum()]) for batch in batches]
+        ).sum(0)
         images, positives = accelerator.reduce(own, "sum").clamp(min=1)
 
         # One forward gives logits and CAM; the CAM's gradient goes through the head into the backbone.
         losses, norms = torch.zeros(2, 2, dtype=torch.float64, device=accelerator.device)
         for i, batch in enumerate(batches):
             with contextlib.nullcontext() if i == len(batches) - 1 else accelerator.no_sync(self.net):
-                logits, cam = self.net(batch.images, None if hard else batch.attended, cam=attend, mode=config.attention.mode, differentiable=not hard)
+                logits, cam = self.net(
+                    batch.images,
+                    None if hard else batch.attended,
+                    cam=attend,
+                    mode=config.attention.mode,
+                    differentiable=not hard,
+                )
                 ce = self.task.loss(logits, batch.target, batch.weight)
                 loss, term = lam * ce / images, torch.zeros_like(ce)
                 if attend:
-                    per_image = attention_term(normalize_cam(cam, config.size), batch.region, config.attention.threshold, config.attention.form)
+                    per_image = attention_term(
+                        normalize_cam(cam, config.size), batch.region, config.attention.threshold, config.attention.form
+                    )
                     term = (per_image * (batch.weight if hard else batch.has_region)).sum()
                     loss = loss + (1 - lam) * term / (images if hard else positives)
                     if self.balance.follows_gradients:
-                        norms += torch.stack([squared_norm(x, self.model.kept) for x in (ce / images, term / positives)])
-                accelerator.backward(loss * accelerator.num_processes)  # Accelerate averages gradients over processes; the sum is wanted
+                        norms += torch.stack(
+                            [squared_norm(x, self.model.kept) for x in (ce / images, term / positives)]
+                        )
+                accelerator.backward(
+                    loss * accelerator.num_processes
+                )  # Accelerate averages gradients over processes; the sum is wanted
             losses += torch.stack([ce, term]).detach().double()
         self.model.kept = []
 
@@ -156,19 +180,29 @@ class Trainer(Training):
         return torch.cat([losses, own.double(), norms, swapped.double()])
 
     def prepare(self, batch: Batch, attend: bool) -> Prepared:
-        """A batch on the device: resized, augmented together with its lung box, surroundings swapped, with the region of its finding."""
+        """A batch on the device: resized, augmented together with its lung box, surroundings swapped, with the region
+        of its finding.
+        """
         config, device = self.config, self.accelerator.device
         raw, target, weight = upload(batch.image, device), upload(batch.target, device), upload(batch.weight, device)
         attended = self.task.attended(batch.target)  # the host knows it: lesion boxes are looked up by it
-        located = locate(self.accelerator, raw, batch.index, self.lungs["train"] if attend or self.swaps else None, config.size)
-        lesions = self.annotations(batch.index, attended, raw.shape[-2:], config.size, device) if self.annotations else None
+        located = locate(
+            self.accelerator, raw, batch.index, self.lungs["train"] if attend or self.swaps else None, config.size
+        )
+        lesions = (
+            self.annotations(batch.index, attended, raw.shape[-2:], config.size, device) if self.annotations else None
+        )
         attended = upload(attended, device)
         draws = upload(draw(config.seed, self.state.epoch, batch.index), device)
         outlines = located.outlines if attend and self.regions.uses_lungs else None
-        images, boxes, lesions, lungs = augment(located.images, draws, config.augment, boxes=located.boxes, masks=lesions, outlines=outlines)
+        images, boxes, lesions, lungs = augment(
+            located.images, draws, config.augment, boxes=located.boxes, masks=lesions, outlines=outlines
+        )
         if boxes is None:
             nothing = torch.zeros(len(images), 1, 1, device=device)
-            return Prepared(images, target, attended, nothing, weight, torch.zeros_like(weight), torch.zeros(2, device=device))
+            return Prepared(
+                images, target, attended, nothing, weight, torch.zeros_like(weight), torch.zeros(2, device=device)
+            )
         region = self.regions(attended, boxes, lungs).weight
         if lesions is not None:
             region = attended_regions(region, lesions, config.attention.region)
@@ -177,13 +211,17 @@ class Trainer(Training):
             found = upload(located.found, device)
             inside = found & ~(self.task.may_show(target) & self.shows_outside).any(1)
             healthy = found & self.task.healthy(target)
-            images, lenders = swap_context(images, boxes, inside, draws[:, SWAPS], self.swap, lesions=lesions, healthy=healthy, reach=self.reach)
+            images, lenders = swap_context(
+                images, boxes, inside, draws[:, SWAPS], self.swap, lesions=lesions, healthy=healthy, reach=self.reach
+            )
             others = lenders != torch.arange(len(lenders), device=device)
             swapped = torch.stack([others.sum(), torch.ones_like(lenders).sum()]).float()
         return Prepared(images, target, attended, region, weight, weight * placed(region), swapped)
 
     def tell_balance(self, sums: torch.Tensor) -> None:
-        """Give lambda the sums of the step before, which have arrived on the host, and send those of this step on their way."""
+        """Give lambda the sums of the step before, which have arrived on the host, and send those of this step on their
+        way.
+        """
         if self.balance.follows_losses:
             if self.unseen is not None:
                 self.balance.update(StepSums(*self.unseen.get().tolist()))
@@ -208,8 +246,16 @@ class Trainer(Training):
             "lr": self.optimizer.param_groups[0]["lr"],
             "images_per_s": state.images / max(state.seconds, 1e-9),
         }
-        told = {"ce": line["ce"], "att": line["attention"], "lambda": lam if self.attends else None, "swapped": line["swapped"]}
-        bar.set_postfix({name: f"{value:.3f}" for name, value in told.items() if value is not None} | {"epoch": state.epoch + 1}, refresh=False)
+        told = {
+            "ce": line["ce"],
+            "att": line["attention"],
+            "lambda": lam if self.attends else None,
+            "swapped": line["swapped"],
+        }
+        bar.set_postfix(
+            {name: f"{value:.3f}" for name, value in told.items() if value is not None} | {"epoch": state.epoch + 1},
+            refresh=False,
+        )
         self.write(line)
 
     def write(self, line: dict[str, Any]) -> None:
@@ -227,12 +273,29 @@ class Trainer(Training):
         figures = validation_figures(outcome, self.balance.value(state.epoch) if self.attends else 1.0, c.attention)
         self.balance.validated(figures["val_loss"])
         self.schedule.validated(figures["val_weighted" if c.optim.watch == "weighted" else "val_loss"])
-        score = {"accuracy": figures["val_accuracy"], "auc": figures["val_auc"], "loss": -figures["val_loss"], "last": state.epoch}[c.best]
+        score = {
+            "accuracy": figures["val_accuracy"],
+            "auc": figures["val_auc"],
+            "loss": -figures["val_loss"],
+            "last": state.epoch,
+        }[c.best]
         score = score if math.isfinite(score) else -math.inf
         state.since_best += 1
-        if score > state.best or state.best_epoch < 0:  # the first epoch's in any case: what its figures lack, weights have
+        if (
+            score > state.best or state.best_epoch < 0
+        ):  # the first epoch's in any case: what its figures lack, weights have
             state.best, state.best_epoch, state.since_best = score, state.epoch, 0
-            on_main(acc, lambda: save_model(Path(c.out) / MODEL, self.model, c, stored_as(self.splits["train"]), state.epoch, acc.mixed_precision))
+            on_main(
+                acc,
+                lambda: save_model(
+                    Path(c.out) / MODEL,
+                    self.model,
+                    c,
+                    stored_as(self.splits["train"]),
+                    state.epoch,
+                    acc.mixed_precision,
+                ),
+            )
         self.write({"step": state.step, "epoch": state.epoch, **figures})
         state.epoch, state.position = state.epoch + 1, 0
         self.save()
@@ -254,7 +317,11 @@ def groups(loader: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
 
 
 def squared_norm(loss: torch.Tensor, kept: list[torch.Tensor]) -> torch.Tensor:
-    """Of a loss's gradient at the feature maps: float64 scalar. Scaled meanwhile, so that it does not vanish in half precision."""
+    """Of a loss's gradient at the feature maps: float64 scalar. Scaled meanwhile, so that it does not vanish in half
+    precision.
+    """
     scale = 2.0**12
     gradients = torch.autograd.grad(loss * scale, kept, retain_graph=True, allow_unused=True)
-    return torch.stack([(g.double() / scale).square().sum() for g in gradients if g is not None] or [loss.detach().double() * 0]).sum()
+    return torch.stack(
+        [(g.double() / scale).square().sum() for g in gradients if g is not None] or [loss.detach().double() * 0]
+    ).sum()

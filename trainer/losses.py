@@ -1,4 +1,5 @@
-"""Attention terms, per image; the classification loss is the task's (`trainer.task`). The step sums both before it divides, over all processes.
+"""Attention terms, per image; the classification loss is the task's (`trainer.task`). The step sums both before it
+divides, over all processes.
 
 Legend: cam float [B,S,S] in [0,1]; region bool, or weights float in [0,1], [B,S,S].
 """
@@ -24,11 +25,12 @@ def attention_term(cam: torch.Tensor, region: torch.Tensor, threshold: float, fo
         form: ``published``: 1 - share of the region with cam > threshold (Wu et al. 2026; its gradient is zero);
             ``coverage``: the same with sigmoid((cam - threshold) / 0.1) for the comparison;
             ``energy``: 1 - sum of cam in the region / sum of cam;
-            ``lift``: that over the region's complement, (1 - share) / (1 - area): 1 for a map that is the same everywhere.
+            ``lift``: that over the region's complement, (1 - share) / (1 - area): 1 for a map that is the same
+                everywhere.
 
     Returns:
-        float [B], in [0,1] but for ``lift``, which has no bound. An empty region gives 0; an all-zero CAM gives 1 (``coverage``: nearly; ``lift``: 1);
-        both with gradient 0.
+        float [B], in [0,1] but for ``lift``, which has no bound. An empty region gives 0; an all-zero CAM gives 1
+        (``coverage``: nearly; ``lift``: 1); both with gradient 0.
     """
     cam = at_least_float32(cam)
     inside = region.to(cam.dtype)

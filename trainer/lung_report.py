@@ -1,7 +1,7 @@
 """How good lung masks and their boxes are: figures per image and per source, and the report of a segmenter.
 
-Legend: masks bool [B,H,W]; errors of the box's edges are signed, in shares of the image's side: left, top, right, bottom,
-found minus true, so that a negative bottom is a box that ends too high.
+Legend: masks bool [B,H,W]; errors of the box's edges are signed, in shares of the image's side: left, top, right,
+bottom, found minus true, so that a negative bottom is a box that ends too high.
 """
 
 import json
@@ -41,7 +41,9 @@ def compare(found: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 
 
 def surface_distance(found: np.ndarray, truth: np.ndarray) -> float:
-    """95th percentile of the distances between the two outlines, both ways, in shares of the image's side; NaN where one is empty."""
+    """95th percentile of the distances between the two outlines, both ways, in shares of the image's side; NaN where
+    one is empty.
+    """
     if not found.any() or not truth.any():
         return float("nan")
     outlines = [mask & ~binary_erosion(mask) for mask in (found, truth)]
@@ -52,7 +54,9 @@ def surface_distance(found: np.ndarray, truth: np.ndarray) -> float:
 
 @torch.no_grad()
 def measure(accelerator: Accelerator, segmenter: LungSegmenter, loader: Loader, *, surface: bool = True) -> np.ndarray:
-    """Figures of every image of a loader's split with lung masks, at the stored size, over all processes: float32 [n, COLUMNS]."""
+    """Figures of every image of a loader's split with lung masks, at the stored size, over all processes: float32 [n,
+    COLUMNS].
+    """
     segmenter.eval()
     table = torch.zeros(len(loader.plan), len(COLUMNS) + 1, device=accelerator.device)
     for got in loader.batches(0):
@@ -75,7 +79,9 @@ def measure(accelerator: Accelerator, segmenter: LungSegmenter, loader: Loader, 
 
 
 def summary(figures: np.ndarray) -> dict[str, Any]:
-    """Means with their 95% bootstrap intervals, the worst, bias and spread of each edge, and how many bottom edges are within 4%."""
+    """Means with their 95% bootstrap intervals, the worst, bias and spread of each edge, and how many bottom edges are
+    within 4%.
+    """
     by = {name: figures[:, k].astype(float) for k, name in enumerate(COLUMNS)}
     result: dict[str, Any] = {"images": len(figures), "fallback": int(by["fallback"].sum())}
     for name in ("dice", "iou", "box_iou", "surface"):
@@ -84,12 +90,22 @@ def summary(figures: np.ndarray) -> dict[str, Any]:
         result[f"{name}_interval"] = bootstrap(values) if len(values) else None
         result[f"{name}_worst"] = float(values.max() if name == "surface" else values.min()) if len(values) else None
     for name in EDGES:
-        result[name] = {"bias": float(by[name].mean()), "deviation": float(by[name].std()), "mean_absolute": float(np.abs(by[name]).mean())}
+        result[name] = {
+            "bias": float(by[name].mean()),
+            "deviation": float(by[name].std()),
+            "mean_absolute": float(np.abs(by[name]).mean()),
+        }
     result["bottom_within_4_percent"] = float((np.abs(by["bottom"]) <= 0.04).mean())
     return result
 
 
-def worst(segmenter: LungSegmenter, splits: Mapping[str, Samples], figures: dict[str, np.ndarray], device: torch.device, count: int = WORST) -> Figure:
+def worst(
+    segmenter: LungSegmenter,
+    splits: Mapping[str, Samples],
+    figures: dict[str, np.ndarray],
+    device: torch.device,
+    count: int = WORST,
+) -> Figure:
     """Images of the lowest box IoU of all sources: truth green, found blue, and their boxes."""
     ranked = sorted((float(figures[name][i, 2]), name, i) for name in splits for i in range(len(figures[name])))[:count]
     columns = 4
@@ -117,7 +133,17 @@ def draw_lungs(axes: Any, image: np.ndarray, found: np.ndarray, truth: np.ndarra
         if mask.any():
             axes.contour(mask.astype(float), levels=[0.5], colors=[colour], linewidths=0.7)
         x0, y0, x1, y1 = lung_boxes(torch.from_numpy(mask)[None], size)[0].tolist()
-        axes.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, color=colour, linewidth=0.9, linestyle="-" if mask.any() else ":"))
+        axes.add_patch(
+            Rectangle(
+                (x0 - 0.5, y0 - 0.5),
+                x1 - x0,
+                y1 - y0,
+                fill=False,
+                color=colour,
+                linewidth=0.9,
+                linestyle="-" if mask.any() else ":",
+            )
+        )
     axes.axis("off")
 
 
@@ -125,8 +151,10 @@ def line(name: str, s: dict[str, Any]) -> str:
     """One line of a summary for the terminal."""
     bottom = s["bottom"]
     return (
-        f"{name}: {s['images']} images, Dice {s['dice']:.4f} (worst {s['dice_worst']:.3f}), box IoU {s['box_iou']:.4f} (worst {s['box_iou_worst']:.3f}), "
-        f"lower edge {100 * bottom['bias']:+.1f} ± {100 * bottom['deviation']:.1f}% of the image, {s['fallback']} without lungs"
+        f"{name}: {s['images']} images, Dice {s['dice']:.4f} (worst {s['dice_worst']:.3f}), box IoU {s['box_iou']:.4f} "
+        f"(worst {s['box_iou_worst']:.3f}), "
+        f"lower edge {100 * bottom['bias']:+.1f} ± {100 * bottom['deviation']:.1f}% of the image, {s['fallback']} "
+        "without lungs"
     )
 
 
@@ -134,9 +162,22 @@ def write(out: Path, content: dict[str, Any], sheet: Figure) -> None:
     """report.json, worst.png and report.html."""
     picture = png(sheet)
     atomic.write(out / "worst.png", picture)
-    head = ["source", "images", "Dice", "IoU", "box IoU", "95% surface distance", *(f"{e} edge" for e in EDGES), "bottom within 4%", "no lungs"]
+    head = [
+        "source",
+        "images",
+        "Dice",
+        "IoU",
+        "box IoU",
+        "95% surface distance",
+        *(f"{e} edge" for e in EDGES),
+        "bottom within 4%",
+        "no lungs",
+    ]
     rows = [_row(name, s) for name, s in content["sources"].items()]
-    atomic.write(out / "report.html", render("lungs.html", title="Lung segmenter", about=content["about"], head=head, rows=rows, sheet=picture))
+    atomic.write(
+        out / "report.html",
+        render("lungs.html", title="Lung segmenter", about=content["about"], head=head, rows=rows, sheet=picture),
+    )
     atomic.write(out / "report.json", json.dumps(content, indent=1))
 
 

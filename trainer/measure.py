@@ -38,10 +38,12 @@ from trainer.task import Pairs, Task
 class Outcome:
     """What was measured of a split, in its order, on every process: of N images, and of their P pairs.
 
-    logits float [N,K]; target int8 [N,K]; pairs: which they are (`task.Pairs`); term float [P], the attention term of the trained form, NaN without a region;
-    expected, expected_box, lesion float [P,21], columns of `metrics.localize` against the expected region (where its weight is a half or more), against
-    what it was as a part of the lung box (the published region, else the rule's own part), and against lesion boxes, NaN where there is no such ground truth;
-    replaced bool [P], whether that part stands in for the region; similarity float [P], rank correlation with the CAM of a twin, NaN without one.
+    logits float [N,K]; target int8 [N,K]; pairs: which they are (`task.Pairs`); term float [P], the attention term of
+    the trained form, NaN without a region; expected, expected_box, lesion float [P,21], columns of `metrics.localize`
+    against the expected region (where its weight is a half or more), against what it was as a part of the lung box (the
+    published region, else the rule's own part), and against lesion boxes, NaN where there is no such ground truth;
+    replaced bool [P], whether that part stands in for the region; similarity float [P], rank correlation with the CAM
+    of a twin, NaN without one.
     """
 
     task: Task
@@ -56,7 +58,9 @@ class Outcome:
     replaced: torch.Tensor
 
     def tables(self) -> dict[str, torch.Tensor]:
-        """The kinds of localization, which are never mixed; ``expected_box`` has figures only where a rule follows the lungs' outline."""
+        """The kinds of localization, which are never mixed; ``expected_box`` has figures only where a rule follows the
+        lungs' outline.
+        """
         return {"expected": self.expected, "expected_box": self.expected_box, "lesion": self.lesion}
 
     def thresholds(self) -> dict[str, int | None]:
@@ -71,8 +75,12 @@ class Outcome:
         """See `Task.auc`."""
         return self.task.auc(self.logits, self.target)
 
-    def report(self, *, intervals: bool = False, chosen: dict[str, int | None] | None = None, threshold: float | None = None) -> dict[str, Any]:
-        """Classification and localization figures; from validation ``chosen``, thresholds of the IoU, and ``threshold``, of the probability."""
+    def report(
+        self, *, intervals: bool = False, chosen: dict[str, int | None] | None = None, threshold: float | None = None
+    ) -> dict[str, Any]:
+        """Classification and localization figures; from validation ``chosen``, thresholds of the IoU, and
+        ``threshold``, of the probability.
+        """
         figures = self.task.figures(self.logits, self.target, point=threshold, intervals=intervals)
         figures["localization"] = {}
         for kind, table in self.tables().items():
@@ -80,17 +88,23 @@ class Outcome:
             names = LOCALIZATION if at is None else (*LOCALIZATION, "iou")
             columns = list(range(len(LOCALIZATION))) + ([] if at is None else [len(LOCALIZATION) + at])
             known = measured(table)
-            each = {name: summarize(table[known & (self.pairs.finding == k)][:, columns], names) for k, name in enumerate(self.task.findings)}
+            each = {
+                name: summarize(table[known & (self.pairs.finding == k)][:, columns], names)
+                for k, name in enumerate(self.task.findings)
+            }
             if kind == "expected_box" and not known.any():
                 continue
-            figures["localization"][kind] = {"all": summarize(table[known][:, columns], names)} | {n: f for n, f in each.items() if f}
+            figures["localization"][kind] = {"all": summarize(table[known][:, columns], names)} | {
+                n: f for n, f in each.items() if f
+            }
             if at is not None and known.any():
                 figures["localization"][kind]["all"]["iou_threshold"] = THRESHOLDS[at]
         return figures
 
 
 class Table:
-    """Figures of a split's images, or of its pairs, gathered from all processes: each row is written once, by one of them.
+    """Figures of a split's images, or of its pairs, gathered from all processes: each row is written once, by one of
+    them.
 
     Args:
         count: rows.
@@ -98,14 +112,31 @@ class Table:
     """
 
     def __init__(self, count: int, widths: Mapping[str, int]) -> None:
-        self.widths = {"count": 1} | {part: width for name, wide in widths.items() for part, width in ((name, wide), (f"has {name}", 1))}
+        self.widths = {"count": 1} | {
+            part: width for name, wide in widths.items() for part, width in ((name, wide), (f"has {name}", 1))
+        }
         self.rows = torch.zeros(count, sum(self.widths.values()), dtype=torch.float64)
 
-    def write(self, index: torch.Tensor, own: torch.Tensor, figures: Mapping[str, torch.Tensor], known: Mapping[str, torch.Tensor]) -> None:
-        """Figures [B,width] of rows int64 [B] on the CPU, as far as they are ``own``, bool [B], and whether each has them, bool [B] by name."""
+    def write(
+        self,
+        index: torch.Tensor,
+        own: torch.Tensor,
+        figures: Mapping[str, torch.Tensor],
+        known: Mapping[str, torch.Tensor],
+    ) -> None:
+        """Figures [B,width] of rows int64 [B] on the CPU, as far as they are ``own``, bool [B], and whether each has
+        them, bool [B] by name.
+        """
         device = next(iter(figures.values())).device
-        given = {"count": torch.ones(len(index), 1)} | dict(figures) | {f"has {name}": has[:, None] for name, has in known.items()}
-        row = [given[name].to(device).float() if name in given else torch.zeros(len(index), width, device=device) for name, width in self.widths.items()]
+        given = (
+            {"count": torch.ones(len(index), 1)}
+            | dict(figures)
+            | {f"has {name}": has[:, None] for name, has in known.items()}
+        )
+        row = [
+            given[name].to(device).float() if name in given else torch.zeros(len(index), width, device=device)
+            for name, width in self.widths.items()
+        ]
         self.rows[index[own]] += torch.cat(row, 1).cpu().double()[own]
 
     def gather(self, accelerator: Accelerator) -> dict[str, torch.Tensor]:
@@ -113,11 +144,19 @@ class Table:
         rows = accelerator.reduce(self.rows.to(accelerator.device), "sum").cpu()
         of = dict(zip(self.widths, rows.split(list(self.widths.values()), 1), strict=True))
         assert (of["count"] == 1).all(), "every row is measured exactly once"
-        return {name: torch.where(of[f"has {name}"] > 0, of[name], torch.nan) for name in self.widths if f"has {name}" in self.widths}
+        return {
+            name: torch.where(of[f"has {name}"] > 0, of[name], torch.nan)
+            for name in self.widths
+            if f"has {name}" in self.widths
+        }
 
     def nothing(self) -> dict[str, torch.Tensor]:
         """What `gather` gives where nothing was written: NaN."""
-        return {name: torch.full((len(self.rows), width), torch.nan).double() for name, width in self.widths.items() if f"has {name}" in self.widths}
+        return {
+            name: torch.full((len(self.rows), width), torch.nan).double()
+            for name, width in self.widths.items()
+            if f"has {name}" in self.widths
+        }
 
 
 @dataclass
@@ -170,19 +209,36 @@ class Evaluator:
         Args:
             name: of the split.
             cams: take CAMs, of every pair, where the model has a map. False: logits only.
-            blur: ``outside`` or ``inside``: of the expected regions, before the model sees the image (see `trainer.probe`).
+            blur: ``outside`` or ``inside``: of the expected regions, before the model sees the image (see
+                `trainer.probe`).
             twin: another model, in eval mode, on the same images, whose CAMs are compared with this one's.
         """
         split, model, device = self.splits[name], self.model, self.accelerator.device
         columns, cams = len(LOCALIZATION) + len(THRESHOLDS), cams and model.has_map
         lungs = self.lungs.get(name) if cams or blur else None
         regions = self.regions(split)
-        # What figures can be compared by that were measured before regions followed the lungs' outline: the published region, else the rule's part of the box.
-        boxed = Regions(split.classes, {finding: PUBLISHED.get(finding, rule) for finding, rule in self.rules.items()}, self.size, device)
+        # What figures can be compared by that were measured before regions followed the lungs' outline: the published
+        # region, else the rule's part of the box.
+        boxed = Regions(
+            split.classes,
+            {finding: PUBLISHED.get(finding, rule) for finding, rule in self.rules.items()},
+            self.size,
+            device,
+        )
         target = torch.from_numpy(split.targets())
         pairs = self.task.pairs(target)
         images = Table(len(split), {"logits": len(split.classes)})
-        of_pairs = Table(len(pairs.image), {"expected": columns, "expected_box": columns, "lesion": columns, "similarity": 1, "term": 1, "replaced": 1})
+        of_pairs = Table(
+            len(pairs.image),
+            {
+                "expected": columns,
+                "expected_box": columns,
+                "lesion": columns,
+                "similarity": 1,
+                "term": 1,
+                "replaced": 1,
+            },
+        )
         if cams and name not in self.lesions:
             self.lesions[name] = LesionRegions(split)
 
@@ -190,26 +246,46 @@ class Evaluator:
             for batch in self.loader(name).batches(0):
                 index, own, raw = batch.index, batch.weight > 0, batch.image.to(device, non_blocking=True)
                 change = self._blur(batch, split.classes, regions, blur) if blur and lungs is not None else None
-                # One forward for the first pair of every image, which gives the logits, too; then one for the second pair of those that have one, ...
+                # One forward for the first pair of every image, which gives the logits, too; then one for the second
+                # pair of those that have one, ...
                 first, count = (torch.searchsorted(pairs.image, index + after) for after in (0, 1))
                 count -= first
                 for turn in range(max(1, int(count.max()))):
                     if turn:
                         further = count > turn
-                        index, own, raw, first, count = index[further], own[further], raw[further.to(device)], first[further], count[further]
+                        index, own, raw, first, count = (
+                            index[further],
+                            own[further],
+                            raw[further.to(device)],
+                            first[further],
+                            count[further],
+                        )
                     has_pair = count > turn
                     pair = torch.where(has_pair, first + turn, 0)
-                    finding = torch.where(has_pair, pairs.finding[pair], 0) if len(pairs.finding) else torch.zeros_like(index)
+                    finding = (
+                        torch.where(has_pair, pairs.finding[pair], 0) if len(pairs.finding) else torch.zeros_like(index)
+                    )
                     classes = finding.to(device, non_blocking=True)
-                    seen = look(self.accelerator, model, raw, index, classes, lungs, regions, finding, cam=cams, change=change)
+                    seen = look(
+                        self.accelerator, model, raw, index, classes, lungs, regions, finding, cam=cams, change=change
+                    )
                     if not turn:
-                        images.write(index, own, {"logits": seen.logits}, {"logits": torch.ones(len(raw), dtype=torch.bool)})
+                        images.write(
+                            index, own, {"logits": seen.logits}, {"logits": torch.ones(len(raw), dtype=torch.bool)}
+                        )
                     if cams:
                         lesions = self.lesions[name](index, finding, raw.shape[-2:], self.size).to(device)
-                        part = boxed(finding, seen.boxes, None).region if regions.uses_lungs and seen.boxes is not None else None
+                        part = (
+                            boxed(finding, seen.boxes, None).region
+                            if regions.uses_lungs and seen.boxes is not None
+                            else None
+                        )
                         figures, known = self._localized(seen, lesions, part)
                         if twin is not None:
-                            figures["similarity"], known["similarity"] = self._similarity(seen, classes, twin), torch.ones(len(raw), dtype=torch.bool)
+                            figures["similarity"], known["similarity"] = (
+                                self._similarity(seen, classes, twin),
+                                torch.ones(len(raw), dtype=torch.bool),
+                            )
                         of_pairs.write(pair, own & has_pair, figures, known)
         of = of_pairs.gather(self.accelerator) if cams else of_pairs.nothing()
         return Outcome(
@@ -225,7 +301,9 @@ class Evaluator:
             replaced=~of["replaced"][:, 0].isnan(),
         )
 
-    def _blur(self, batch: Batch, findings: tuple[str, ...], regions: Regions, where: str) -> Callable[[Located], torch.Tensor]:
+    def _blur(
+        self, batch: Batch, findings: tuple[str, ...], regions: Regions, where: str
+    ) -> Callable[[Located], torch.Tensor]:
         """What makes the images of a batch blurred, in or outside the regions of findings of the task."""
 
         def change(located: Located) -> torch.Tensor:
@@ -240,7 +318,9 @@ class Evaluator:
 
         return change
 
-    def _localized(self, seen: Seen, lesions: torch.Tensor, boxed: torch.Tensor | None) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    def _localized(
+        self, seen: Seen, lesions: torch.Tensor, boxed: torch.Tensor | None
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Figures of the CAMs of a batch by name, and which of its images have them.
 
         Args:
@@ -256,7 +336,9 @@ class Evaluator:
             known["replaced"] = seen.expected.replaced
         weight = seen.expected.weight if seen.expected is not None else torch.zeros_like(seen.images[:, 0])
         weight = attended_regions(weight, lesions, self.attention.region)
-        figures["term"] = attention_term(self._trained_cam(seen), weight, self.attention.threshold, self.attention.form)[:, None]
+        figures["term"] = attention_term(
+            self._trained_cam(seen), weight, self.attention.threshold, self.attention.form
+        )[:, None]
         known["term"] = placed(weight)
         return figures, known
 
@@ -281,9 +363,10 @@ class Evaluator:
     def probe(self, name: str, seen: Outcome) -> dict[str, Any] | None:
         """Two tests that a localization figure cannot pass by chance; None where no finding has an expected region.
 
-        blur: the drop in AUC when everything outside the expected region is blurred, and when everything inside is, with paired intervals:
-        a model that reads the region loses by the second alone. random: the CAMs of the same network with random weights (Adebayo et al.,
-        "Sanity checks for saliency maps", NeurIPS 2018): their energy and lift, and the rank correlation of its maps with the model's.
+        blur: the drop in AUC when everything outside the expected region is blurred, and when everything inside is,
+        with paired intervals: a model that reads the region loses by the second alone. random: the CAMs of the same
+        network with random weights (Adebayo et al., "Sanity checks for saliency maps", NeurIPS 2018): their energy and
+        lift, and the rank correlation of its maps with the model's.
 
         Args:
             seen: what `measure` found on that split.
@@ -294,23 +377,33 @@ class Evaluator:
         for where in ("outside", "inside"):
             changed = self.measure(name, cams=False, blur=where)
             drop = found["auc"] - changed.auc()
-            found[f"drop_{where}"], found[f"drop_{where}_95"] = drop, self.task.auc_interval(seen.logits, seen.target, changed.logits)
+            found[f"drop_{where}"], found[f"drop_{where}_95"] = (
+                drop,
+                self.task.auc_interval(seen.logits, seen.target, changed.logits),
+            )
         twin = random_twin(self.model, self.seed).to(self.accelerator.device)
         other = replace(self, model=twin)
         other.loaders, other.lesions = self.loaders, self.lesions
         with evaluating(self.model):
             chance = other.measure(name, twin=self.model)
-        # A map that is zero everywhere, which some networks have before they are trained, is no map to compare with: nothing is in the region.
+        # A map that is zero everywhere, which some networks have before they are trained, is no map to compare with:
+        # nothing is in the region.
         known = chance.expected[:, 0] > 0  # NaN is not
         figures = summarize(chance.expected[known][:, : len(LOCALIZATION)])
         similarity = summarize(chance.similarity[known][:, None], ("similarity",))
         names = ("images", "energy", "energy_95", "lift", "lift_95", "similarity", "similarity_95")
-        found["random"] = {name: value for name, value in {**figures, **similarity}.items() if name in names} if figures and similarity else None
+        found["random"] = (
+            {name: value for name, value in {**figures, **similarity}.items() if name in names}
+            if figures and similarity
+            else None
+        )
         return found
 
 
 def _grays(cam: torch.Tensor) -> torch.Tensor:
-    """A CAM [B,h,w] in at most 16 x 16 cells of 256 grays: what differs by less, such as the last bits of a sum, is a tie of ranks."""
+    """A CAM [B,h,w] in at most 16 x 16 cells of 256 grays: what differs by less, such as the last bits of a sum, is a
+    tie of ranks.
+    """
     side = min(cam.shape[-1], 16)
     return (normalize_cam(F.adaptive_avg_pool2d(cam, side), side) * 255).round()
 

@@ -24,9 +24,9 @@ def binary_report(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float
         logits: [N,2]. labels: [N], 0 or 1.
 
     Returns:
-        accuracy, auc, best_threshold (of the softmax probability, by Youden's index over the ROC curve), and at the predicted
-        classes sensitivity, specificity, ppv, fdr, for, youden and dp (discriminant power with the decimal logarithm, Wu et
-        al. 2026, appendix; infinite without errors). Undefined ones are NaN.
+        accuracy, auc, best_threshold (of the softmax probability, by Youden's index over the ROC curve), and at the
+        predicted classes sensitivity, specificity, ppv, fdr, for, youden and dp (discriminant power with the decimal
+        logarithm, Wu et al. 2026, appendix; infinite without errors). Undefined ones are NaN.
     """
     logits, labels = torch.as_tensor(logits), torch.as_tensor(labels)
     scores = torch.softmax(logits.double(), 1)[:, 1].numpy()
@@ -53,17 +53,30 @@ def binary_report(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float
 
 
 def at_threshold(logits: torch.Tensor, labels: torch.Tensor, threshold: float) -> dict[str, Any]:
-    """Sensitivity, specificity, ppv, npv, youden, accuracy of two classes where class 1 is predicted from a probability of ``threshold`` on."""
+    """Sensitivity, specificity, ppv, npv, youden, accuracy of two classes where class 1 is predicted from a probability
+    of ``threshold`` on.
+    """
     positive, truth = torch.softmax(logits.double(), 1)[:, 1] >= threshold, labels == 1
     tp, fp = float((positive & truth).sum()), float((positive & ~truth).sum())
     fn, tn = float((~positive & truth).sum()), float((~positive & ~truth).sum())
     sensitivity, specificity = _ratio(tp, tp + fn), _ratio(tn, tn + fp)
-    figures = {"sensitivity": sensitivity, "specificity": specificity, "ppv": _ratio(tp, tp + fp), "npv": _ratio(tn, tn + fn)}
-    return {"threshold": threshold, **figures, "youden": sensitivity + specificity - 1, "accuracy": _ratio(tp + tn, len(labels))}
+    figures = {
+        "sensitivity": sensitivity,
+        "specificity": specificity,
+        "ppv": _ratio(tp, tp + fp),
+        "npv": _ratio(tn, tn + fn),
+    }
+    return {
+        "threshold": threshold,
+        **figures,
+        "youden": sensitivity + specificity - 1,
+        "accuracy": _ratio(tp + tn, len(labels)),
+    }
 
 
 def classification_report(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
-    """Accuracy, AUC (macro one-vs-rest beyond two classes), macro averages, per class precision, recall, F1 and support.
+    """Accuracy, AUC (macro one-vs-rest beyond two classes), macro averages, per class precision, recall, F1 and
+    support.
 
     With two classes also everything of `binary_report`, under ``binary``.
     """
@@ -79,7 +92,10 @@ def classification_report(logits: torch.Tensor, labels: torch.Tensor) -> dict[st
         "macro_precision": macro[0],
         "macro_recall": macro[1],
         "macro_f1": macro[2],
-        "per_class": [{"precision": float(p), "recall": float(r), "f1": float(f), "support": int(n)} for p, r, f, n in zip(*each, strict=True)],
+        "per_class": [
+            {"precision": float(p), "recall": float(r), "f1": float(f), "support": int(n)}
+            for p, r, f, n in zip(*each, strict=True)
+        ],
         "confusion": confusion_matrix(truth, predicted, labels=range(classes)).tolist(),
     }
     if classes == 2:
@@ -88,7 +104,9 @@ def classification_report(logits: torch.Tensor, labels: torch.Tensor) -> dict[st
 
 
 def multiclass_auc(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    """Area under the ROC curve; beyond two classes the mean over classes, one against the rest. NaN if a class is missing."""
+    """Area under the ROC curve; beyond two classes the mean over classes, one against the rest. NaN if a class is
+    missing.
+    """
     scores, truth = torch.softmax(logits.double(), 1).numpy(), labels.numpy()
     areas = []
     for k in range(1 if scores.shape[1] == 2 else 0, scores.shape[1]):
@@ -110,13 +128,14 @@ def _log_odds(p: float) -> float:
 
 
 def localize(cam: torch.Tensor, region: torch.Tensor, threshold: float) -> torch.Tensor:
-    """How a CAM lies to a region, per image: float [B,6 + 15], columns `LOCALIZATION`, then the IoU at each of `THRESHOLDS`.
+    """How a CAM lies to a region, per image: float [B,6 + 15], columns `LOCALIZATION`, then the IoU at each of
+    `THRESHOLDS`.
 
     energy: share of the CAM's sum inside the region, 0 for an all-zero CAM (Wang et al. 2020, Score-CAM, section 4.2);
     lift: energy minus the region's share of the image; pointing: 1 where the CAM's peak lies inside (Zhang et al. 2018;
-    a CAM without a peak misses); pointing_near: 1 where it lies within 15/224 of the image's side of the region, the 15 pixels of
-    Zhang et al. 2018, section 4.1; coverage: share of the region with cam > threshold; iou_otsu: intersection over union of
-    the region and the CAM above its own Otsu threshold. A CAM is cut into 256 grays for Otsu and IoU.
+    a CAM without a peak misses); pointing_near: 1 where it lies within 15/224 of the image's side of the region, the 15
+    pixels of Zhang et al. 2018, section 4.1; coverage: share of the region with cam > threshold; iou_otsu: intersection
+    over union of the region and the CAM above its own Otsu threshold. A CAM is cut into 256 grays for Otsu and IoU.
     """
     cam, inside = cam.float(), region.float()
     size = cam.shape[-1]
@@ -126,23 +145,30 @@ def localize(cam: torch.Tensor, region: torch.Tensor, threshold: float) -> torch
     peak = cam.flatten(1).argmax(1, keepdim=True)
     pointing = inside.flatten(1).gather(1, peak)[:, 0] * alive
     at = torch.arange(size, device=cam.device)
-    away = (at[None, :, None] - peak[:, :, None] // size).square() + (at[None, None, :] - peak[:, :, None] % size).square()
+    away = (at[None, :, None] - peak[:, :, None] // size).square() + (
+        at[None, None, :] - peak[:, :, None] % size
+    ).square()
     near = ((away <= (NEAR * size) ** 2) & region).flatten(1).any(1) * alive
     coverage = ((cam > threshold) * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
 
     # Histograms of the CAM, whole and inside the region, give every threshold at once.
     gray = (cam * GRAYS).long().clamp(0, GRAYS - 1).flatten(1)
-    every = torch.zeros(len(cam), GRAYS, device=cam.device).scatter_add_(1, gray, torch.ones_like(gray, dtype=torch.float32))
+    every = torch.zeros(len(cam), GRAYS, device=cam.device).scatter_add_(
+        1, gray, torch.ones_like(gray, dtype=torch.float32)
+    )
     within = torch.zeros(len(cam), GRAYS, device=cam.device).scatter_add_(1, gray, inside.flatten(1))
     hot, hot_within = (h.flip(1).cumsum(1).flip(1) for h in (every, within))  # pixels of this gray or brighter
     iou = hot_within / (hot + inside.sum((1, 2))[:, None] - hot_within).clamp(min=1) * alive[:, None]
     chosen = torch.tensor([round(t * GRAYS) for t in THRESHOLDS], device=cam.device)
     best = iou.gather(1, otsu(every)[:, None])[:, 0]
-    return torch.cat([torch.stack([energy, energy - inside.mean((1, 2)), pointing, near, coverage, best], 1), iou[:, chosen]], 1)
+    return torch.cat(
+        [torch.stack([energy, energy - inside.mean((1, 2)), pointing, near, coverage, best], 1), iou[:, chosen]], 1
+    )
 
 
 def otsu(histogram: torch.Tensor) -> torch.Tensor:
-    """The gray from which on a histogram [B,G] is foreground, so that the variance between the classes is largest: int64 [B].
+    """The gray from which on a histogram [B,G] is foreground, so that the variance between the classes is largest:
+    int64 [B].
 
     Otsu, IEEE Trans. SMC 1979, eq. 18.
     """
@@ -156,7 +182,8 @@ def otsu(histogram: torch.Tensor) -> torch.Tensor:
 def summarize(rows: torch.Tensor, names: tuple[str, ...] = LOCALIZATION) -> dict[str, Any] | None:
     """Mean and 95% interval of each column of [n,C] over its figures that are not NaN; None for n = 0.
 
-    The interval is Wilson's for pointing, a proportion (Wilson 1927), else the normal approximation of the mean, cut at what the figure
+    The interval is Wilson's for pointing, a proportion (Wilson 1927), else the normal approximation of the mean, cut at
+    what the figure
     can be. ``without_map``: images whose CAM is zero everywhere, which have no energy.
     """
     if not len(rows):
@@ -165,7 +192,11 @@ def summarize(rows: torch.Tensor, names: tuple[str, ...] = LOCALIZATION) -> dict
     for name, column in zip(names, rows.double().unbind(1), strict=True):
         known = column[~column.isnan()]
         mean = float(known.mean()) if len(known) else math.nan
-        half = 1.96 * float(known.std(correction=1 if len(known) > 1 else 0)) / math.sqrt(len(known)) if len(known) else math.nan
+        half = (
+            1.96 * float(known.std(correction=1 if len(known) > 1 else 0)) / math.sqrt(len(known))
+            if len(known)
+            else math.nan
+        )
         low = -1.0 if name in ("lift", "similarity") else 0.0
         figures[name] = mean
         cut = [max(low, mean - half), min(1.0, mean + half)] if len(known) else [math.nan, math.nan]
@@ -176,14 +207,20 @@ def summarize(rows: torch.Tensor, names: tuple[str, ...] = LOCALIZATION) -> dict
 
 
 def without_dead(rows: torch.Tensor, cam: torch.Tensor) -> torch.Tensor:
-    """Rows [B,6 + 15] of `localize` in which a CAM [B,S,S] that is zero everywhere has neither energy nor lift (NaN): it lies nowhere."""
+    """Rows [B,6 + 15] of `localize` in which a CAM [B,S,S] that is zero everywhere has neither energy nor lift (NaN):
+    it lies nowhere.
+    """
     dead = (cam.flatten(1) == 0).all(1)
-    about_energy = torch.tensor([name in ("energy", "lift") for name in LOCALIZATION] + [False] * len(THRESHOLDS), device=rows.device)
+    about_energy = torch.tensor(
+        [name in ("energy", "lift") for name in LOCALIZATION] + [False] * len(THRESHOLDS), device=rows.device
+    )
     return torch.where(dead[:, None] & about_energy, torch.nan, rows)
 
 
 def measured(rows: torch.Tensor) -> torch.Tensor:
-    """Which rows [n,6 + 15] of a table of `localize` have a ground truth: bool [n]. (Their energy may be unknown all the same.)"""
+    """Which rows [n,6 + 15] of a table of `localize` have a ground truth: bool [n]. (Their energy may be unknown all
+    the same.)
+    """
     return ~rows[:, LOCALIZATION.index("pointing")].isnan()
 
 
@@ -207,16 +244,22 @@ def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def wilson(share: float, n: int) -> list[float]:
-    """95% interval of a proportion seen in ``n`` cases: stays in [0, 1] and has a width at 0 and 1 (Wilson, JASA 1927)."""
+    """95% interval of a proportion seen in ``n`` cases:
+    stays in [0, 1] and has a width at 0 and 1 (Wilson, JASA 1927).
+    """
     z2 = 1.96**2
     middle, half = share + z2 / (2 * n), 1.96 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
     return [max(0.0, (middle - half) / (1 + z2 / n)), min(1.0, (middle + half) / (1 + z2 / n))]
 
 
-def auc_interval(logits: torch.Tensor, labels: torch.Tensor, other: torch.Tensor | None = None, resamples: int = 1000) -> list[float]:
-    """95% interval of `multiclass_auc`: percentiles of a bootstrap within the classes (Efron & Tibshirani 1993, section 13.3).
+def auc_interval(
+    logits: torch.Tensor, labels: torch.Tensor, other: torch.Tensor | None = None, resamples: int = 1000
+) -> list[float]:
+    """95% interval of `multiclass_auc`: percentiles of a bootstrap within the classes (Efron & Tibshirani 1993, section
+    13.3).
 
-    With ``other``, logits of the same images: the interval of the difference, ``logits`` minus ``other``, paired by image.
+    With ``other``, logits of the same images: the interval of the difference, ``logits`` minus ``other``, paired by
+    image.
     """
     scores = [torch.softmax(x.double(), 1).numpy() for x in (logits, other) if x is not None]
     truth, rng = labels.numpy(), np.random.default_rng(0)
@@ -241,7 +284,9 @@ def _drawn_auc(scores: np.ndarray, drawn: list[np.ndarray]) -> float:
 
 
 def bootstrap(values: np.ndarray, resamples: int = 1000) -> list[float]:
-    """95% interval of the mean of float [n]: percentiles of a bootstrap, seeded (Efron & Tibshirani 1993, section 13.3)."""
+    """95% interval of the mean of float [n]: percentiles of a bootstrap, seeded (Efron & Tibshirani 1993, section
+    13.3).
+    """
     if len(values) == 1:
         return [float(values[0])] * 2
     at_once = max(1, 10**7 // len(values))  # resamples: what fits into 80 MB

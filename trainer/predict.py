@@ -42,17 +42,26 @@ from trainer.run import open_run, read_report, task_of
 def main(argv: list[str] | None = None) -> None:
     """One JSON line on standard output for each image, in order; messages go to standard error.
 
-    ``lung_box`` is x0 y0 x1 y1 in pixels of the image file, ends exclusive; it and ``energy_in_region`` are null where no lungs were found,
-    the energy also where the CAM is zero everywhere.
+    ``lung_box`` is x0 y0 x1 y1 in pixels of the image file, ends exclusive; it and ``energy_in_region`` are null where
+    no lungs were found, the energy also where the CAM is zero everywhere.
     """
     flags, names = positionals(argv)
     options = parse(PredictConfig, flags, prog="trainer.predict")
     if not names:
         raise InputError("no images named: python -m trainer.predict --run RUN IMAGE...")
     opened = open_run(Path(options.run))
-    config, model, segmenter, metadata, rules = opened.config, opened.model, opened.segmenter, opened.metadata, rules_of(opened.findings)
+    config, model, segmenter, metadata, rules = (
+        opened.config,
+        opened.model,
+        opened.segmenter,
+        opened.metadata,
+        rules_of(opened.findings),
+    )
     if unfinished(Path(options.run)):
-        print(f"{options.run} has not finished: its best model so far is used, of epoch {int(metadata['epoch']) + 1}", file=sys.stderr)
+        print(
+            f"{options.run} has not finished: its best model so far is used, of epoch {int(metadata['epoch']) + 1}",
+            file=sys.stderr,
+        )
     task, size = task_of(config, opened.findings), config.size
     findings = task.findings
     if options.look_at and options.look_at not in findings:
@@ -97,14 +106,23 @@ def main(argv: list[str] | None = None) -> None:
         line["cam_of"] = shown if seen.cam is not None else None
         if finder is not None:
             # In pixels of the file, so that it can be drawn on the original.
-            share = Frame.of(image.shape, side, aspect).share((box * (side / size)).tolist()) if box is not None else None
-            line["lung_box"] = [round(v * s) for v, s in zip(share, image.shape[::-1] * 2, strict=True)] if share is not None else None
+            share = (
+                Frame.of(image.shape, side, aspect).share((box * (side / size)).tolist()) if box is not None else None
+            )
+            line["lung_box"] = (
+                [round(v * s) for v, s in zip(share, image.shape[::-1] * 2, strict=True)] if share is not None else None
+            )
             if shown in rules:
-                energy = float((cam * region).sum()) / float(cam.sum()) if cam.sum() > 0 and placed(region[None]) else None
+                energy = (
+                    float((cam * region).sum()) / float(cam.sum()) if cam.sum() > 0 and placed(region[None]) else None
+                )
                 line["energy_in_region"] = round(energy, 6) if energy is not None else None
         lost = finder is not None and not found
         if lost:
-            print(f"warning: no lungs were found in {path}: is it a frontal chest radiograph? Its figures mean little", file=sys.stderr)
+            print(
+                f"warning: no lungs were found in {path}: is it a frontal chest radiograph? Its figures mean little",
+                file=sys.stderr,
+            )
         if seen.cam is not None and not cam.any():
             print(f"warning: the CAM of {shown} is zero everywhere in {path}: it lies nowhere", file=sys.stderr)
         name = file_name(clean_key(path.stem))
@@ -112,7 +130,10 @@ def main(argv: list[str] | None = None) -> None:
             name += "_"
         taken.add(name)
         overlay = out / f"{name}.png"
-        title = f"{printable(path.name)}\n{predicted} {max(probability):.2f}, CAM of {shown}{', no lungs found' if lost else ''}"
+        title = (
+            f"{printable(path.name)}\n{predicted} {max(probability):.2f}, CAM of "
+            f"{shown}{', no lungs found' if lost else ''}"
+        )
         pixels = seen.images[0, 0].float().cpu().numpy()
         lungs = outlined[0].cpu().numpy() if found and outlined is not None else np.zeros((size, size), bool)
         tile = Tile(title, pixels, cam.numpy(), region.numpy(), np.zeros((size, size), bool), lungs)

@@ -1,4 +1,5 @@
-"""What a model's figures are tested against: images without the region, or without all but it, and a network that knows nothing.
+"""What a model's figures are tested against: images without the region, or without all but it, and a network that knows
+nothing.
 
 Legend: images float [B,1,S,S] in [0,1]; region bool [B,S,S].
 """
@@ -28,7 +29,8 @@ def blurred(images: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
 
 
 def probed(present: torch.Tensor, index: torch.Tensor, findings: Sequence[str], rules: Collection[str]) -> torch.Tensor:
-    """Whose regions are blurred in each image: its own findings'; where it has none, that of one of the task's in turn, so that blur is no sign of disease.
+    """Whose regions are blurred in each image: its own findings'; where it has none, that of one of the task's in turn,
+    so that blur is no sign of disease.
 
     Args:
         present: bool [B,K], which of ``findings`` each image shows; index int64 [B]: its position, all on the CPU.

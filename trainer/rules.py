@@ -7,9 +7,10 @@ A file of findings is YAML, name -> settings:
       images: only                   # only: images with no other label; any: whatever else they show
       source: where that is known from
 
-A region is a place, a part of the lung box, or the part of a place. Places follow the lungs' outline: ``within`` it, ``between`` the two lungs,
-``outside`` of all that, at their ``rim``. Parts are half, quadrant, lung, box or rectangles in coordinates of the lung box as it appears in the
-image: 0 is its left or top edge, 1 its right or bottom edge. The patient's right lung lies on the image's left.
+A region is a place, a part of the lung box, or the part of a place. Places follow the lungs' outline: ``within`` it,
+``between`` the two lungs, ``outside`` of all that, at their ``rim``. Parts are half, quadrant, lung, box or rectangles
+in coordinates of the lung box as it appears in the image: 0 is its left or top edge, 1 its right or bottom edge. The
+patient's right lung lies on the image's left.
 """
 
 import math
@@ -28,28 +29,39 @@ DEFAULT = "nih"
 LIMIT = 3.0  # lung boxes from the edge: beyond it a number is no share of the box
 Rectangle = tuple[float, float, float, float]
 
-HALVES: dict[str, Rectangle] = {"upper": (0, 0, 1, 0.5), "lower": (0, 0.5, 1, 1), "left": (0, 0, 0.5, 1), "right": (0.5, 0, 1, 1)}
+HALVES: dict[str, Rectangle] = {
+    "upper": (0, 0, 1, 0.5),
+    "lower": (0, 0.5, 1, 1),
+    "left": (0, 0, 0.5, 1),
+    "right": (0.5, 0, 1, 1),
+}
 PARTS = ("half", "quadrant", "lung", "box", "rectangles")
 PLACES = ("within", "between", "outside", "rim")
 FURTHEST = 0.2  # dilation of a place, in shares of the image's side
 BOX: tuple[Rectangle, ...] = ((0.0, 0.0, 1.0, 1.0),)
 LUNGS = {"right": HALVES["left"], "left": HALVES["right"]}  # the patient's
-QUADRANTS = {f"{v} {h}": (HALVES[h][0], HALVES[v][1], HALVES[h][2], HALVES[v][3]) for v in ("upper", "lower") for h in ("left", "right")}
+QUADRANTS = {
+    f"{v} {h}": (HALVES[h][0], HALVES[v][1], HALVES[h][2], HALVES[v][3])
+    for v in ("upper", "lower")
+    for h in ("left", "right")
+}
 
 
 @dataclass(frozen=True)
 class Rule:
     """Where a finding is expected, given the lungs.
 
-    Without a ``place``: the union of rectangles left, top, right, bottom in lung-box coordinates, or with ``outside`` all but it.
-    Edges are rounded half to even to pixels and cut at the image; infinity is the image's own edge.
+    Without a ``place``: the union of rectangles left, top, right, bottom in lung-box coordinates, or with ``outside``
+    all but it. Edges are rounded half to even to pixels and cut at the image; infinity is the image's own edge.
 
-    With a ``place``, the part of it that the rectangles leave. ``within``: the lungs; ``between``: what has a lung on either side of it in its row, and
-    is none (mediastinum, heart); ``outside``: neither of the two; ``rim``: what is at most ``dilate`` from the lungs' outline. An edge on the lung box's
-    edge cuts nothing of a place inside the box, so that a dilated one is whole.
+    With a ``place``, the part of it that the rectangles leave. ``within``: the lungs; ``between``: what has a lung on
+    either side of it in its row, and is none (mediastinum, heart); ``outside``: neither of the two; ``rim``: what is at
+    most ``dilate`` from the lungs' outline. An edge on the lung box's edge cuts nothing of a place inside the box, so
+    that a dilated one is whole.
 
     Attributes:
-        dilate: by how much the lungs (within), the space between them, or both together (outside) are wider than seen, in shares of the image's side.
+        dilate: by how much the lungs (within), the space between them, or both together (outside) are wider than seen,
+            in shares of the image's side.
         elsewhere: the weight in [0, 1) of the place beyond the rectangles; what they leave has weight 1.
     """
 
@@ -60,7 +72,9 @@ class Rule:
     elsewhere: float = 0.0
 
     def inside(self, margin: float = 0.0) -> bool:
-        """Whether the region lies in the lung box, dilated by ``margin`` of its sides, or is a place of the lungs, which the swap keeps however wide it is."""
+        """Whether the region lies in the lung box, dilated by ``margin`` of its sides, or is a place of the lungs,
+        which the swap keeps however wide it is.
+        """
         if self.place:
             return self.place != "outside"
         return not self.outside and all(-margin - 1e-9 <= v <= 1 + margin + 1e-9 for r in self.rectangles for v in r)
@@ -95,18 +109,28 @@ def read_findings(name: str = "") -> dict[str, Finding]:
 
 
 def read_file(path: Path, ready: Findings | None = None) -> dict[str, Finding]:
-    """The findings of one file, and no others; errors as `read_findings`. An entry without a region has that of ``ready``."""
+    """The findings of one file, and no others; errors as `read_findings`. An entry without a region has that of
+    ``ready``.
+    """
     content = read_yaml(path, "--findings")
     if not isinstance(content, dict):
         raise InputError(f"--findings {path}: expected `Name:` lines with settings under each: region, images, source")
     for name, entry in content.items():
         if not isinstance(name, str) or not isinstance(entry, dict):
-            raise InputError(f"--findings {path}: {name}: expected a name with settings under it: region, images, source")
+            raise InputError(
+                f"--findings {path}: {name}: expected a name with settings under it: region, images, source"
+            )
         if "," in name:
-            raise InputError(f"--findings {path}: {name}: must not hold a comma, which separates the findings of a --task")
+            raise InputError(
+                f"--findings {path}: {name}: must not hold a comma, which separates the findings of a --task"
+            )
     if NO_FINDING in content:
-        raise InputError(f"--findings {path}: {NO_FINDING} is the absence of findings; it has no region and cannot be declared")
-    return {name: _finding(entry, f"--findings {path}: {name}", (ready or {}).get(name)) for name, entry in content.items()}
+        raise InputError(
+            f"--findings {path}: {NO_FINDING} is the absence of findings; it has no region and cannot be declared"
+        )
+    return {
+        name: _finding(entry, f"--findings {path}: {name}", (ready or {}).get(name)) for name, entry in content.items()
+    }
 
 
 def _finding(entry: dict[str, Any], where: str, ready: Finding | None) -> Finding:
@@ -126,7 +150,9 @@ def _finding(entry: dict[str, Any], where: str, ready: Finding | None) -> Findin
 def _rule(region: Any, where: str) -> Rule:
     known = (*PARTS, *PLACES, "dilate", "elsewhere")
     if not isinstance(region, dict):
-        raise InputError(f"{where}: region: expected a place or a part of the lung box, such as {{within: lungs}} or {{half: lower}}")
+        raise InputError(
+            f"{where}: region: expected a place or a part of the lung box, such as {{within: lungs}} or {{half: lower}}"
+        )
     for key in region:
         if key not in known:
             raise InputError(f"{where}: region: unknown setting {key}; {nearest(str(key), known)}")
@@ -135,7 +161,10 @@ def _rule(region: Any, where: str) -> Rule:
     outside = region.get("outside") is True
     for place in places:
         if region[place] != "lungs":
-            raise InputError(f"{where}: region: {place}: {region[place]}: expected {'true, false or ' if place == 'outside' else ''}lungs")
+            raise InputError(
+                f"{where}: region: {place}: {region[place]}: expected "
+                f"{'true, false or ' if place == 'outside' else ''}lungs"
+            )
     if len(places) > 1:
         raise InputError(f"{where}: region: expected at most one of {', '.join(PLACES)}, got {listed(places)}")
     if len(parts) != 1 and not (places and not parts):
@@ -150,11 +179,17 @@ def _rule(region: Any, where: str) -> Rule:
     if not _number(elsewhere) or not 0 <= elsewhere < 1:
         raise InputError(f"{where}: region: elsewhere: {elsewhere}: expected a weight from 0 to below 1")
     if elsewhere and not (place and parts and part != "box"):
-        raise InputError(f"{where}: region: elsewhere: is the weight of a place beyond its part; give both, such as {{within: lungs, half: upper}}")
+        raise InputError(
+            f"{where}: region: elsewhere: is the weight of a place beyond its part; give both, such as {{within: "
+            f"lungs, half: upper}}"
+        )
     rectangles = tuple(_part(part, region.get(part, True), where))
     if place and rectangles == BOX and (elsewhere or outside):
         what = "elsewhere: is the weight" if elsewhere else "outside: true takes what is left"
-        raise InputError(f"{where}: region: {what} of a place beyond its part, and this part is all of it; name a narrower one, such as half: upper")
+        raise InputError(
+            f"{where}: region: {what} of a place beyond its part, and this part is all of it; name a narrower one, "
+            "such as half: upper"
+        )
     if place:
         return Rule(rectangles, outside, place, float(dilate), float(elsewhere))
     return Rule(tuple((r[0] - dilate, r[1] - dilate, r[2] + dilate, r[3] + dilate) for r in rectangles), outside)
@@ -175,12 +210,19 @@ def _part(part: str, value: Any, where: str) -> Sequence[Rectangle]:
 
 
 def _rectangles(value: Any, where: str) -> list[Rectangle]:
-    said = f"{where}: region: rectangles: expected [[left, top, right, bottom], ...] in shares of the lung box, left < right, top < bottom"
+    said = (
+        f"{where}: region: rectangles: expected [[left, top, right, bottom], ...] in shares of the lung box, left "
+        "< right, top < bottom"
+    )
     if not isinstance(value, list) or not value:
         raise InputError(said)
     for r in value:
         if not (isinstance(r, list) and len(r) == 4 and all(map(_number, r)) and r[0] < r[2] and r[1] < r[3]):
-            hint = " (the image's edge is .inf, with a point)" if isinstance(r, list) and {"inf", "-inf"} & set(map(str, r)) else ""
+            hint = (
+                " (the image's edge is .inf, with a point)"
+                if isinstance(r, list) and {"inf", "-inf"} & set(map(str, r))
+                else ""
+            )
             raise InputError(f"{said}; got {r}{hint}")
         if any(LIMIT < abs(v) < math.inf for v in r):
             raise InputError(f"{said}; {r} looks like pixels (.inf is the image's edge)")
@@ -223,7 +265,10 @@ def task_findings(task: str) -> tuple[str, ...]:
         return TASKS[task]
     names = tuple(name.strip() for name in task.split(","))
     if len(names) < 2:
-        raise InputError(f"--task {task}: unknown; {nearest(task, TASKS)}; or name two findings or more: --task 'No Finding,Cardiomegaly'")
+        raise InputError(
+            f"--task {task}: unknown; {nearest(task, TASKS)}; or name two findings or more: --task 'No "
+            "Finding,Cardiomegaly'"
+        )
     if len(set(names)) < len(names) or not all(names):
         raise InputError(f"--task {task}: expected different names of findings, separated by commas")
     return names

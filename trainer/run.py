@@ -26,7 +26,9 @@ from trainer.task import OneOf, Task
 MODEL, LUNGS, FINDINGS = "model.safetensors", "lungs.safetensors", "findings.yaml"
 
 
-def save_model(path: Path, model: FocusClassifier, config: Config, stored: Mapping[str, Any], epoch: int, precision: str) -> None:
+def save_model(
+    path: Path, model: FocusClassifier, config: Config, stored: Mapping[str, Any], epoch: int, precision: str
+) -> None:
     """Weights with all that is needed to use them; whole or not there.
 
     Args:
@@ -48,7 +50,9 @@ def save_model(path: Path, model: FocusClassifier, config: Config, stored: Mappi
 
 @dataclass
 class Run:
-    """A run folder, opened: its best model is in eval mode; segmenter None: trained without one; metadata of the model's file."""
+    """A run folder, opened: its best model is in eval mode; segmenter None: trained without one; metadata of the
+    model's file.
+    """
 
     config: Config
     model: FocusClassifier
@@ -69,17 +73,26 @@ def open_run(path: Path) -> Run:
     if (path / "lung_unet.safetensors").is_file():
         raise InputError(f"--run {path}: is a run of trainer.train_lungs; name one of trainer.train")
     if not (path / MODEL).is_file():
-        raise InputError(f"--run {path}: has no {MODEL} yet; train it, or go on with `-m trainer.train --out {path} --resume`")
+        raise InputError(
+            f"--run {path}: has no {MODEL} yet; train it, or go on with `-m trainer.train --out {path} --resume`"
+        )
     config = from_yaml(Config, path / "config.yaml")
     try:
         with safe_open(path / MODEL, "pt") as file:
             metadata: dict[str, str] = file.metadata() or {}
-        options: dict[str, Any] = {"size": config.size, "pretrained": "false", "layer": config.attention.layer, "needs_map": False}
+        options: dict[str, Any] = {
+            "size": config.size,
+            "pretrained": "false",
+            "layer": config.attention.layer,
+            "needs_map": False,
+        }
         model = FocusClassifier(config.backbone, len(task_findings(config.task)), **options)
         model.load_state_dict(load_file(path / MODEL))
     except (SafetensorError, OSError, RuntimeError) as error:
         why = " ".join(str(error).split())[:200]
-        raise InputError(f"{path / MODEL}: does not fit the run's config.yaml ({why}); was one of the two changed?") from error
+        raise InputError(
+            f"{path / MODEL}: does not fit the run's config.yaml ({why}); was one of the two changed?"
+        ) from error
     segmenter = load_segmenter(path / LUNGS) if (path / LUNGS).is_file() else None
     return Run(config, model.eval(), segmenter, run_findings(path, config), metadata)
 
@@ -133,5 +146,9 @@ def evaluator_of(
 
 
 def stored_as(split: Split) -> dict[str, Any]:
-    """How images of a split were packed, so that others can be packed alike: size, and aspect and scales where the index says them."""
-    return {"size": int(split.image(0).shape[0])} | {name: split.stored[name] for name in ("aspect", "scales") if name in split.stored}
+    """How images of a split were packed, so that others can be packed alike: size, and aspect and scales where the
+    index says them.
+    """
+    return {"size": int(split.image(0).shape[0])} | {
+        name: split.stored[name] for name in ("aspect", "scales") if name in split.stored
+    }

@@ -1,4 +1,6 @@
-"""The learning rate: a function of the images seen and to be seen, so that a run may go on with another batch or number of processes."""
+"""The learning rate: a function of the images seen and to be seen, so that a run may go on with another batch or number
+of processes.
+"""
 
 import math
 from typing import Any
@@ -7,14 +9,19 @@ import torch
 
 
 def cosine(seen: int, images: int, total: int, warmup: int) -> float:
-    """Factor of the step that takes ``images`` more after ``seen`` of ``total``: up in a line over ``warmup`` images, then down to 0 along a cosine."""
+    """Factor of the step that takes ``images`` more after ``seen`` of ``total``: up in a line over ``warmup`` images,
+    then down to 0 along a cosine.
+    """
     if seen < warmup:
         return (seen + images) / (warmup + images)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (seen - warmup) / max(1, total - warmup))))
 
 
-def one_cycle(share: float, *, rise: float = 0.2, first: float = 1 / 25, last: float = 1e-4 / 25) -> tuple[float, float]:
-    """Factor of the learning rate and AdamW's first beta after a share of the run: cosines from ``first`` to 1 and down to ``last``; beta 0.95, 0.85, 0.95.
+def one_cycle(
+    share: float, *, rise: float = 0.2, first: float = 1 / 25, last: float = 1e-4 / 25
+) -> tuple[float, float]:
+    """Factor of the learning rate and AdamW's first beta after a share of the run: cosines from ``first`` to 1 and down
+    to ``last``; beta 0.95, 0.85, 0.95.
 
     Smith and Topin, "Super-convergence", 2018, as torch's OneCycleLR.
     """
@@ -29,7 +36,8 @@ def one_cycle(share: float, *, rise: float = 0.2, first: float = 1 / 25, last: f
 
 
 class Schedule:
-    """``plateau``: times 0.1 after 10 epochs without a better figure, down to 1e-10, as published; ``cosine``: see above.
+    """``plateau``: times 0.1 after 10 epochs without a better figure, down to 1e-10, as published; ``cosine``: see
+    above.
 
     Args:
         optimizer: its groups' lr are set.

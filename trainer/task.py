@@ -49,7 +49,9 @@ class Task(Protocol):
         """The finding of each image whose CAM is taken and whose region is expected in training: int64 [B]."""
 
     def loss(self, logits: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """The classification loss, summed; ``weight`` float [B] is 0 for stand-ins. What it is divided by is the sum of `counted`."""
+        """The classification loss, summed; ``weight`` float [B] is 0 for stand-ins. What it is divided by is the sum of
+        `counted`.
+        """
 
     def counted(self, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """How many terms the loss has: scalar."""
@@ -72,15 +74,23 @@ class Task(Protocol):
         """The finding that the model names first: int64 [N]."""
 
     def operating_point(self, logits: torch.Tensor, target: torch.Tensor) -> float | None:
-        """The probability from which on a finding is said to be there, chosen on these images; None where the task needs none, or none can be had."""
+        """The probability from which on a finding is said to be there, chosen on these images; None where the task
+        needs none, or none can be had.
+        """
 
-    def figures(self, logits: torch.Tensor, target: torch.Tensor, *, point: float | None = None, intervals: bool = False) -> dict[str, Any]:
-        """Of classification: always accuracy, auc, loss and images; ``point``, an operating point, adds figures at it."""
+    def figures(
+        self, logits: torch.Tensor, target: torch.Tensor, *, point: float | None = None, intervals: bool = False
+    ) -> dict[str, Any]:
+        """Of classification: always accuracy, auc, loss and images;
+        ``point``, an operating point, adds figures at it.
+        """
 
     def auc(self, logits: torch.Tensor, target: torch.Tensor) -> float:
         """The one figure that a model is measured by; NaN where it is undefined."""
 
-    def auc_interval(self, logits: torch.Tensor, target: torch.Tensor, other: torch.Tensor | None = None) -> list[float]:
+    def auc_interval(
+        self, logits: torch.Tensor, target: torch.Tensor, other: torch.Tensor | None = None
+    ) -> list[float]:
         """95% interval of `auc`; with the ``other`` logits of the same images, of the difference."""
 
     def scored(self, logits: torch.Tensor, target: torch.Tensor) -> Iterator[Scored]:
@@ -149,7 +159,9 @@ class OneOf:
         threshold = binary_report(logits, target.argmax(1))["best_threshold"]
         return threshold if math.isfinite(threshold) else None
 
-    def figures(self, logits: torch.Tensor, target: torch.Tensor, *, point: float | None = None, intervals: bool = False) -> dict[str, Any]:
+    def figures(
+        self, logits: torch.Tensor, target: torch.Tensor, *, point: float | None = None, intervals: bool = False
+    ) -> dict[str, Any]:
         """See `Task`: those of `metrics.classification_report`, and with a point `metrics.at_threshold`."""
         label = target.argmax(1)
         figures = classification_report(logits, label)
@@ -163,7 +175,9 @@ class OneOf:
         """See `Task`: the mean over classes beyond two."""
         return multiclass_auc(logits, target.argmax(1))
 
-    def auc_interval(self, logits: torch.Tensor, target: torch.Tensor, other: torch.Tensor | None = None) -> list[float]:
+    def auc_interval(
+        self, logits: torch.Tensor, target: torch.Tensor, other: torch.Tensor | None = None
+    ) -> list[float]:
         """See `Task`."""
         return auc_interval(logits, target.argmax(1), other)
 

@@ -13,7 +13,8 @@ from trainer.command import flat
 
 PROJECT = "cxr-focus"
 PATHS = ("shards", "out", "pretrained", "findings", "lungs.weights")  # settings of which only the last name is logged
-# What wandb would take along unasked: host and command line, git remote and commit, code, packages, console, load of the machine.
+# What wandb would take along unasked: host and command line, git remote and commit, code, packages, console, load of
+# the machine.
 UNSAID: dict[str, Any] = {
     "console": "off",
     "disable_git": True,
@@ -53,10 +54,16 @@ class Tracking:
 
             mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
             if mode == "online":
-                print("wandb: you are logged in, so scalars, settings and the panel of test radiographs go to its server; --tracker none keeps them here")
+                print(
+                    "wandb: you are logged in, so scalars, settings and the panel of test radiographs go to its "
+                    "server; --tracker none keeps them here"
+                )
             elif mode == "offline":
                 folder = run / "wandb"
-                print(f"wandb: scalars, settings and the panel are logged into {folder} and stay there; `wandb sync {folder}/offline-run-*` sends them")
+                print(
+                    f"wandb: scalars, settings and the panel are logged into {folder} and stay there; `wandb sync "
+                    f"{folder}/offline-run-*` sends them"
+                )
             settings = wandb.Settings(init_timeout=WANDB_SECONDS, silent=True, **UNSAID)
             options = {"wandb": {"mode": mode, "dir": str(run), "name": run.name, "settings": settings}}
         self.accelerator.init_trackers(PROJECT, config=without_paths(flat(config)), init_kwargs=options)
@@ -81,7 +88,9 @@ class Tracking:
         self._attempt(send)
 
     def finish(self) -> None:
-        """Close what is open, once. (Accelerate's `end_training` would end the process group with it, on this process alone.)"""
+        """Close what is open, once. (Accelerate's `end_training` would end the process group with it, on this process
+        alone.)
+        """
 
         def end() -> None:
             for tracker in self.accelerator.trackers:
@@ -97,12 +106,17 @@ class Tracking:
             action()
         except Exception as error:  # a tracker may fail in any way; none of them is worth a run
             self.alive = False
-            warnings.warn(f"tracking with {self.kind} ended ({type(error).__name__}: {error}); the run goes on without it", stacklevel=2)
+            warnings.warn(
+                f"tracking with {self.kind} ended ({type(error).__name__}: {error}); the run goes on without it",
+                stacklevel=2,
+            )
 
 
 def without_paths(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings whose paths are cut to their last name."""
-    return {name: os.path.basename(str(value).rstrip("/")) if name in PATHS else value for name, value in settings.items()}
+    return {
+        name: os.path.basename(str(value).rstrip("/")) if name in PATHS else value for name, value in settings.items()
+    }
 
 
 def _logged_in() -> bool:

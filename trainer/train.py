@@ -34,7 +34,9 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if trainer.finished:
             out, epochs = trainer.config.out, trainer.state.epoch
-            trainer.accelerator.print(f"nothing is left to train: {out} has its {epochs} epochs and its report; raise --epochs to go on")
+            trainer.accelerator.print(
+                f"nothing is left to train: {out} has its {epochs} epochs and its report; raise --epochs to go on"
+            )
         else:
             trainer.train()
             conclude(trainer)
@@ -72,7 +74,9 @@ def conclude(trainer: Trainer) -> None:
             trainer.tracking.picture("panel", np.asarray(panel.convert("RGB")), state.step)
         shown = shown_split(content)
         figures = dict(zip(SUMMARY, summary(content), strict=True))
-        trainer.tracking.log({f"{shown}/{name}": pair[0] for name, pair in figures.items() if pair is not None}, state.step)
+        trainer.tracking.log(
+            {f"{shown}/{name}": pair[0] for name, pair in figures.items() if pair is not None}, state.step
+        )
         print(table({out.name: content}))
         print(f"report: {(out / 'report.html').resolve()}")
 

@@ -1,7 +1,8 @@
-"""python -m trainer.train_lungs: a lung segmenter from shards with lung masks of one or several sources, under Accelerate.
+"""python -m trainer.train_lungs: a lung segmenter from shards with lung masks of one or several sources, under
+Accelerate.
 
-The best weights by validation Dice are kept. At the end each source is measured on its test split (val where there is none), and
-sources that were left out of training on all their images.
+The best weights by validation Dice are kept. At the end each source is measured on its test split (val where there is
+none), and sources that were left out of training on all their images.
 """
 
 if __name__ == "__main__":  # what is wrong with the settings is said before torch is imported, which takes seconds
@@ -38,7 +39,17 @@ from trainer import checkpoint, lung_report
 from trainer.augment import augment, draw, resize
 from trainer.command import flat, parse, resumed, to_yaml
 from trainer.config import LungsTrainConfig
-from trainer.launching import Accelerator, close, loader_of, on_main, seed_step, seen_by_all, set_threads, share_buffers, start
+from trainer.launching import (
+    Accelerator,
+    close,
+    loader_of,
+    on_main,
+    seed_step,
+    seen_by_all,
+    set_threads,
+    share_buffers,
+    start,
+)
 from trainer.lungs import LungSegmenter, load_segmenter
 from trainer.lungs.paint import paint
 from trainer.schedule import one_cycle
@@ -59,7 +70,9 @@ class _Trainable(torch.nn.Module):
 
 
 def bce_dice(logits: torch.Tensor, masks: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Binary cross-entropy plus 1 - soft Dice, per image, weighted sum: logits [B,H,W], masks bool [B,H,W] -> scalar."""
+    """Binary cross-entropy plus 1 - soft Dice, per image, weighted sum:
+    logits [B,H,W], masks bool [B,H,W] -> scalar.
+    """
     target = masks.float()
     bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean((1, 2))
     p = torch.sigmoid(logits)
@@ -110,7 +123,9 @@ class Trainer:
                     assert got.mask is not None  # the split was opened with masks
                     self.set_rate((self.epoch * len(plan) + seen) / (c.epochs * len(plan)))
                     seed_step(c.seed, self.step, rank)
-                    images, masks = to_size(got.image.to(acc.device, non_blocking=True), got.mask.to(acc.device, non_blocking=True), c.size)
+                    images, masks = to_size(
+                        got.image.to(acc.device, non_blocking=True), got.mask.to(acc.device, non_blocking=True), c.size
+                    )
                     images, masks = paint(images, masks, c.seed, self.epoch, got.index, c.paint)
                     moved = augment(images, draw(c.seed, self.epoch, got.index), c.augment, masks=masks)
                     assert moved.masks is not None
@@ -127,18 +142,23 @@ class Trainer:
         acc.wait_for_everyone()
 
     def set_rate(self, share: float) -> None:
-        """Learning rate and first beta after a share of the run's images, which may be cut into other batches when it is resumed."""
+        """Learning rate and first beta after a share of the run's images, which may be cut into other batches when it
+        is resumed.
+        """
         factor, beta = one_cycle(share)
         for group in self.optimizer.param_groups:
             group["lr"], group["betas"] = self.config.lr * factor, (beta, group["betas"][1])
 
     def end_epoch(self, loss: float, bar: Any) -> None:
-        """Validation, the best weights, a line of metrics.jsonl, the checkpoint. InputError: a loss or weight that is not finite; nothing is saved."""
+        """Validation, the best weights, a line of metrics.jsonl, the checkpoint. InputError: a loss or weight that is
+        not finite; nothing is saved.
+        """
         acc, out = self.accelerator, Path(self.config.out)
         share_buffers(self.segmenter)
         if not math.isfinite(loss) or checkpoint.not_finite(self.segmenter):
             raise InputError(
-                f"the loss is not finite in epoch {self.epoch + 1}, or a weight after it; lower --lr, or launch with --mixed_precision bf16 or no. "
+                f"the loss is not finite in epoch {self.epoch + 1}, or a weight after it; lower --lr, or launch with "
+                "--mixed_precision bf16 or no. "
                 "--resume with one of these goes on from the last checkpoint, which is sound"
             )
         figures = lung_report.measure(acc, self.segmenter, self.val_loader, surface=False).mean(0)
@@ -190,7 +210,9 @@ class Trainer:
         self.segmenter.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.step = content.get("step", 0)
-        self.epoch, self.best, self.best_epoch, self.seconds = (content[name] for name in ("epoch", "best", "best_epoch", "seconds"))
+        self.epoch, self.best, self.best_epoch, self.seconds = (
+            content[name] for name in ("epoch", "best", "best_epoch", "seconds")
+        )
         if self.accelerator.is_main_process:
             checkpoint.rewind(out / "metrics.jsonl", self.epoch - 1, "epoch")
         self.accelerator.print(f"resumed after epoch {self.epoch}")
@@ -202,7 +224,11 @@ def open_sources(names: str, *, left_out: bool = False) -> dict[str, dict[str, S
     for name in filter(None, (part.strip() for part in names.split(","))):
         store = open_store(name)
         index = store.index()
-        wanted = [split for split in ("train", "val", "test") if split in index["splits"] or (split != "test" and not left_out)]
+        wanted = [
+            split
+            for split in ("train", "val", "test")
+            if split in index["splits"] or (split != "test" and not left_out)
+        ]
         source = str(index["dataset"])
         while source in sources:
             source += "'"
@@ -218,7 +244,9 @@ def build(argv: list[str] | None) -> tuple[Trainer, dict[str, Samples]]:
     start_from = None
     if config.init:
         start_from = load_segmenter(None if config.init == "shipped" else config.init)
-        config.channels, config.patch, config.size = (start_from.settings[name] for name in ("channels", "patch", "size"))
+        config.channels, config.patch, config.size = (
+            start_from.settings[name] for name in ("channels", "patch", "size")
+        )
     sources = open_sources(config.shards)
     if not sources:
         raise InputError(f"--shards {config.shards!r}: names no folder")
@@ -229,13 +257,17 @@ def build(argv: list[str] | None) -> tuple[Trainer, dict[str, Samples]]:
     train, val = parts
     world = accelerator.num_processes
     if config.batch * world > len(train):
-        raise InputError(f"--batch {config.batch} x {world} processes is more than the {len(train)} training images; lower --batch")
+        raise InputError(
+            f"--batch {config.batch} x {world} processes is more than the {len(train)} training images; lower --batch"
+        )
     if not config.resume:
         checkpoint.claim(accelerator, out, {"config.yaml": to_yaml(config)})
     seen_by_all(accelerator, out)
     on_main(accelerator, lambda: checkpoint.hold(out))
     inputs = start_from.settings["inputs"] if start_from is not None else 1 if config.patch > 1 else 3
-    segmenter = LungSegmenter(config.channels, config.size, patch=config.patch, inputs=inputs, threshold=config.threshold)
+    segmenter = LungSegmenter(
+        config.channels, config.size, patch=config.patch, inputs=inputs, threshold=config.threshold
+    )
     if start_from is not None and not config.resume:
         segmenter.unet.load_state_dict(start_from.unet.state_dict())
     segmenter.to(memory_format=torch.channels_last)
@@ -243,8 +275,12 @@ def build(argv: list[str] | None) -> tuple[Trainer, dict[str, Samples]]:
     net, optimizer = accelerator.prepare(_Trainable(segmenter), optimizer)
     steps = config.epochs * -(-len(train) // (config.batch * world))
     loaders = (
-        loader_of(accelerator, train, EpochPlan(train.shard_sizes(), config.seed), batch=config.batch, workers=config.workers),
-        loader_of(accelerator, val, EpochPlan(val.shard_sizes(), shuffle=False), batch=config.batch, workers=config.workers),
+        loader_of(
+            accelerator, train, EpochPlan(train.shard_sizes(), config.seed), batch=config.batch, workers=config.workers
+        ),
+        loader_of(
+            accelerator, val, EpochPlan(val.shard_sizes(), shuffle=False), batch=config.batch, workers=config.workers
+        ),
     )
     trainer = Trainer(config, accelerator, *loaders, segmenter, net, optimizer)
     if config.resume:
@@ -267,8 +303,10 @@ def main(argv: list[str] | None = None) -> None:
         figures[name] = lung_report.measure(acc, segmenter, loader)
     if acc.is_main_process:
         about = (
-            f"Epoch {trainer.best_epoch + 1} of {c.epochs}, the best by Dice on {len(trainer.val_loader.plan)} validation images "
-            f"({trainer.best:.4f}); trained on {len(trainer.train_loader.plan)} images in {trainer.seconds / 60:.1f} minutes "
+            f"Epoch {trainer.best_epoch + 1} of {c.epochs}, the best by Dice on {len(trainer.val_loader.plan)} "
+            "validation images "
+            f"({trainer.best:.4f}); trained on {len(trainer.train_loader.plan)} images in {trainer.seconds / 60:.1f} "
+            "minutes "
             f"by {acc.num_processes} process(es), {acc.device.type}, {acc.mixed_precision}."
         )
         content: dict[str, Any] = {

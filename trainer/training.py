@@ -42,7 +42,9 @@ class State:
     seconds: float = 0.0  # of training, without evaluation and pauses
     images: int = 0  # trained on in those seconds
     warmup: int = 0  # images of the learning rate's warm-up, as the run began
-    changes: list[dict[str, Any]] = field(default_factory=list)  # of how it is carried out, at resumes: step, what, from, to
+    changes: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # of how it is carried out, at resumes: step, what, from, to
 
 
 class Clock:
@@ -95,11 +97,15 @@ class Training:
     def __post_init__(self) -> None:
         device = self.accelerator.device
         self.clock = Clock()
-        self.logged = torch.zeros(len(StepSums._fields), dtype=torch.float64, device=device)  # `StepSums` of this process since the last line of the log
+        self.logged = torch.zeros(
+            len(StepSums._fields), dtype=torch.float64, device=device
+        )  # `StepSums` of this process since the last line of the log
         self.unseen: Download | None = None  # sums of the last step, of which lambda does not know yet
 
     def refuse_not_finite(self) -> None:
-        """InputError on every process where losses since the last line, or weights, are not finite: nothing of the kind is ever saved."""
+        """InputError on every process where losses since the last line, or weights, are not finite: nothing of the kind
+        is ever saved.
+        """
         sums = StepSums(*self.accelerator.reduce(self.logged.clone(), "sum").tolist())
         # Norms of gradients may overflow in half precision: lambda leaves such a step out.
         if not math.isfinite(sums.ce + sums.attention) or checkpoint.not_finite(self.model):
@@ -118,7 +124,9 @@ class Training:
 
         def write() -> None:
             if not all(finder.memory.saved for finder in self.lungs.values()):  # after the first epoch all are
-                checkpoint.save(folder / "lungs.pt", {name: finder.memory.state_dict() for name, finder in self.lungs.items()})
+                checkpoint.save(
+                    folder / "lungs.pt", {name: finder.memory.state_dict() for name, finder in self.lungs.items()}
+                )
             content = {
                 "identity": self.identity,
                 "launch": self.launch(),
@@ -149,7 +157,10 @@ class Training:
             return
         for name, finder in self.lungs.items():
             if name not in remembered or not finder.memory.load_state_dict(remembered[name]):
-                self.accelerator.print(f"the lungs of the {name} images are looked for again: these are not the images that were segmented before")
+                self.accelerator.print(
+                    f"the lungs of the {name} images are looked for again: these are not the images that were "
+                    "segmented before"
+                )
 
     def launch(self) -> dict[str, Any]:
         """How the run is carried out: it may change, but not unsaid."""
@@ -159,7 +170,9 @@ class Training:
             "precision": acc.mixed_precision,
             "optim.lr": c.optim.lr,
             "optim.clip": c.optim.clip,
-        } | ({"epochs": c.epochs} if c.optim.schedule == "cosine" else {})  # whose rate is a function of the run's length
+        } | (
+            {"epochs": c.epochs} if c.optim.schedule == "cosine" else {}
+        )  # whose rate is a function of the run's length
 
     def restore(self) -> None:
         """Model, optimizer, schedule, scaler, lambda, lungs, position; then the log is cut back to that step."""
@@ -171,7 +184,11 @@ class Training:
                 checkpoint.rewind(out / "metrics.jsonl", -1)
             return
         content = checkpoint.load(path)
-        words = {"shards": "other images in --shards", "lungs.weights": "another --lungs.weights", "findings": "other rules of its findings"}
+        words = {
+            "shards": "other images in --shards",
+            "lungs.weights": "another --lungs.weights",
+            "findings": "other rules of its findings",
+        }
         checkpoint.refuse_other(out, content["identity"], self.identity, words)
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
@@ -189,14 +206,19 @@ class Training:
         self.schedule.scale(self.config.optim.lr / was.get("optim.lr", self.config.optim.lr))
         self.state.warmup = self.state.warmup or self.config.optim.warmup * was["images a step"]
         self.clock.counted = self.state.seconds
-        if self.accelerator.is_main_process:  # sums of all processes since the last line of the log; earlier versions kept fewer
+        if (
+            self.accelerator.is_main_process
+        ):  # sums of all processes since the last line of the log; earlier versions kept fewer
             logged = content.get("logged", [])
             self.logged[: len(logged)] += torch.tensor(logged, dtype=torch.float64, device=self.accelerator.device)
         if content.get("unseen") is not None:
             self.unseen = Download(torch.tensor(content["unseen"], dtype=torch.float64))
         if self.accelerator.is_main_process:
             checkpoint.rewind(out / "metrics.jsonl", self.state.step)
-        self.accelerator.print(f"resumed after step {self.state.step}: {self.state.epoch} epochs and {self.state.position} images of the next are done")
+        self.accelerator.print(
+            f"resumed after step {self.state.step}: {self.state.epoch} epochs and {self.state.position} images of the "
+            "next are done"
+        )
 
     @property
     def finished(self) -> bool:
@@ -215,6 +237,7 @@ class Training:
 
 
 NOT_FINITE = (
-    "the loss is not finite in one of the steps up to {step}, or a weight after them; lower --optim.lr, set --optim.clip 1, or launch with "
+    "the loss is not finite in one of the steps up to {step}, or a weight after them; lower --optim.lr, set "
+    "--optim.clip 1, or launch with "
     "--mixed_precision bf16 or no. --resume with one of these goes on from the last checkpoint, which is sound"
 )

@@ -4,7 +4,9 @@ import torch
 
 
 def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A CPU tensor on the device. A GPU fetches it from page-locked memory while the host goes on: a copy of any other memory waits for the GPU."""
+    """A CPU tensor on the device. A GPU fetches it from page-locked memory while the host goes on: a copy of any other
+    memory waits for the GPU.
+    """
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return (tensor if tensor.is_pinned() else tensor.contiguous().pin_memory()).to(device, non_blocking=True)

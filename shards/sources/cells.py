@@ -20,7 +20,9 @@ class Row(dict[str, str]):
 
 
 def _text(data: bytes, where: str) -> str:
-    """A table's text: UTF-8, UTF-16 with its mark, or what Excel writes in Western Europe, Windows-1252, which is told."""
+    """A table's text: UTF-8, UTF-16 with its mark, or what Excel writes in Western Europe, Windows-1252,
+    which is told.
+    """
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         return data.decode("utf-16")
     try:
@@ -32,7 +34,8 @@ def _text(data: bytes, where: str) -> str:
 
 
 def read_cells(path: Path, flag: str) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Header and rows, each with its last line in the file, of a CSV (``.gz`` too). Commas, semicolons or tabs; blank rows are left out.
+    """Header and rows, each with its last line in the file, of a CSV (``.gz`` too). Commas, semicolons or tabs; blank
+    rows are left out.
 
     InputError: missing, empty, not text.
     """
@@ -66,7 +69,9 @@ def read_table(path: Path, flag: str) -> tuple[list[str], list[Row]]:
     rows = []
     for line, cells in found:
         if len(cells) < len(columns):
-            raise InputError(f"{flag} {path}: row {line} has {len(cells)} cells, the header {len(columns)}; correct the row")
+            raise InputError(
+                f"{flag} {path}: row {line} has {len(cells)} cells, the header {len(columns)}; correct the row"
+            )
         rows.append(Row(zip(columns, (cell.strip() for cell in cells), strict=False)))
         rows[-1].line = line
     return columns, rows

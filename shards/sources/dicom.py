@@ -29,7 +29,8 @@ def dicom(
     shares: Sequence[float] = deal.SHARES,
     skip_bad: bool = False,
 ) -> Source:
-    """DICOM files at any depth. Of the patient only a salted hash of the ID is stored, and the file's name and UID as one.
+    """DICOM files at any depth. Of the patient only a salted hash of the ID is stored, and the file's name and UID as
+    one.
 
     Findings come from ``labels`` (a CSV whose path column names files below ``root``) or from the folders:
     ``train|val|test/<class>/...`` or ``<class>/...``, which is split by patient.
@@ -42,7 +43,10 @@ def dicom(
     notes: list[str] = []
     listed_images: dict[Path, Listed] = {}
     if labels is not None:
-        listed_images = {image.path: image for image in read_listed(labels, root, columns or Columns(), declared, skipped, notes, skip_bad)}
+        listed_images = {
+            image.path: image
+            for image in read_listed(labels, root, columns or Columns(), declared, skipped, notes, skip_bad)
+        }
     paths = list(listed_images) if labels is not None else list(walk(root))
     headers: dict[Path, Header] = {}
     same: dict[str, list[Path]] = defaultdict(list)
@@ -50,19 +54,36 @@ def dicom(
         header = read_header(path)
         if isinstance(header, str):
             if not skip_bad and (labels is not None or header.startswith((UNREADABLE, MISNAMED))):
-                remedy = "rename it" if header.startswith(MISNAMED) else "correct --csv" if labels is not None else "replace or remove it"
+                remedy = (
+                    "rename it"
+                    if header.startswith(MISNAMED)
+                    else "correct --csv"
+                    if labels is not None
+                    else "replace or remove it"
+                )
                 raise InputError(f"{path}: {header}; {remedy}, or leave it out with --on-bad skip")
             skipped[header.partition(":")[0]] += 1
-        elif any(path.stat().st_size == other.stat().st_size and path.read_bytes() == other.read_bytes() for other in same[header.uid]):
+        elif any(
+            path.stat().st_size == other.stat().st_size and path.read_bytes() == other.read_bytes()
+            for other in same[header.uid]
+        ):
             skipped["a copy of another file"] += 1
         else:
             same[header.uid].append(path)
             headers[path] = header
     if not headers:
-        raise InputError(f"--path {root}: no DICOM image in it ({', '.join(f'{n} {why}' for why, n in skipped.items()) or 'it is empty'})")
+        raise InputError(
+            f"--path {root}: no DICOM image in it "
+            f"({', '.join(f'{n} {why}' for why, n in skipped.items()) or 'it is empty'})"
+        )
     homes = _folder_labels(root, headers) if labels is None else {}
     nobody = _no_patients(headers.values(), notes)
-    lesions = _own_boxes([image for path, image in listed_images.items() if path in headers], f"--csv {labels}", lambda path: headers[path].size, skip_bad)
+    lesions = _own_boxes(
+        [image for path, image in listed_images.items() if path in headers],
+        f"--csv {labels}",
+        lambda path: headers[path].size,
+        skip_bad,
+    )
     items, patients = [], []
     for path, header in headers.items():
         findings, part = homes[path] if labels is None else (listed_images[path].findings, listed_images[path].split)
@@ -86,38 +107,53 @@ def dicom(
 
 
 def _folder_labels(root: Path, paths: Iterable[Path]) -> dict[Path, tuple[tuple[str, ...], str]]:
-    """Finding and split of each file by its folders: ``<split>/<class>/...`` for all of them, or ``<class>/...`` for all of them."""
+    """Finding and split of each file by its folders: ``<split>/<class>/...`` for all of them, or ``<class>/...`` for
+    all of them.
+    """
     found: dict[Path, tuple[tuple[str, ...], str]] = {}
     first: dict[bool, str] = {}
     for path in paths:
         folders = path.relative_to(root).parts[:-1]
         part = split_of_folder(folders[0]) if folders else ""
         if len(folders) < (2 if part else 1):
-            raise InputError(f"{path}: has no class; put files into <class>/ or train|val|test/<class>/ folders, or name a table with --csv")
+            raise InputError(
+                f"{path}: has no class; put files into <class>/ or train|val|test/<class>/ folders, or name a table "
+                "with --csv"
+            )
         first.setdefault(bool(part), folders[0])
         found[path] = (folder_finding(folders[1] if part else folders[0]),), part
     if len(first) > 1:
         raise InputError(
-            f"--path {root}: the folder {first[True]} is a split, {first[False]} is none, so it is not said where its images belong; "
+            f"--path {root}: the folder {first[True]} is a split, {first[False]} is none, so it is not said where its "
+            "images belong; "
             "put all class folders into train, val and test, or none"
         )
     return found
 
 
 def _no_patients(headers: Iterable[Any], notes: list[str]) -> set[str]:
-    """Patient IDs that name nobody, for which the study stands: empty, a placeholder, or one ID on most of the studies."""
+    """Patient IDs that name nobody, for which the study stands:
+    empty, a placeholder, or one ID on most of the studies.
+    """
     studies: dict[str, set[str]] = defaultdict(set)
     images: Counter[str] = Counter()
     for header in headers:
         studies[header.patient.strip()].add(header.study or header.uid)
         images[header.patient.strip()] += 1
     every = len(set().union(*studies.values()))
-    nobody = {who for who, of in studies.items() if len(of) > 1 and (ANONYMOUS.fullmatch(who) or (len(of) > every / 2 and len(of) >= 10))}
+    nobody = {
+        who
+        for who, of in studies.items()
+        if len(of) > 1 and (ANONYMOUS.fullmatch(who) or (len(of) > every / 2 and len(of) >= 10))
+    }
     if len(studies) == 1 and every > 1:
         nobody |= set(studies)
     if empty := images[""]:
         notes.append(f"warning: {empty} images have no patient ID: the images of one study count as one patient")
     for who in sorted(nobody - {""}):
-        notes.append(f"warning: {images[who]} images have the patient ID {who!r}, which names nobody: the images of one study count as one patient")
+        notes.append(
+            f"warning: {images[who]} images have the patient ID {who!r}, which names nobody: the images of one study "
+            "count as one patient"
+        )
     notes += alike_patients(set(studies) - nobody)
     return nobody | {""}

@@ -42,7 +42,11 @@ def images_of(folder: Path, skipped: dict[str, int] | None = None) -> Iterator[P
             if path.is_dir():
                 skipped[f"a folder inside a class folder ({path}, with {_count(path)} images)"] += 1
             else:
-                skipped["a DICOM file: see `python -m shards dicom`" if path.suffix.lower() == ".dcm" else "not an image file"] += 1
+                skipped[
+                    "a DICOM file: see `python -m shards dicom`"
+                    if path.suffix.lower() == ".dcm"
+                    else "not an image file"
+                ] += 1
 
 
 def _count(folder: Path) -> int:
@@ -52,7 +56,9 @@ def _count(folder: Path) -> int:
 
 def _loose(folder: Path, skipped: dict[str, int]) -> None:
     """Count the images that lie beside the folders of splits or classes."""
-    if loose := sum(path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES and not hidden(path.name) for path in folder.iterdir()):
+    if loose := sum(
+        path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES and not hidden(path.name) for path in folder.iterdir()
+    ):
         skipped[f"images in no class folder, in {folder}"] += loose
 
 
@@ -74,7 +80,9 @@ def class_folders(root: Path, seed: int = 0, shares: Sequence[float] = deal.SHAR
         elif not name:
             others.append(folder)
         elif name in folders:
-            raise InputError(f"--path {root}: {folders[name].name} and {folder.name} are both {name}; put them together")
+            raise InputError(
+                f"--path {root}: {folders[name].name} and {folder.name} are both {name}; put them together"
+            )
         else:
             folders[name] = folder
     if folders:
@@ -84,7 +92,12 @@ def class_folders(root: Path, seed: int = 0, shares: Sequence[float] = deal.SHAR
             _loose(folder, skipped)
     _loose(root, skipped)
     if folders:
-        found = [(name, folder) for name in SPLITS if name in folders for folder in sorted(p for p in folders[name].iterdir() if p.is_dir())]
+        found = [
+            (name, folder)
+            for name in SPLITS
+            if name in folders
+            for folder in sorted(p for p in folders[name].iterdir() if p.is_dir())
+        ]
     else:
         found = [("", folder) for folder in others]
     items, names = [], []
@@ -94,10 +107,17 @@ def class_folders(root: Path, seed: int = 0, shares: Sequence[float] = deal.SHAR
             continue
         finding = folder_finding(folder.name)
         for path in images_of(folder, skipped):
-            items.append(Item(name, clean_key(f"{folder.name}-{path.stem}"), (finding,), str(path), extra=(("source", path.name),)))
+            items.append(
+                Item(
+                    name, clean_key(f"{folder.name}-{path.stem}"), (finding,), str(path), extra=(("source", path.name),)
+                )
+            )
             names.append(f"{folder.name}/{path.name}")
     if not items and not folders:
-        raise InputError(f"--path {root}: expected the folders train, val and test with a folder per class in each, or a folder per class")
+        raise InputError(
+            f"--path {root}: expected the folders train, val and test with a folder per class in each, or a folder per "
+            "class"
+        )
     every = list(dict.fromkeys(item.findings[0] for item in items))
     if not every:
         raise InputError(f"--path {root}: no images in {', '.join(folders)} ({', '.join(IMAGE_SUFFIXES)} are read)")
@@ -106,14 +126,19 @@ def class_folders(root: Path, seed: int = 0, shares: Sequence[float] = deal.SHAR
         codes = np.array([every.index(item.findings[0]) for item in items])
         parts = deal.by_patient(codes, np.array([str(n) for n in range(len(items))]), seed, shares)
         items = [replace(item, split=SPLITS[p]) for item, p in zip(items, parts, strict=True)]
-        notes.append("no split folders: images are dealt to train, val and test, and one patient may be in two of them; `shards csv` deals patients")
+        notes.append(
+            "no split folders: images are dealt to train, val and test, and one patient may be in two of them; `shards "
+            "csv` deals patients"
+        )
         refuse_missing_class(items, None, f"--path {root}")
     items = separated(items, names)
     classes = {name: {item.findings[0] for item in items if item.split == name} for name in folders}
     for name in folders:
         missing = [finding for finding in every if finding not in classes[name]]
         if missing:
-            raise InputError(f"{folders[name]}: has no images of {listed(missing)}, other splits have; add some or remove the class")
+            raise InputError(
+                f"{folders[name]}: has no images of {listed(missing)}, other splits have; add some or remove the class"
+            )
     return Source(mixed(items), dict(skipped), tuple(every), notes=notes)
 
 
@@ -147,11 +172,18 @@ def image_masks(images: Path, masks: Path | Sequence[Path], val_share: float = 0
 
     by_image = named("--images", images)
     by_mask = [named("--masks", folder) for folder in ([masks] if isinstance(masks, Path) else masks)]
-    pairs = [pair for of in by_mask for pair in ((of, by_image, "masks without an image"), (by_image, of, "images without a mask"))]
+    pairs = [
+        pair
+        for of in by_mask
+        for pair in ((of, by_image, "masks without an image"), (by_image, of, "images without a mask"))
+    ]
     for one, other, what in pairs:
         alone = [one[stem].name for stem in one if stem not in other]
         if alone:
-            raise InputError(f"{next(iter(one.values())).parent}: {len(alone)} {what}: {listed(alone)}; add their partners or remove them")
+            raise InputError(
+                f"{next(iter(one.values())).parent}: {len(alone)} {what}: {listed(alone)}; add their partners or "
+                "remove them"
+            )
     if len(by_image) < 2:
         raise InputError("one image with a mask cannot be split into train and val; give at least two")
     ranked = sorted(by_image, key=lambda stem: (zlib.crc32(clean_key(stem).encode()), stem))
@@ -160,10 +192,19 @@ def image_masks(images: Path, masks: Path | Sequence[Path], val_share: float = 0
     first = max(1, round(val_share * len(ranked)))
     last = first + round(test_share * len(ranked))
     if last >= len(ranked):
-        raise InputError(f"--val-share {val_share} and --test-share {test_share} leave none of {len(ranked)} images for training")
+        raise InputError(
+            f"--val-share {val_share} and --test-share {test_share} leave none of {len(ranked)} images for training"
+        )
     part = dict.fromkeys(ranked[:first], "val") | dict.fromkeys(ranked[first:last], "test")
     items = [
-        Item(part.get(stem, "train"), clean_key(stem), (), str(path), tuple(str(of[stem]) for of in by_mask), extra=(("source", path.name),))
+        Item(
+            part.get(stem, "train"),
+            clean_key(stem),
+            (),
+            str(path),
+            tuple(str(of[stem]) for of in by_mask),
+            extra=(("source", path.name),),
+        )
         for stem, path in by_image.items()
     ]
     return Source(mixed(separated(items, list(by_image))), dict(skipped))

@@ -19,10 +19,15 @@ OUTLINE_LIMIT = 0.6  # share of an image's border above which a mask is one of e
 
 ONE_SIDE = 0.97  # share of a mask on one side of the image's middle above which it is of one lung
 
-ONE_LUNG = "the mask shows a single lung; where left and right have files of their own, name both folders: --masks LEFT --masks RIGHT"
+ONE_LUNG = (
+    "the mask shows a single lung; where left and right have files of their own, name both folders: --masks "
+    "LEFT --masks RIGHT"
+)
 
 
-LesionShare = tuple[str, tuple[float, float, float, float]]  # a lesion: its finding, and x0 y0 x1 y1 in shares of the image's sides
+LesionShare = tuple[
+    str, tuple[float, float, float, float]
+]  # a lesion: its finding, and x0 y0 x1 y1 in shares of the image's sides
 
 
 @dataclass(frozen=True)
@@ -42,8 +47,10 @@ class Item:
 class Source:
     """Items of image files.
 
-    skipped: what was left out, reason -> how many; classes: findings in the order of the index; notes: what was decided, a line each;
-    scales: how values of more than 8 bits become gray, chosen when packing; bits: the depth that the user gave for them.
+    skipped: what was left out, reason -> how many; classes: findings in the order of the index; notes: what was
+    decided, a line each;
+    scales: how values of more than 8 bits become gray, chosen when packing; bits: the depth that the user gave for
+    them.
     """
 
     items: list[Item]
@@ -56,7 +63,9 @@ class Source:
     scales: tuple[Scale, ...] = ()
 
     def load(self, item: Item) -> Sample:
-        """Read, check and resize. InputError: a file that cannot be decoded, a mask that is empty or not its image's size."""
+        """Read, check and resize. InputError: a file that cannot be decoded, a mask that is empty or not its image's
+        size.
+        """
         image = open_gray(item.image, self.scales)
         mask, remarks = None, []
         if item.masks:
@@ -69,7 +78,9 @@ class Source:
             mask = fit(lungs, self.size, self.aspect, mask=True)
         frame = Frame.of((image.height, image.width), self.size, self.aspect)
         boxes = [LesionBox(finding, frame.box(share)) for finding, share in item.boxes]
-        return Sample(item.key, fit(image, self.size, self.aspect), item.findings, mask, boxes, dict(item.extra), tuple(remarks))
+        return Sample(
+            item.key, fit(image, self.size, self.aspect), item.findings, mask, boxes, dict(item.extra), tuple(remarks)
+        )
 
     def settings(self) -> dict[str, Any]:
         """What the bytes of a sample depend on, beside its item."""
@@ -85,7 +96,9 @@ def _lungs(path: str, shape: tuple[int, int]) -> np.ndarray:
     """A lung mask of an image of that shape: uint8 [H, W], 0 or 255. InputError: of another size, empty, no mask."""
     lungs = open_mask(path)
     if lungs.shape != shape:
-        raise InputError(f"{path}: is {lungs.shape[1]}x{lungs.shape[0]}, its image {shape[1]}x{shape[0]}; they must agree")
+        raise InputError(
+            f"{path}: is {lungs.shape[1]}x{lungs.shape[0]}, its image {shape[1]}x{shape[0]}; they must agree"
+        )
     if not lungs.any():
         raise InputError(f"{path}: has no lung pixel (all 0); remove the pair")
     # 0 and 1, 0 and 255, a number for each lung or lobe; many values are a mask that was saved as a JPEG or smoothed.
@@ -93,32 +106,50 @@ def _lungs(path: str, shape: tuple[int, int]) -> np.ndarray:
     between = ((lungs > 0.1 * lungs.max()) & (lungs < 0.9 * lungs.max())).mean() if limit else 0.0
     lungs = np.where(lungs > limit, 255, 0).astype(np.uint8)
     if between > 0.2 or (lungs > 0).mean() > 0.9:
-        what = f"{100 * between:.0f}% of its pixels are gray" if between > 0.2 else f"{100 * (lungs > 0).mean():.0f}% of it is lung"
+        what = (
+            f"{100 * between:.0f}% of its pixels are gray"
+            if between > 0.2
+            else f"{100 * (lungs > 0).mean():.0f}% of it is lung"
+        )
         raise InputError(f"{path}: is no lung mask, {what}; are --images and --masks in their places?")
     border = np.concatenate([lungs[0], lungs[-1], lungs[:, 0], lungs[:, -1]]) > 0
     if border.mean() > OUTLINE_LIMIT:
-        raise InputError(f"{path}: is white along {100 * border.mean():.0f}% of its border, so it shows all but the lungs; invert it (lungs are white)")
+        raise InputError(
+            f"{path}: is white along {100 * border.mean():.0f}% of its border, so it shows all but the lungs; invert "
+            "it (lungs are white)"
+        )
     return lungs
 
 
 def separated(items: Sequence[Item], names: Sequence[str]) -> list[Item]:
-    """Items of a split whose names give one key (`a.png` and `a.jpg`, `COVID (1)` and `COVID(1)`) get the checksum of their name behind it."""
+    """Items of a split whose names give one key (`a.png` and `a.jpg`, `COVID (1)` and `COVID(1)`) get the checksum of
+    their name behind it.
+    """
     places = Counter((item.split, item.key) for item in items)
     return [
-        replace(item, key=f"{item.key}-{zlib.crc32(name.encode(errors='surrogateescape')):08x}") if places[item.split, item.key] > 1 else item
+        replace(item, key=f"{item.key}-{zlib.crc32(name.encode(errors='surrogateescape')):08x}")
+        if places[item.split, item.key] > 1
+        else item
         for item, name in zip(items, names, strict=True)
     ]
 
 
 def mixed(items: list[Item]) -> list[Item]:
-    """Splits in order; within each, items in an order that does not know their class, so that every shard has some of each."""
+    """Splits in order; within each, items in an order that does not know their class, so that every shard has some of
+    each.
+    """
     return sorted(items, key=lambda item: (SPLITS.index(item.split), zlib.crc32(item.key.encode()), item.key))
 
 
 def refuse_torn(items: Iterable[Item], what: str) -> None:
     """InputError for a patient in two splits."""
     homes: dict[str, str] = {}
-    torn = {who for item in items for name, who in item.extra if name == "patient" and homes.setdefault(who, item.split) != item.split}
+    torn = {
+        who
+        for item in items
+        for name, who in item.extra
+        if name == "patient" and homes.setdefault(who, item.split) != item.split
+    }
     if torn:
         raise InputError(f"{what}: {len(torn)} patients are in two splits: {listed(sorted(torn))}; split by patient")
 
@@ -126,7 +157,8 @@ def refuse_torn(items: Iterable[Item], what: str) -> None:
 def refuse_missing_class(items: Sequence[Item], declared: Sequence[str] | None, what: str) -> None:
     """InputError for a class that a split lacks while another has it.
 
-    Classes are the findings that are ``declared``, else those that some image has alone: a rare one that only comes with others need not be everywhere.
+    Classes are the findings that are ``declared``, else those that some image has alone: a rare one that only comes
+    with others need not be everywhere.
     """
     classes = declared or tuple(dict.fromkeys(item.findings[0] for item in items if len(item.findings) == 1))
     have: dict[str, set[str]] = defaultdict(set)
@@ -136,19 +168,27 @@ def refuse_missing_class(items: Sequence[Item], declared: Sequence[str] | None, 
         missing = [finding for finding in classes if finding not in have[name]]
         if missing:
             other = [
-                known for known in dict.fromkeys(f for item in items for f in item.findings) if known != missing[0] and spelling(known) == spelling(missing[0])
+                known
+                for known in dict.fromkeys(f for item in items for f in item.findings)
+                if known != missing[0] and spelling(known) == spelling(missing[0])
             ]
             spelt = f" (is it {listed(map(repr, other))}, spelt otherwise?)" if other else ""
-            raise InputError(f"{what}: the {name} split gets no image of {listed(missing)}{spelt}; give more images, other --ratios or fewer findings")
+            raise InputError(
+                f"{what}: the {name} split gets no image of {listed(missing)}{spelt}; give more images, other --ratios "
+                "or fewer findings"
+            )
 
 
 def present(paths: Iterable[Path], flag: str, skipped: dict[str, int], skip: bool, more: str = "") -> list[bool]:
-    """Which files are there. InputError with how many are not and the first five, unless ``skip``: then they are counted."""
+    """Which files are there. InputError with how many are not and the first five, unless ``skip``: then they are
+    counted.
+    """
     here = [os.path.isfile(path) for path in paths]
     missing = [str(path) for path, there in zip(paths, here, strict=True) if not there]
     if missing and (not skip or len(missing) == len(here)):
         raise InputError(
-            f"{flag}: {len(missing)} of {len(here)} images that it lists are missing: {listed(missing)}{more}; add them, or leave them out with --on-bad skip"
+            f"{flag}: {len(missing)} of {len(here)} images that it lists are missing: {listed(missing)}{more}; add "
+            "them, or leave them out with --on-bad skip"
         )
     if missing:
         skipped["listed but missing"] += len(missing)

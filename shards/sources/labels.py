@@ -12,7 +12,9 @@ NOBODY = ("", "na", "nan", "none", "null", "n/a", "-")  # what stands for nothin
 
 @dataclass
 class Columns:
-    """Names of the columns of a table. ``finding``: one column with names, or several of 0 and 1 named after their finding."""
+    """Names of the columns of a table. ``finding``: one column with names, or several of 0 and 1 named after their
+    finding.
+    """
 
     path: str = "path"
     finding: Sequence[str] = ("finding",)
@@ -31,7 +33,9 @@ def labelled(
     notes: list[str],
     skip: bool,
 ) -> list[tuple[Row, tuple[str, ...]]]:
-    """The rows that can be used, each with its findings. InputError: a finding that is not among ``declared``, and what else a cell should not hold."""
+    """The rows that can be used, each with its findings. InputError: a finding that is not among ``declared``, and what
+    else a cell should not hold.
+    """
     healthy = next((name for name in names if spelling(name) == spelling(NO_FINDING)), "")
     if not _indicators(rows, columns):
         found = [_named(row, columns, flag, skipped, notes, skip) for row in rows]
@@ -42,14 +46,22 @@ def labelled(
             flags = [name for name in names if name not in columns.finding and _only_numbers(rows, name)]
             ones = {name: sum(row[name] in ("1", "1.0") for row in assumed) for name in flags}
             ill = sum(any(row[name] in ("1", "1.0") for name in flags) for row in assumed)
-            also = f" ({ill} of them have a 1 in another column: {listed(f'{name} {n}' for name, n in ones.items() if n)})" if ill else ""
-            notes.append(f"the table has no column {NO_FINDING!r}: its {len(assumed)} rows with none of the findings named are taken as healthy{also}")
+            also = (
+                f" ({ill} of them have a 1 in another column: {listed(f'{name} {n}' for name, n in ones.items() if n)})"
+                if ill
+                else ""
+            )
+            notes.append(
+                f"the table has no column {NO_FINDING!r}: its {len(assumed)} rows with none of the findings named are "
+                f"taken as healthy{also}"
+            )
     taken = []
     for row, findings in zip(rows, found, strict=True):
         other = [name for name in findings or () if declared and name not in declared]
         if other and not skip:
             raise InputError(
-                f"{flag}, row {row.line}: the finding {other[0]!r} was not declared; {nearest(other[0], declared or ())}; "
+                f"{flag}, row {row.line}: the finding {other[0]!r} was not declared; "
+                f"{nearest(other[0], declared or ())}; "
                 "correct the row, add it to --findings, or leave such rows out with --on-bad skip"
             )
         if other:
@@ -69,7 +81,9 @@ def _indicators(rows: Sequence[Row], columns: Columns) -> bool:
     return len(columns.finding) > 1 or _only_numbers(rows, columns.finding[0])
 
 
-def _named(row: Row, columns: Columns, flag: str, skipped: dict[str, int], notes: list[str], skip: bool) -> tuple[str, ...] | None:
+def _named(
+    row: Row, columns: Columns, flag: str, skipped: dict[str, int], notes: list[str], skip: bool
+) -> tuple[str, ...] | None:
     """Findings of a cell of names."""
     cell = columns.finding[0]
     found = tuple(dict.fromkeys(name.strip() for name in row[cell].split(columns.separator) if name.strip()))
@@ -77,8 +91,15 @@ def _named(row: Row, columns: Columns, flag: str, skipped: dict[str, int], notes
         if skip:
             skipped[f"no finding in column {cell!r}"] += 1
             return None
-        what = f"no finding in column {cell!r}" if not found else f"column {cell!r} holds {row[cell]!r}, which is no finding"
-        raise InputError(f"{flag}, row {row.line}: {what}; write {NO_FINDING!r} where there is none, or leave such rows out with --on-bad skip")
+        what = (
+            f"no finding in column {cell!r}"
+            if not found
+            else f"column {cell!r} holds {row[cell]!r}, which is no finding"
+        )
+        raise InputError(
+            f"{flag}, row {row.line}: {what}; write {NO_FINDING!r} where there is none, or leave such rows out with "
+            "--on-bad skip"
+        )
     for name in found:
         if name != NO_FINDING and spelling(name) == spelling(NO_FINDING):
             note = f"{name!r} is read as {NO_FINDING!r}"
@@ -89,12 +110,18 @@ def _named(row: Row, columns: Columns, flag: str, skipped: dict[str, int], notes
         if skip:
             skipped[f"{NO_FINDING} and something else"] += 1
             return None
-        raise InputError(f"{flag}, row {row.line}: says {NO_FINDING} and something else ({listed(found)}); correct the row")
+        raise InputError(
+            f"{flag}, row {row.line}: says {NO_FINDING} and something else ({listed(found)}); correct the row"
+        )
     return found
 
 
-def _indicated(row: Row, columns: Columns, healthy: str, flag: str, skipped: dict[str, int], skip: bool) -> tuple[str, ...] | None:
-    """Findings of columns of 1, 0, -1 (uncertain) and nothing; ``healthy``: the table's own column No Finding, which alone says that an image is."""
+def _indicated(
+    row: Row, columns: Columns, healthy: str, flag: str, skipped: dict[str, int], skip: bool
+) -> tuple[str, ...] | None:
+    """Findings of columns of 1, 0, -1 (uncertain) and nothing; ``healthy``: the table's own column No Finding, which
+    alone says that an image is.
+    """
     where = f"{flag}, row {row.line}"
     values = {name: _number(row[name], where, name) for name in columns.finding}
     if min(values.values()) < 0:

@@ -25,7 +25,9 @@ NIH_PIXELS = 1024.0  # lesion boxes of the archive are pixels of its 1024 x 1024
 
 
 def nih_task(task: str) -> tuple[str, ...]:
-    """Classes of ``--task``: a published task or names of the archive's findings; No Finding comes first unless it is named."""
+    """Classes of ``--task``: a published task or names of the archive's findings; No Finding comes first unless it is
+    named.
+    """
     names = TASKS.get(task) or tuple(name.strip() for name in task.split(","))
     for name in names:
         if name not in NIH_FINDINGS:
@@ -52,14 +54,19 @@ def nih(
 ) -> Source:
     """NIH ChestX-ray14 as downloaded: ``Data_Entry_2017(_v2020).csv`` and images at any depth.
 
-    An image belongs to a finding when that is its one label. ``how``: ``published`` (Wu et al., DMKD 2026), ``official``
-    (train_val_list.txt and test_list.txt in ``lists``) or ``random`` (patients dealt by ``seed`` and ``shares``).
+    An image belongs to a finding when that is its one label. ``how``: ``published`` (Wu et al., DMKD 2026),
+    ``official`` (train_val_list.txt and test_list.txt in ``lists``) or ``random`` (patients dealt by ``seed`` and
+    ``shares``).
     """
     flag, classes = f"--metadata {metadata}", nih_task(task)
     names, rows = read_table(metadata, "--metadata")
     image = column(names, flag, "Image Index")
     labels, patient = column(names, flag, "Finding Labels"), column(names, flag, "Patient ID")
-    age, sex, view = column(names, flag, "Patient Age"), column(names, flag, "Patient Sex", "Patient Gender"), column(names, flag, "View Position")
+    age, sex, view = (
+        column(names, flag, "Patient Age"),
+        column(names, flag, "Patient Sex", "Patient Gender"),
+        column(names, flag, "View Position"),
+    )
     if not images.is_dir():
         raise InputError(f"--images {images}: no such folder")
     where: dict[str, str] = {}
@@ -67,30 +74,51 @@ def nih(
         if path.suffix.lower() in (".png", ".jpg", ".jpeg"):
             other = where.setdefault(path.stem, str(path))
             if other != str(path):
-                raise InputError(f"--images {images}: {path.name} is there twice, in {os.path.dirname(other)} and in {path.parent}; remove one")
+                raise InputError(
+                    f"--images {images}: {path.name} is there twice, in {os.path.dirname(other)} and in {path.parent}; "
+                    "remove one"
+                )
     if not where:
-        raise InputError(f"--images {images}: no .png or .jpg at any depth; expected the archive's folders, such as images_001/images")
+        raise InputError(
+            f"--images {images}: no .png or .jpg at any depth; expected the archive's folders, such as "
+            "images_001/images"
+        )
 
     stems = [row[image].rpartition(".")[0] for row in rows]
     findings = [tuple(row[labels].split("|")) for row in rows]
     unknown = sorted({name for found in findings for name in found} - set(NIH_FINDINGS))
     if unknown:
-        raise InputError(f"{flag}: labels that the archive does not have: {listed(unknown)}; {nearest(unknown[0], NIH_FINDINGS)}")
+        raise InputError(
+            f"{flag}: labels that the archive does not have: {listed(unknown)}; {nearest(unknown[0], NIH_FINDINGS)}"
+        )
     who = np.array([row[patient].strip() for row in rows])
-    cases = deal.Cases([row[image] for row in rows], findings, who, np.array([not skip_missing or stem in where for stem in stems]))
+    cases = deal.Cases(
+        [row[image] for row in rows], findings, who, np.array([not skip_missing or stem in where for stem in stems])
+    )
     if how == "published":
         parts = deal.published(cases, classes, seed, balanced=balanced)
     elif how == "official":
-        parts = deal.official(cases, classes, seed, _official_test(lists or metadata.parent, cases.names), balanced=balanced)
+        parts = deal.official(
+            cases, classes, seed, _official_test(lists or metadata.parent, cases.names), balanced=balanced
+        )
     else:
         parts = deal.at_random(cases, classes, seed, shares, balanced=balanced)
     skipped: dict[str, int] = defaultdict(int)
     label = cases.labels(classes)
     wanted = [i for p in parts for i in p]
     there = np.array([stem in where for stem in stems])
-    told = listed((f"{name} {((label == k) & there).sum()} of {(label == k).sum()}" for k, name in enumerate(classes)), len(classes))
+    told = listed(
+        (f"{name} {((label == k) & there).sum()} of {(label == k).sum()}" for k, name in enumerate(classes)),
+        len(classes),
+    )
     if not skip_missing:
-        present([Path(where.get(stems[i], images / rows[i][image])) for i in wanted], flag, skipped, False, f" (there are {told})")
+        present(
+            [Path(where.get(stems[i], images / rows[i][image])) for i in wanted],
+            flag,
+            skipped,
+            False,
+            f" (there are {told})",
+        )
     elif not cases.here.any():
         raise InputError(f"--images {images}: none of the {len(rows)} images of {metadata.name} is there")
     else:
@@ -98,14 +126,32 @@ def nih(
     what = f"--task {task} --split {how} of {int(there.sum())} images that are there ({told})"
     deal.check(parts, label, who, classes, what, shares=shares if how == "random" else deal.SHARES)
     of_task = int((label[cases.here] >= 0).sum())
-    skipped |= {"several findings, or none of the task's": int(cases.here.sum()) - of_task, "not drawn": of_task - len(wanted)}
+    skipped |= {
+        "several findings, or none of the task's": int(cases.here.sum()) - of_task,
+        "not drawn": of_task - len(wanted),
+    }
     lesions = _nih_boxes(boxes) if boxes else {}
     items = []
     for name, part in zip(SPLITS, parts, strict=True):
         for i in part:
             row = rows[i]
-            extra = (("age", _age(row[age])), ("patient", row[patient]), ("sex", row[sex]), ("source", row[image]), ("view", row[view]))
-            items.append(Item(name, stems[i], (findings[i][0],), where[stems[i]], boxes=tuple(lesions.get(stems[i], ())), extra=extra))
+            extra = (
+                ("age", _age(row[age])),
+                ("patient", row[patient]),
+                ("sex", row[sex]),
+                ("source", row[image]),
+                ("view", row[view]),
+            )
+            items.append(
+                Item(
+                    name,
+                    stems[i],
+                    (findings[i][0],),
+                    where[stems[i]],
+                    boxes=tuple(lesions.get(stems[i], ())),
+                    extra=extra,
+                )
+            )
     return Source(items, {why: count for why, count in skipped.items() if count}, classes)
 
 
@@ -124,12 +170,15 @@ def _official_test(folder: Path, names: list[str]) -> set[str]:
         try:
             found.append(set((folder / file).read_text().split()))
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--lists {folder}: needs {file} for --split official; it comes with the archive") from error
+            raise InputError(
+                f"--lists {folder}: needs {file} for --split official; it comes with the archive"
+            ) from error
     rest = [name for name in names if name not in found[0] and name not in found[1]]
     both = sorted(found[0] & found[1])
     if rest or both:
         raise InputError(
-            f"--lists {folder}: {len(rest)} images of the metadata are in neither list ({listed(rest)}), {len(both)} in both; use the archive's own lists"
+            f"--lists {folder}: {len(rest)} images of the metadata are in neither list ({listed(rest)}), {len(both)} "
+            "in both; use the archive's own lists"
         )
     return found[1]
 
@@ -143,7 +192,9 @@ def _nih_boxes(path: Path) -> dict[str, list[LesionShare]]:
         try:
             x, y, w, h = (float(value) / NIH_PIXELS for value in cells[at + 1 : at + 5])
         except (ValueError, IndexError) as error:
-            raise InputError(f"--boxes {path}: {cells[0]} has no box of four numbers; use the archive's BBox_List_2017.csv") from error
+            raise InputError(
+                f"--boxes {path}: {cells[0]} has no box of four numbers; use the archive's BBox_List_2017.csv"
+            ) from error
         name = NIH_BOX_NAMES.get(cells[at], cells[at])
         boxes[cells[image].rpartition(".")[0]].append((name, (x, y, x + w, y + h)))
     return boxes

@@ -24,10 +24,18 @@ from shards.sources.labels import NOBODY, Columns, labelled
 NIH_BOX_NAMES = {"Infiltrate": "Infiltration"}  # the archive's list of boxes has a spelling of its own
 
 
-ANONYMOUS = re.compile(r"(anon\w*|unknown|unnamed|removed|redacted|de-?identified|patient|no ?name|test|x+|0+|none|null|nan?|n/a)", re.IGNORECASE)
+ANONYMOUS = re.compile(
+    r"(anon\w*|unknown|unnamed|removed|redacted|de-?identified|patient|no ?name|test|x+|0+|none|null|nan?|n/a)",
+    re.IGNORECASE,
+)
 
 # Names of the four columns of a lesion box, in pixels of the file: corners, or a corner and the sides.
-CORNERS = (("x0", "y0", "x1", "y1"), ("x_min", "y_min", "x_max", "y_max"), ("xmin", "ymin", "xmax", "ymax"), ("x1", "y1", "x2", "y2"))
+CORNERS = (
+    ("x0", "y0", "x1", "y1"),
+    ("x_min", "y_min", "x_max", "y_max"),
+    ("xmin", "ymin", "xmax", "ymax"),
+    ("x1", "y1", "x2", "y2"),
+)
 
 SIDES = (("x", "y", "w", "h"), ("x", "y", "width", "height"))
 
@@ -35,8 +43,8 @@ SIDES = (("x", "y", "w", "h"), ("x", "y", "width", "height"))
 class Finder:
     """Files below a folder by the names that tables give them.
 
-    A name that is not there as it stands is looked for with ``/`` for ``\\``, in another Unicode normal form or case, and without its
-    suffix; what fits one file alone is that file.
+    A name that is not there as it stands is looked for with ``/`` for ``\\``, in another Unicode normal form or case,
+    and without its suffix; what fits one file alone is that file.
     """
 
     def __init__(self, root: Path) -> None:
@@ -56,7 +64,9 @@ class Finder:
         at = str(self.root)
         for part in parts:
             exact = os.path.join(at, part)
-            names = [] if os.path.lexists(exact) and (os.path.isdir(exact) or part is parts[-1]) else self._like(at, part)
+            names = (
+                [] if os.path.lexists(exact) and (os.path.isdir(exact) or part is parts[-1]) else self._like(at, part)
+            )
             at = os.path.join(at, names[0]) if len(names) == 1 else exact
         return Path(at) if os.path.isfile(at) else plain
 
@@ -79,7 +89,9 @@ def _plain(name: str) -> str:
 
 @dataclass
 class Listed:
-    """An image of a table. ``boxes``: of its own rows, each with the row, its finding and x0 y0 x1 y1 in pixels of the file."""
+    """An image of a table. ``boxes``: of its own rows, each with the row, its finding and x0 y0 x1 y1 in pixels of the
+    file.
+    """
 
     path: Path
     findings: tuple[str, ...]
@@ -99,9 +111,11 @@ def read_listed(
     *,
     own_boxes: bool = True,
 ) -> list[Listed]:
-    """The images that a table lists, in its order. Several rows of an image, one for each box or finding, are put together.
+    """The images that a table lists, in its order. Several rows of an image, one for each box or finding, are put
+    together.
 
-    InputError: a column that is not there, images outside the folder or missing, a row that is there twice, rows of an image that disagree.
+    InputError: a column that is not there, images outside the folder or missing, a row that is there twice, rows of an
+    image that disagree.
     """
     flag = f"--csv {path}"
     names, rows = read_table(path, "--csv")
@@ -122,12 +136,17 @@ def read_listed(
         other = found.setdefault(image, Listed(image, (), part, who, []))
         rows_of[image].append(row)
         both = tuple(dict.fromkeys((*other.findings, *findings)))
-        if (other.split, other.patient) != (part, who) or (NO_FINDING in both and set(both) - {NO_FINDING, SUPPORT_DEVICES}):
+        if (other.split, other.patient) != (part, who) or (
+            NO_FINDING in both and set(both) - {NO_FINDING, SUPPORT_DEVICES}
+        ):
             what = listed(both) if (other.split, other.patient) == (part, who) else "different splits or patients"
             if skip:
                 torn.add(image)
                 continue
-            raise InputError(f"{flag}, rows {rows_of[image][0].line} and {row.line}: say {what} of one image, {row[columns.path]}; correct one")
+            raise InputError(
+                f"{flag}, rows {rows_of[image][0].line} and {row.line}: say {what} of one image, {row[columns.path]}; "
+                "correct one"
+            )
         other.findings = both
         other.boxes += boxes
     if torn:
@@ -135,11 +154,21 @@ def read_listed(
         found = {image: of for image, of in found.items() if image not in torn}
     outside = [str(image) for image in found if not image.is_relative_to(images)]
     if outside:
-        raise InputError(f"{flag}: {len(outside)} images are not below --images {images}: {listed(outside)}; name the folder that holds them all")
+        raise InputError(
+            f"{flag}: {len(outside)} images are not below --images {images}: {listed(outside)}; name the folder that "
+            "holds them all"
+        )
     # A row for each box is usual; rows without boxes, or that say the same, are a mistake.
-    twice = [str(image) for image, of in rows_of.items() if len(of) > 1 and (not corners or len({tuple(row.values()) for row in of}) < len(of))]
+    twice = [
+        str(image)
+        for image, of in rows_of.items()
+        if len(of) > 1 and (not corners or len({tuple(row.values()) for row in of}) < len(of))
+    ]
     if twice:
-        raise InputError(f"{flag}: {len(twice)} images are listed more than once: {listed(twice)}; keep one row of each, with all its findings")
+        raise InputError(
+            f"{flag}: {len(twice)} images are listed more than once: {listed(twice)}; keep one row of each, with all "
+            "its findings"
+        )
     here = present(found, flag, skipped, skip)
     listed_ = [image for image, there in zip(found.values(), here, strict=True) if there]
     if corners and own_boxes and (count := sum(len(image.boxes) for image in listed_)):
@@ -163,22 +192,33 @@ def box_of(row: Row, corners: tuple[str, str, str, str], flag: str) -> tuple[flo
     if all(cell.lower() in NOBODY for cell in cells):
         return None
     try:
-        x0, y0, x1, y1 = (float(cell.replace(",", ".")) if cell.count(",") == 1 else float(cell) for cell in cells)  # 20,5 as in half of Europe
+        x0, y0, x1, y1 = (
+            float(cell.replace(",", ".")) if cell.count(",") == 1 else float(cell) for cell in cells
+        )  # 20,5 as in half of Europe
     except ValueError as error:
-        raise InputError(f"{flag}, row {row.line}: columns {', '.join(corners)} hold no four numbers ({error})") from error
+        raise InputError(
+            f"{flag}, row {row.line}: columns {', '.join(corners)} hold no four numbers ({error})"
+        ) from error
     if corners[2].lower() in ("w", "width"):
         x1, y1 = x0 + x1, y0 + y1
     return x0, y0, x1, y1
 
 
-def share_of(box: tuple[float, float, float, float], size: tuple[int, int], told: str, name: str) -> tuple[float, float, float, float]:
-    """A box in pixels of a file of that width and height, as shares of its sides. InputError: outside, or less than a pixel."""
+def share_of(
+    box: tuple[float, float, float, float], size: tuple[int, int], told: str, name: str
+) -> tuple[float, float, float, float]:
+    """A box in pixels of a file of that width and height, as shares of its sides. InputError: outside, or less than a
+    pixel.
+    """
     (x0, y0, x1, y1), (width, height) = box, size
     told = f"{told}: {x0:g} {y0:g} {x1:g} {y1:g}"
     if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
         raise InputError(f"{told} is no box in {name} of {width}x{height} pixels; correct the row")
     if min(x1 - x0, y1 - y0) < 1:
-        raise InputError(f"{told} is less than a pixel of {name} ({width}x{height}): boxes are in pixels of the file, not in shares of it")
+        raise InputError(
+            f"{told} is less than a pixel of {name} ({width}x{height}): boxes are in pixels of the file, not in shares "
+            "of it"
+        )
     return x0 / width, y0 / height, x1 / width, y1 / height
 
 
@@ -194,9 +234,11 @@ def table(
     skip_missing: bool = False,
     pseudonym: Any = None,
 ) -> Source:
-    """Rows of a CSV that name images, findings and, where they are known, splits and patients; ``boxes``: a CSV of lesions.
+    """Rows of a CSV that name images, findings and, where they are known, splits and patients; ``boxes``: a CSV of
+    lesions.
 
-    Without a split column patients are dealt to the splits by ``seed`` and ``shares``; without a patient column every image
+    Without a split column patients are dealt to the splits by ``seed`` and ``shares``; without a patient column every
+    image
     counts as a patient. InputError: as `read_listed`, and a patient in two splits.
     """
     flag = f"--csv {path}"
@@ -207,10 +249,14 @@ def table(
     if columns.patient:
         nobody = sum(who.lower() in NOBODY for who in patient)
         if nobody:
-            raise InputError(f"{flag}: {nobody} rows have no patient in column {columns.patient!r}; fill it, or leave those rows out of the table")
+            raise InputError(
+                f"{flag}: {nobody} rows have no patient in column {columns.patient!r}; fill it, or leave those rows "
+                "out of the table"
+            )
         if not columns.split and len(taken) > 1 and len(set(patient)) == 1:
             raise InputError(
-                f"{flag}: column {columns.patient!r} holds {str(patient[0])!r} for all {len(taken)} images, so nobody can be split; "
+                f"{flag}: column {columns.patient!r} holds {str(patient[0])!r} for all {len(taken)} images, so nobody "
+                "can be split; "
                 "name the column that tells patients apart (or the study), or leave --patient-column out"
             )
         notes += alike_patients(patient)
@@ -221,7 +267,11 @@ def table(
         part = deal.by_patient(np.array([codes[image.findings] for image in taken], np.int64), patient, seed, shares)
         parts = [SPLITS[p] for p in part]
     every = tuple(declared or dict.fromkeys(name for image in taken for name in image.findings))
-    lesions = _table_boxes(boxes, images, taken, columns, every, skipped, skip_missing) if boxes else _own_boxes(taken, flag, image_size, skip_missing)
+    lesions = (
+        _table_boxes(boxes, images, taken, columns, every, skipped, skip_missing)
+        if boxes
+        else _own_boxes(taken, flag, image_size, skip_missing)
+    )
     items, sources = [], []
     for image, p, who in zip(taken, parts, patient, strict=True):
         extra = [("source", image.path.name)]
@@ -232,14 +282,25 @@ def table(
         if other := sum(name not in image.findings for name, _ in theirs):
             skipped["boxes of findings that their image is not labelled with"] += other
         kept = tuple(box for box in theirs if box[0] in image.findings)
-        items.append(Item(p, clean_key(os.path.splitext(sources[-1])[0]), image.findings, str(image.path), boxes=kept, extra=tuple(extra)))
+        items.append(
+            Item(
+                p,
+                clean_key(os.path.splitext(sources[-1])[0]),
+                image.findings,
+                str(image.path),
+                boxes=kept,
+                extra=tuple(extra),
+            )
+        )
     refuse_torn(items, flag)
     refuse_missing_class(items, declared, flag)
     return Source(mixed(separated(items, sources)), dict(skipped), every, notes=notes)
 
 
 def alike_patients(patients: Iterable[str]) -> list[str]:
-    """A warning for IDs that differ only by leading zeros, ``.0`` or case: one patient may be in two splits under two of them."""
+    """A warning for IDs that differ only by leading zeros, ``.0`` or case: one patient may be in two splits under two
+    of them.
+    """
     spellings: dict[str, set[str]] = defaultdict(set)
     for who in map(str, patients):
         spellings[re.sub(r"\.0+$", "", who.strip()).lstrip("0").casefold()].add(who)
@@ -247,10 +308,15 @@ def alike_patients(patients: Iterable[str]) -> list[str]:
     if not alike:
         return []
     examples = listed((" and ".join(map(repr, names)) for names in alike), 3)
-    return [f"warning: {len(alike)} patients may stand under two IDs that differ only by zeros or case: {examples}; correct the table if they are one"]
+    return [
+        f"warning: {len(alike)} patients may stand under two IDs that differ only by zeros or case: {examples}; "
+        "correct the table if they are one"
+    ]
 
 
-def _own_boxes(taken: Sequence[Listed], flag: str, size: Callable[[Path], tuple[int, int]], skip: bool) -> dict[Path, list[LesionShare]]:
+def _own_boxes(
+    taken: Sequence[Listed], flag: str, size: Callable[[Path], tuple[int, int]], skip: bool
+) -> dict[Path, list[LesionShare]]:
     """The boxes of the table's own rows, by image."""
     found = {}
     for image in taken:
@@ -261,21 +327,33 @@ def _own_boxes(taken: Sequence[Listed], flag: str, size: Callable[[Path], tuple[
                 if skip:  # the image itself is left out, and counted, when it is packed
                     continue
                 raise
-            found[image.path] = [(finding, share_of(box, pixels, f"{flag}, row {row.line}", image.path.name)) for row, finding, box in image.boxes]
+            found[image.path] = [
+                (finding, share_of(box, pixels, f"{flag}, row {row.line}", image.path.name))
+                for row, finding, box in image.boxes
+            ]
     return found
 
 
 def _table_boxes(
-    path: Path, images: Path, known: Sequence[Listed], columns: Columns, findings: Sequence[str], skipped: dict[str, int], skip_bad: bool
+    path: Path,
+    images: Path,
+    known: Sequence[Listed],
+    columns: Columns,
+    findings: Sequence[str],
+    skipped: dict[str, int],
+    skip_bad: bool,
 ) -> dict[Path, list[LesionShare]]:
-    """Lesion boxes of the ``known`` images: columns of the image, of the finding, and four of the box in pixels of the file."""
+    """Lesion boxes of the ``known`` images: columns of the image, of the finding, and four of the box in pixels of the
+    file.
+    """
     flag = f"--boxes {path}"
     names, rows = read_table(path, "--boxes")
     column(names, flag, columns.path)
     corners = box_columns(names)
     if corners is None:
         raise InputError(
-            f"{flag}: has no column {next(n for n in (CORNERS if 'x0' in names else SIDES)[0] if n not in names)!r} of a box; it has {listed(names, 30)}"
+            f"{flag}: has no column {next(n for n in (CORNERS if 'x0' in names else SIDES)[0] if n not in names)!r} of "
+            f"a box; it has {listed(names, 30)}"
         )
     ill = [name for name in findings if name != NO_FINDING]
     sure = ill[0] if len(ill) == 1 and not {"finding", *columns.finding} & set(names) else ""
@@ -304,8 +382,14 @@ def _table_boxes(
             raise
         boxes[image].append((finding, share_of(box, sizes[image], f"{flag}, row {row.line}", image.name)))
     if not boxes:
-        why = listed(f"{count} {what}" for what, count in skipped.items() if what.startswith("boxes")) or "no image with a box can be read"
-        raise InputError(f"{flag}: none of its {len(rows)} boxes can be used ({why}); expected paths in column {columns.path!r} and findings as in the table")
+        why = (
+            listed(f"{count} {what}" for what, count in skipped.items() if what.startswith("boxes"))
+            or "no image with a box can be read"
+        )
+        raise InputError(
+            f"{flag}: none of its {len(rows)} boxes can be used ({why}); expected paths in column {columns.path!r} and "
+            "findings as in the table"
+        )
     return boxes
 
 

@@ -7,7 +7,8 @@ from shards.errors import InputError, run
 from trainer.lungs.load import load_segmenter
 
 USAGE = (
-    "usage: python -m trainer.lungs convert FILE OUT.safetensors [--half]: a state dict or the published unet_model.pt becomes "
+    "usage: python -m trainer.lungs convert FILE OUT.safetensors [--half]: a state dict or the published unet_model.pt "
+    "becomes "
     "--lungs.weights OUT, with --half in 16 bits"
 )
 
@@ -32,7 +33,10 @@ def main(argv: list[str] | None = None) -> None:
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error.strerror or error})") from error
     count = sum(p.numel() for p in segmenter.parameters())
-    print(f"wrote {out}: U-Net of {count / 1e6:.2f} M parameters at {segmenter.settings['size']} px; use it with --lungs.weights {out}")
+    print(
+        f"wrote {out}: U-Net of {count / 1e6:.2f} M parameters at {segmenter.settings['size']} px; use it with "
+        f"--lungs.weights {out}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """What is kept of a lung mask: the box around it, and its outline in a grid over the box.
 
-Legend: masks bool [B,H,W]; boxes int64 [B,4] x0 y0 x1 y1, ends exclusive, pixels of a size x size image; outlines float [B,22,24] in
-{0, 1/3, 2/3, 1}: how much of each cell of a grid over the lung box is lung.
+Legend: masks bool [B,H,W]; boxes int64 [B,4] x0 y0 x1 y1, ends exclusive, pixels of a size x size image; outlines float
+[B,22,24] in {0, 1/3, 2/3, 1}: how much of each cell of a grid over the lung box is lung.
 
-An outline is at most 150 bytes an image with its box, so that the memory of ten million images is 1.4 GB. Two bits a cell of a grid over the
-box give the mask back with an IoU of 0.964 on 1,000 real radiographs (the worst 0.938); of the same length, one bit of a 32 x 32 grid over the
-box gives 0.942, over the image 0.913, and 64 columns' first and last rows 0.949 (the worst 0.856). Feature maps have 7 to 16 cells a side.
+An outline is at most 150 bytes an image with its box, so that the memory of ten million images is 1.4 GB. Two bits a
+cell of a grid over the box give the mask back with an IoU of 0.964 on 1,000 real radiographs (the worst 0.938); of the
+same length, one bit of a 32 x 32 grid over the box gives 0.942, over the image 0.913, and 64 columns' first and last
+rows 0.949 (the worst 0.856). Feature maps have 7 to 16 cells a side.
 """
 
 import math
@@ -21,7 +22,9 @@ GRID, LEVELS = (22, 24), 4  # rows and columns of an outline, and how many value
 
 
 class Lungs(NamedTuple):
-    """The lungs of a batch. boxes, outlines: see the module; found bool [B]: where there are none, the box is the whole image and the outline empty."""
+    """The lungs of a batch. boxes, outlines: see the module; found bool [B]: where there are none, the box is the whole
+    image and the outline empty.
+    """
 
     boxes: torch.Tensor
     outlines: torch.Tensor
@@ -31,8 +34,8 @@ class Lungs(NamedTuple):
 def lung_boxes(masks: torch.Tensor, size: int) -> torch.Tensor:
     """The rectangle around all foreground, as published: masks [B,H,W] bool or 0/1 -> boxes int64 [B,4].
 
-    Masks are resampled to size x size (bilinear, half a pixel's weight or more is foreground); boxes are x0 y0 x1 y1 with
-    exclusive ends, in pixels of that image. A mask without foreground gives the whole image, 0 0 size size.
+    Masks are resampled to size x size (bilinear, half a pixel's weight or more is foreground); boxes are x0 y0 x1 y1
+    with exclusive ends, in pixels of that image. A mask without foreground gives the whole image, 0 0 size size.
     """
     masks = masks.float()
     if masks.shape[-2:] != (size, size):

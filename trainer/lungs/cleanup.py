@@ -1,7 +1,8 @@
-"""From a net's foreground to the lungs of one chest: specks and holes go, a lung that is missing is mirrored, and what is no chest is said to be none.
+"""From a net's foreground to the lungs of one chest: specks and holes go, a lung that is missing is mirrored, and what
+is no chest is said to be none.
 
-Legend: masks bool [B,S,S] at the segmenter's working size, where x runs to the image's right and y down; areas and lengths in
-shares of the image. Everything is batched and stays on the device.
+Legend: masks bool [B,S,S] at the segmenter's working size, where x runs to the image's right and y down; areas and
+lengths in shares of the image. Everything is batched and stays on the device.
 """
 
 from dataclasses import dataclass
@@ -35,9 +36,13 @@ EIGHT = np.ones((3, 3))  # neighbours: corners, too
 
 
 def components(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """8-connected components: labels int64 [B,S,S], 0 outside, from 1 in each image; and the area in pixels of each, int64 [B,N] (0 beyond them)."""
+    """8-connected components: labels int64 [B,S,S], 0 outside, from 1 in each image; and the area in pixels of each,
+    int64 [B,N] (0 beyond them).
+    """
     labels = _labelled_by_scipy(masks) if masks.device.type == "cpu" else _labelled_by_kornia(masks)
-    area = torch.zeros(len(masks), int(labels.max()) + 1 if labels.numel() else 1, dtype=torch.int64, device=masks.device)
+    area = torch.zeros(
+        len(masks), int(labels.max()) + 1 if labels.numel() else 1, dtype=torch.int64, device=masks.device
+    )
     area = torch.nn.functional.pad(area, (0, 2))  # `two_largest` takes two
     area.scatter_add_(1, labels.flatten(1), torch.ones_like(labels.flatten(1)))
     area[:, 0] = 0
@@ -47,7 +52,9 @@ def components(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _labelled_by_scipy(masks: torch.Tensor) -> torch.Tensor:
     """For the CPU, where it takes a hundredth of the other's time."""
     labels = [ndimage.label(mask, EIGHT)[0] for mask in masks.numpy()]
-    return torch.from_numpy(np.stack(labels).astype(np.int64)) if labels else torch.zeros(masks.shape, dtype=torch.int64)
+    return (
+        torch.from_numpy(np.stack(labels).astype(np.int64)) if labels else torch.zeros(masks.shape, dtype=torch.int64)
+    )
 
 
 def _labelled_by_kornia(masks: torch.Tensor) -> torch.Tensor:
@@ -55,13 +62,21 @@ def _labelled_by_kornia(masks: torch.Tensor) -> torch.Tensor:
     labels = connected_components_union_find(masks[:, None].float())[:, 0].long()
     # Whatever numbers the labels are: those that occur, image by image, are counted from 1.
     image = torch.arange(len(masks), device=masks.device)[:, None, None].expand_as(labels)
-    _, numbers = torch.unique(image[masks] * (labels.max() + 1) + labels[masks], return_inverse=True) if masks.any() else (None, labels[masks])
-    first = torch.full((len(masks),), numbers.numel(), device=masks.device).scatter_reduce_(0, image[masks], numbers, "amin")
+    _, numbers = (
+        torch.unique(image[masks] * (labels.max() + 1) + labels[masks], return_inverse=True)
+        if masks.any()
+        else (None, labels[masks])
+    )
+    first = torch.full((len(masks),), numbers.numel(), device=masks.device).scatter_reduce_(
+        0, image[masks], numbers, "amin"
+    )
     return torch.zeros_like(labels).masked_scatter_(masks, 1 + numbers - first[image[masks]])
 
 
 def two_largest(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """At most two components of each mask, a second one only if it is no speck: bool [B,S,S], and how many are left, int64 [B]."""
+    """At most two components of each mask, a second one only if it is no speck: bool [B,S,S], and how many are left,
+    int64 [B].
+    """
     labels, area = components(masks)
     top = area.topk(2, dim=1)
     wanted = (top.values > 0) & (top.values >= SPECK * top.values[:, :1])
@@ -87,7 +102,9 @@ def tidy(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @dataclass
 class Shape:
-    """The foreground cut into left and right at its emptiest column in the middle. All float [B], in shares of the image; sides [B,2]."""
+    """The foreground cut into left and right at its emptiest column in the middle. All float [B], in shares of the
+    image; sides [B,2].
+    """
 
     x0: torch.Tensor
     y0: torch.Tensor
@@ -127,7 +144,9 @@ class Shape:
 
 
 def complete(masks: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """Where one lung alone is left, on one side of the image, add its mirror image about the midline beside it: bool [B,S,S]."""
+    """Where one lung alone is left, on one side of the image, add its mirror image about the midline beside it: bool
+    [B,S,S].
+    """
     if not (count == 1).any():
         return masks
     shape = Shape.of(masks)
@@ -150,7 +169,9 @@ def complete(masks: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
 
 
 def believable(masks: torch.Tensor, confidence: torch.Tensor) -> torch.Tensor:
-    """Whether the foreground can be a pair of lungs: bool [B]; ``confidence`` float [B] is the mean probability of the foreground."""
+    """Whether the foreground can be a pair of lungs: bool [B]; ``confidence`` float [B] is the mean probability of the
+    foreground.
+    """
     s = Shape.of(masks)
     width, height, area = s.x1 - s.x0, s.y1 - s.y0, s.area.sum(1)
     aspect = width / height.clamp(min=1e-6)

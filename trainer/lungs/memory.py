@@ -21,12 +21,14 @@ IN_MEMORY = 2**30  # bytes: a larger memory is a mapped file
 class LungMemory:
     """Lungs of one split in un-augmented images, by position, so that an image is segmented once per run.
 
-    A row is a box of four 16-bit numbers, whether the image is unknown (0), without lungs (1) or with (2), and the packed outline: 141 bytes.
+    A row is a box of four 16-bit numbers, whether the image is unknown (0), without lungs (1) or with (2), and the
+    packed outline: 141 bytes.
 
     Args:
         count: samples of the split.
         key: hash of all that a row depends on: segmenter, shards, size, grid.
-        folder: where the table is a mapped file, if it is larger than `IN_MEMORY`; None: the system's folder for such files.
+        folder: where the table is a mapped file, if it is larger than `IN_MEMORY`; None: the system's folder for such
+            files.
     """
 
     ROW = 8 + 1 + GRID[0] * GRID[1] // 4
@@ -106,12 +108,22 @@ class LungFinder:
         folder: see `LungMemory`.
     """
 
-    def __init__(self, segmenter: LungSegmenter, size: int, count: int, shards: str, key: str | None = None, folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        segmenter: LungSegmenter,
+        size: int,
+        count: int,
+        shards: str,
+        key: str | None = None,
+        folder: Path | None = None,
+    ) -> None:
         self.segmenter, self.size = segmenter, size
         self.memory = LungMemory(count, f"{key or segmenter.fingerprint()}-{shards}-{size}", folder)
 
     def __call__(self, images: torch.Tensor, index: torch.Tensor) -> Lungs:
-        """images uint8 [B,1,H,W] on the device, index int64 [B] on the CPU -> their lungs on the device, but for `found`, which is on the CPU."""
+        """images uint8 [B,1,H,W] on the device, index int64 [B] on the CPU -> their lungs on the device, but for
+        `found`, which is on the CPU.
+        """
         new = torch.from_numpy(self.memory.unknown(index))
         if len(new):
             some = images if len(new) == len(images) else images[upload(new, images.device)]
@@ -123,7 +135,10 @@ class LungFinder:
         own = self.memory.take_news()
         if accelerator.num_processes > 1:
             news = [torch.from_numpy(part).to(accelerator.device) for part in own]
-            at, rows = (accelerator.gather(accelerator.pad_across_processes(part, pad_index=pad)) for part, pad in zip(news, (-1, 0), strict=True))
+            at, rows = (
+                accelerator.gather(accelerator.pad_across_processes(part, pad_index=pad))
+                for part, pad in zip(news, (-1, 0), strict=True)
+            )
             real = (at >= 0).cpu().numpy()
             if real.any():
                 self.memory.put(at.cpu().numpy()[real], rows.cpu().numpy()[real])

@@ -1,8 +1,8 @@
 """Disease, devices and other machines painted over radiographs whose lungs are known.
 
-A lung segmenter that has only seen air-filled lungs leaves out the very part that this package needs: where fluid is, no
-lung is found. Here opacities are painted over lungs while the mask stays whole, gas is painted where there is no lung,
-and tubes, text, collimators and tone curves make the image look like one of another hospital.
+A lung segmenter that has only seen air-filled lungs leaves out the very part that this package needs: where fluid is,
+no lung is found. Here opacities are painted over lungs while the mask stays whole, gas is painted where there is no
+lung, and tubes, text, collimators and tone curves make the image look like one of another hospital.
 
 Legend: image float [S,S] in [0,1]; mask bool [S,S], both lungs; alpha float [S,S] in [0,1], how much of a pixel is
 painted. Everything is drawn before rotation and scaling, with the chest upright. Random numbers are a function of
@@ -19,12 +19,21 @@ from torch.nn import functional as F
 
 from trainer.config import Painting
 
-NEGATIVES = {"turned": 0.2, "part": 0.2, "below": 0.1, "side": 0.25, "limb": 0.15, "blank": 0.1}  # how often each is drawn
+NEGATIVES = {
+    "turned": 0.2,
+    "part": 0.2,
+    "below": 0.1,
+    "side": 0.25,
+    "limb": 0.15,
+    "blank": 0.1,
+}  # how often each is drawn
 
 
 @dataclass
 class Side:
-    """One lung. ``depth`` 0 at its apex to 1 at its lowest row; ``across`` 0 at the midline to 1 at its outermost column; ``sign`` -1 on the image's left."""
+    """One lung. ``depth`` 0 at its apex to 1 at its lowest row; ``across`` 0 at the midline to 1 at its outermost
+    column; ``sign`` -1 on the image's left.
+    """
 
     mask: torch.Tensor
     depth: torch.Tensor
@@ -33,7 +42,9 @@ class Side:
 
 
 def sides(mask: torch.Tensor) -> list[Side]:
-    """Left and right of a lung mask bool [S,S], cut at its emptiest column in the middle; one or none where there is no more."""
+    """Left and right of a lung mask bool [S,S], cut at its emptiest column in the middle; one or none where there is no
+    more.
+    """
     size = len(mask)
     columns = mask.sum(0)
     filled = torch.nonzero(columns)[:, 0]
@@ -57,12 +68,21 @@ def sides(mask: torch.Tensor) -> list[Side]:
     return found
 
 
-def opacity(image: torch.Tensor, mask: torch.Tensor, side: Side, rng: np.random.Generator, *, kind: str, strength: float, level: float = 0.5) -> torch.Tensor:
+def opacity(
+    image: torch.Tensor,
+    mask: torch.Tensor,
+    side: Side,
+    rng: np.random.Generator,
+    *,
+    kind: str,
+    strength: float,
+    level: float = 0.5,
+) -> torch.Tensor:
     """An image with one lung (``haze``: all) made opaque; the mask stays what it is.
 
     Args:
-        kind: ``effusion``: fluid from the base up to ``level`` whose surface climbs to the chest wall; ``whiteout``: the whole
-            lung; ``consolidation``: patches; ``haze``: the whole chest, denser below.
+        kind: ``effusion``: fluid from the base up to ``level`` whose surface climbs to the chest wall; ``whiteout``:
+            the whole lung; ``consolidation``: patches; ``haze``: the whole chest, denser below.
         strength: 0 to 1, how much of the lung's own brightness goes.
         level: share of the lung's height that the fluid reaches at the midline.
     """
@@ -83,7 +103,8 @@ def opacity(image: torch.Tensor, mask: torch.Tensor, side: Side, rng: np.random.
         alpha = (0.4 + 0.6 * y + 0.2 * _smooth(rng, size, 4, image.device)).clamp(0, 1)
         support = _soft(mask, size, 0.03)
     else:
-        # Fluid and chest wall run into each other, so it is painted a little beyond the lung's edge, the diaphragm included.
+        # Fluid and chest wall run into each other, so it is painted a little beyond the lung's edge, the diaphragm
+        # included.
         support = _soft(side.mask, size, rng.uniform(0.02, 0.05))
         if kind == "whiteout":
             alpha = torch.ones_like(image)
@@ -115,7 +136,9 @@ def gas(image: torch.Tensor, mask: torch.Tensor, rng: np.random.Generator) -> to
             below = torch.where(side.mask.any(0), below, -size).float() / size
             below = _smooth_row(below)
             gap, thick = rng.uniform(0.012, 0.03), rng.uniform(0.01, 0.08)
-            crescent = ((y - below - gap) > 0) & ((y - below - gap) < thick * (1 - (2 * side.across - 1).abs() ** rng.uniform(1.5, 4)))
+            crescent = ((y - below - gap) > 0) & (
+                (y - below - gap) < thick * (1 - (2 * side.across - 1).abs() ** rng.uniform(1.5, 4))
+            )
             alpha = torch.maximum(alpha, crescent.float() * rng.uniform(0.5, 1))
         if rng.random() < 0.6:  # stomach, bowel
             for _ in range(rng.integers(1, 5)):
@@ -133,7 +156,11 @@ def gas(image: torch.Tensor, mask: torch.Tensor, rng: np.random.Generator) -> to
 def collapse(image: torch.Tensor, side: Side, rng: np.random.Generator) -> torch.Tensor:
     """A pneumothorax: the upper and outer part of a lung dark and without vessels behind a thin line."""
     size = len(image)
-    edge = side.depth * rng.uniform(0.6, 2) + (1 - side.across.clamp(0, 1)) * rng.uniform(0.8, 2) + 0.05 * _smooth(rng, size, 5, image.device)
+    edge = (
+        side.depth * rng.uniform(0.6, 2)
+        + (1 - side.across.clamp(0, 1)) * rng.uniform(0.8, 2)
+        + 0.05 * _smooth(rng, size, 5, image.device)
+    )
     limit = rng.uniform(0.3, 1.0)
     alpha = torch.sigmoid((limit - edge) / 0.02) * _soft(side.mask, size, 0.0) * rng.uniform(0.5, 1)
     dark = _blur(image, size / 30) * rng.uniform(0.4, 0.9)
@@ -148,9 +175,15 @@ def devices(image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     bright = float(image.max())
     for _ in range(rng.integers(1, 5)):
         # A curve through a few points as short segments; a tube has two walls.
-        knots = rng.uniform(-0.1, 1.1, (4, 2)) if rng.random() < 0.5 else np.cumsum(rng.normal(0, 0.15, (4, 2)), 0) + rng.uniform(0.2, 0.8, 2)
+        knots = (
+            rng.uniform(-0.1, 1.1, (4, 2))
+            if rng.random() < 0.5
+            else np.cumsum(rng.normal(0, 0.15, (4, 2)), 0) + rng.uniform(0.2, 0.8, 2)
+        )
         t = np.linspace(0, 1, 9)[:, None]
-        curve = (1 - t) ** 3 * knots[0] + 3 * t * (1 - t) ** 2 * knots[1] + 3 * t**2 * (1 - t) * knots[2] + t**3 * knots[3]
+        curve = (
+            (1 - t) ** 3 * knots[0] + 3 * t * (1 - t) ** 2 * knots[1] + 3 * t**2 * (1 - t) * knots[2] + t**3 * knots[3]
+        )
         distance = _distance(y, x, curve)
         width, wall = rng.uniform(0.0015, 0.006), rng.uniform(0.004, 0.012) if rng.random() < 0.3 else 0.0
         alpha = torch.exp(-(((distance - wall) / width) ** 2)) * rng.uniform(0.2, 0.9)
@@ -167,10 +200,16 @@ def devices(image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
         rows, columns = max(7, round(height * size)), min(size - 2, max(6, round(height * size * 0.7 * count)))
         text = F.interpolate(glyphs, (rows, columns))[0, 0]
         border = rng.random() < 0.7  # letters stand at the rim more often than on the chest
-        top = int(rng.choice([rng.uniform(0, 0.12), rng.uniform(0.85, 1)]) * (size - rows)) if border else int(rng.integers(size - rows))
+        top = (
+            int(rng.choice([rng.uniform(0, 0.12), rng.uniform(0.85, 1)]) * (size - rows))
+            if border
+            else int(rng.integers(size - rows))
+        )
         left = int(rng.integers(size - columns))
         image = image.clone()
-        image[top : top + rows, left : left + columns] = torch.where(text > 0, bright, image[top : top + rows, left : left + columns])
+        image[top : top + rows, left : left + columns] = torch.where(
+            text > 0, bright, image[top : top + rows, left : left + columns]
+        )
     return image.clamp(0, 1)
 
 
@@ -179,7 +218,9 @@ def tone(image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     size = len(image)
     if rng.random() < 0.7:
         steps = rng.exponential(1, 6) + 0.25
-        knots = torch.tensor(np.concatenate([[0], np.cumsum(steps) / steps.sum()]), dtype=image.dtype, device=image.device)
+        knots = torch.tensor(
+            np.concatenate([[0], np.cumsum(steps) / steps.sum()]), dtype=image.dtype, device=image.device
+        )
         place = image * 6
         low = place.floor().clamp(0, 5).long()
         image = knots[low] + (knots[low + 1] - knots[low]) * (place - low)
@@ -209,7 +250,9 @@ def frame(image: torch.Tensor, mask: torch.Tensor, rng: np.random.Generator) -> 
 
 
 def negative(image: torch.Tensor, mask: torch.Tensor, rng: np.random.Generator, kind: str = "") -> torch.Tensor:
-    """Made of a chest or of nothing: an image on which no pair of lungs is to be found. ``kind``: one of `NEGATIVES`; empty: drawn."""
+    """Made of a chest or of nothing: an image on which no pair of lungs is to be found. ``kind``: one of `NEGATIVES`;
+    empty: drawn.
+    """
     size, device = len(image), image.device
     lungs = sides(mask)
     kind = kind or str(rng.choice(list(NEGATIVES), p=list(NEGATIVES.values())))
@@ -220,7 +263,8 @@ def negative(image: torch.Tensor, mask: torch.Tensor, rng: np.random.Generator, 
         if size - bottom >= 0.12 * size:
             return F.interpolate(image[None, None, bottom:], (size, size), mode="bilinear")[0, 0]
     if kind == "side" and len(lungs) == 2:
-        # Both lungs over each other in the middle, as seen from the side, with the spine behind and the heart in front of them.
+        # Both lungs over each other in the middle, as seen from the side, with the spine behind and the heart in front
+        # of them.
         centers = [float(torch.nonzero(lung.mask.any(0)).float().mean()) for lung in lungs]
         moved = [torch.roll(image, round(size / 2 - center + rng.normal(0, 0.02 * size)), 1) for center in centers]
         share = rng.uniform(0.3, 0.7)
@@ -228,8 +272,12 @@ def negative(image: torch.Tensor, mask: torch.Tensor, rng: np.random.Generator, 
         overlaid = torch.minimum(overlaid, torch.minimum(*moved) + rng.uniform(0.05, 0.4))
         y, x = _grid(size, device)
         behind = rng.choice([-1, 1]) * rng.uniform(0.12, 0.25)
-        spine = torch.exp(-(((x - 0.5 - behind - 0.04 * torch.sin(5 * y)) / rng.uniform(0.03, 0.06)) ** 4)) * (0.85 + 0.15 * torch.sin(rng.uniform(50, 90) * y))
-        heart = torch.sigmoid((1 - ((x - 0.5 + behind * 0.7) / 0.12) ** 2 - ((y - rng.uniform(0.5, 0.65)) / 0.14) ** 2) * 4)
+        spine = torch.exp(-(((x - 0.5 - behind - 0.04 * torch.sin(5 * y)) / rng.uniform(0.03, 0.06)) ** 4)) * (
+            0.85 + 0.15 * torch.sin(rng.uniform(50, 90) * y)
+        )
+        heart = torch.sigmoid(
+            (1 - ((x - 0.5 + behind * 0.7) / 0.12) ** 2 - ((y - rng.uniform(0.5, 0.65)) / 0.14) ** 2) * 4
+        )
         tissue = float(image[~mask].mean()) * rng.uniform(1, 1.4)
         alpha = torch.maximum(spine * rng.uniform(0.3, 0.9), heart * rng.uniform(0.2, 0.8))
         return (overlaid * (1 - alpha) + tissue * alpha).clamp(0, 1)
@@ -257,7 +305,12 @@ def negative(image: torch.Tensor, mask: torch.Tensor, rng: np.random.Generator, 
 
 
 def paint(
-    images: torch.Tensor, masks: torch.Tensor, seed: int, epoch: int, index: Sequence[int] | torch.Tensor, painting: Painting
+    images: torch.Tensor,
+    masks: torch.Tensor,
+    seed: int,
+    epoch: int,
+    index: Sequence[int] | torch.Tensor,
+    painting: Painting,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Paint on images float [B,1,S,S] in [0,1] with lung masks bool [B,S,S]; only ``warp`` moves the masks."""
     done = []
@@ -266,7 +319,10 @@ def paint(
         rng = np.random.default_rng([seed, epoch, int(i), 1])
         image, mask = images[b, 0], masks[b]
         lungs = sides(mask)
-        wanted = {name: rng.random() < getattr(painting, name) for name in ("opacity", "gas", "collapse", "devices", "tone", "warp", "frame", "negative")}
+        wanted = {
+            name: rng.random() < getattr(painting, name)
+            for name in ("opacity", "gas", "collapse", "devices", "tone", "warp", "frame", "negative")
+        }
         if wanted["collapse"] and lungs:
             image = collapse(image, lungs[int(rng.integers(len(lungs)))], rng)
         if wanted["opacity"] and lungs:
@@ -294,13 +350,19 @@ def paint(
 
 
 def bend(image: torch.Tensor, mask: torch.Tensor, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Another build: a smooth displacement of up to 3% of the image and sides stretched by up to 20%, image and mask alike."""
+    """Another build: a smooth displacement of up to 3% of the image and sides stretched by up to 20%, image and mask
+    alike.
+    """
     size = len(image)
     y, x = _grid(size, image.device)
     amount = rng.uniform(0, 0.03)
     zoom = 1 + rng.uniform(-0.2, 0.2, 2)
     at = torch.stack(
-        [(2 * x - 1) * zoom[0] + amount * 2 * _smooth(rng, size, 4, image.device), (2 * y - 1) * zoom[1] + amount * 2 * _smooth(rng, size, 4, image.device)], -1
+        [
+            (2 * x - 1) * zoom[0] + amount * 2 * _smooth(rng, size, 4, image.device),
+            (2 * y - 1) * zoom[1] + amount * 2 * _smooth(rng, size, 4, image.device),
+        ],
+        -1,
     )
     both = torch.stack([image, mask.float()])[:, None]
     moved = F.grid_sample(both, at.expand(2, -1, -1, -1).to(both.dtype), mode="bilinear", align_corners=False)
@@ -348,7 +410,9 @@ def _soft(mask: torch.Tensor, size: int, grow: float) -> torch.Tensor:
     if pixels:
         grown = F.max_pool2d(grown, (2 * pixels + 1, 1), 1, (pixels, 0))
         grown = F.max_pool2d(grown, (1, 2 * pixels + 1), 1, (0, pixels))
-        return F.interpolate(_blur(grown[0, 0], max(pixels / 2, size / 600))[None, None], (size, size), mode="bilinear")[0, 0]
+        return F.interpolate(
+            _blur(grown[0, 0], max(pixels / 2, size / 600))[None, None], (size, size), mode="bilinear"
+        )[0, 0]
     return _blur(grown[0, 0], size / 150)
 
 

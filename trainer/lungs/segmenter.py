@@ -31,8 +31,8 @@ class LungSegmenter(nn.Module):
         size: working size, a multiple of 16 x patch; images are resampled to size x size.
         patch, inputs: see UNet; the gray image is given ``inputs`` times.
         standardise: give the net each image with mean 0 and deviation 1 (ours) or as it is (the published weights).
-        clean_up: at most two lungs without specks and holes, a missing one mirrored, nothing where no believable pair is found (`trainer.lungs.cleanup`);
-            without it every foreground pixel counts, as published.
+        clean_up: at most two lungs without specks and holes, a missing one mirrored, nothing where no believable pair
+            is found (`trainer.lungs.cleanup`); without it every foreground pixel counts, as published.
         threshold: of the sigmoid.
     """
 
@@ -50,7 +50,8 @@ class LungSegmenter(nn.Module):
         super().__init__()
         if len(channels) != 5 or min(channels) < 1 or patch < 1 or size < 16 * patch or size % (16 * patch):
             raise InputError(
-                f"a U-Net of channels {listed(list(map(str, channels)))} and patch {patch} at {size} px cannot be built; "
+                f"a U-Net of channels {listed(list(map(str, channels)))} and patch {patch} at {size} px cannot be "
+                "built; "
                 "it has five levels, and size is a multiple of 16 x patch"
             )
         self.unet = UNet(channels, inputs=inputs, patch=patch)
@@ -81,7 +82,8 @@ class LungSegmenter(nn.Module):
 
     @torch.no_grad()
     def find(self, images: torch.Tensor, size: int) -> Lungs:
-        """images float [B,1,H,W] in [0,1] -> the lungs, boxes in pixels of a size x size image, as `lung_boxes`, all on the images' device.
+        """images float [B,1,H,W] in [0,1] -> the lungs, boxes in pixels of a size x size image, as `lung_boxes`, all on
+        the images' device.
 
         As published, from the mask at the working size: masks as large as the images would cost as much as the net.
         """
@@ -97,7 +99,8 @@ class LungSegmenter(nn.Module):
             probability = torch.sigmoid(logits)
             found = probability > threshold
             wanted = clean(found, probability)
-            # What clean-up added or removed is certain, so that the outline keeps its place between the pixels everywhere else.
+            # What clean-up added or removed is certain, so that the outline keeps its place between the pixels
+            # everywhere else.
             logits = torch.where(wanted == found, logits, torch.where(wanted, CERTAIN, -CERTAIN))
         if logits.shape[-2:] != shape:
             logits = F.interpolate(logits[:, None], shape, mode="bilinear")[:, 0]

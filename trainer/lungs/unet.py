@@ -45,22 +45,28 @@ class _Decoder(nn.Module):
 
 
 class UNet(nn.Module):
-    """The published lung U-Net (31.04 M parameters) and lighter ones of its kind. Names of the state dict are the published ones.
+    """The published lung U-Net (31.04 M parameters) and lighter ones of its kind. Names of the state dict are the
+    published ones.
 
     forward: [B,inputs,H,W], H and W multiples of 16 * patch -> logits [B,1,H,W].
 
     Args:
         channels: of the five levels.
         inputs: planes of the input.
-        patch: each patch x patch pixels are the planes of one position of the first level, and come back so from its logits.
-            The first level is where nearly all the time goes; with patch 2 it has a quarter of the positions.
+        patch: each patch x patch pixels are the planes of one position of the first level, and come back so from its
+            logits. The first level is where nearly all the time goes; with patch 2 it has a quarter of the positions.
     """
 
     def __init__(self, channels: Sequence[int] = PUBLISHED_CHANNELS, *, inputs: int = 3, patch: int = 1) -> None:
         super().__init__()
         a, b, c, d, e = channels
         self.patch = patch
-        self.e1, self.e2, self.e3, self.e4 = _Encoder(inputs * patch**2, a), _Encoder(a, b), _Encoder(b, c), _Encoder(c, d)
+        self.e1, self.e2, self.e3, self.e4 = (
+            _Encoder(inputs * patch**2, a),
+            _Encoder(a, b),
+            _Encoder(b, c),
+            _Encoder(c, d),
+        )
         self.b = _Convs(d, e)
         self.d1, self.d2, self.d3, self.d4 = _Decoder(e, d), _Decoder(d, c), _Decoder(c, b), _Decoder(b, a)
         self.outputs = nn.Conv2d(a, patch**2, 1)

@@ -4,4 +4,16 @@ from shards.sample import TASKS
 from trainer.regions.place import PUBLISHED, Expected, Regions, between, finding_regions, placed, wider
 from trainer.rules import Rule, task_findings, without_rule
 
-__all__ = ["PUBLISHED", "TASKS", "Expected", "Regions", "Rule", "between", "finding_regions", "placed", "task_findings", "wider", "without_rule"]
+__all__ = [
+    "PUBLISHED",
+    "TASKS",
+    "Expected",
+    "Regions",
+    "Rule",
+    "between",
+    "finding_regions",
+    "placed",
+    "task_findings",
+    "wider",
+    "without_rule",
+]

@@ -27,10 +27,11 @@ from trainer.rules import BOX, LIMIT, Finding, Rectangle, Rule, read_file, read_
 
 SIZE = 512
 BEYOND = Swap.dilate  # how far beyond the lung box a region may reach, in shares of its sides, to count as inside
-DILATE = 0.04  # of the lungs, or of what is between them, in shares of the image's side: disease at the pleura is not seen as lung
+# Of the lungs, or of what is between them, in shares of the image's side: disease at the pleura is not seen as lung.
+DILATE = 0.04
 MOST = 2 / 3  # share of a lesion that a place must hold to be its place; radiologists' boxes hold more than the lesion
 SHOW = """examples:
-  python -m trainer.regions show                                        # the ready-made findings on a synthetic radiograph
+  python -m trainer.regions show      # the ready-made findings on a synthetic radiograph
   python -m trainer.regions show --findings mine.yaml --image CHEST.png --out mine.png"""
 LEARN = """example:
   python -m trainer.regions learn CHEST.png --box 1480,410,620,1180 --finding "Pleural plaque" --out plaque.yaml
@@ -44,17 +45,43 @@ def main(argv: list[str] | None = None) -> None:
     parser = CommandParser(prog="python -m trainer.regions", description=__doc__, **plain)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=CommandParser)
     show_ = commands.add_parser("show", help="print the findings and draw their regions", epilog=SHOW, **plain)
-    show_.add_argument("--findings", default="", help="a file of findings, or published (without it: the ready-made ones, nih)")
+    show_.add_argument(
+        "--findings", default="", help="a file of findings, or published (without it: the ready-made ones, nih)"
+    )
     show_.add_argument("--image", type=Path, help="a radiograph to draw on (without it: a synthetic one)")
     show_.add_argument("--out", type=Path, default=Path("regions.png"), help="picture to write")
     learn_ = commands.add_parser("learn", help="a region rule from one annotated radiograph", epilog=LEARN, **plain)
-    learn_.add_argument("image", type=Path, metavar="IMAGE", help="the radiograph, any format that shards takes, DICOM included")
-    learn_.add_argument("--box", action="append", required=True, metavar="X,Y,W,H", help="the lesion in pixels of the file; may be given several times")
+    learn_.add_argument(
+        "image", type=Path, metavar="IMAGE", help="the radiograph, any format that shards takes, DICOM included"
+    )
+    learn_.add_argument(
+        "--box",
+        action="append",
+        required=True,
+        metavar="X,Y,W,H",
+        help="the lesion in pixels of the file; may be given several times",
+    )
     learn_.add_argument("--finding", required=True, metavar="NAME", help="what it is called in the shards")
-    learn_.add_argument("--margin", type=float, default=0.05, help="how much larger than the box the region is, in shares of the lung box")
-    learn_.add_argument("--one-sided", action="store_true", help="do not mirror a box that lies beside the midline to the other lung")
-    learn_.add_argument("--images", choices=("only", "any"), default="only", help="which images count as the finding: with no other label, or any")
-    learn_.add_argument("--out", type=Path, help="file of findings to write or extend (without it: NAME.yaml); the picture stands beside it")
+    learn_.add_argument(
+        "--margin",
+        type=float,
+        default=0.05,
+        help="how much larger than the box the region is, in shares of the lung box",
+    )
+    learn_.add_argument(
+        "--one-sided", action="store_true", help="do not mirror a box that lies beside the midline to the other lung"
+    )
+    learn_.add_argument(
+        "--images",
+        choices=("only", "any"),
+        default="only",
+        help="which images count as the finding: with no other label, or any",
+    )
+    learn_.add_argument(
+        "--out",
+        type=Path,
+        help="file of findings to write or extend (without it: NAME.yaml); the picture stands beside it",
+    )
     a = command_line(parser, commands.choices, argv)
     show(a.findings, a.image, a.out) if a.command == "show" else learn(a)
 
@@ -75,7 +102,10 @@ def show(name: str, image: Path | None, out: Path) -> None:
     width = max(map(len, findings))
     print(f"{'':{width}}  images  region; numbers are shares of the lung box: left top right bottom")
     for finding, entry in findings.items():
-        print(f"{finding:{width}}  {entry.images:6}  {_words(entry.rule)}" + (f"  ({entry.source})" if entry.source else ""))
+        print(
+            f"{finding:{width}}  {entry.images:6}  {_words(entry.rule)}"
+            + (f"  ({entry.source})" if entry.source else "")
+        )
     _drawn(pixels, box, lungs, {n: f for n, f in findings.items() if f.rule is not None}).savefig(out, dpi=110)
     lost = "" if found else "; no lungs were found in it, so the whole image stands in for their box"
     print(f"wrote {out}: drawn on {what}{lost}")
@@ -92,33 +122,52 @@ def learn(a: argparse.Namespace) -> None:
     pixels = fit(image, SIZE)
     box, lungs, found = _lungs(pixels)
     if not found:
-        raise InputError(f"{a.image}: no believable pair of lungs is seen in it, so a place cannot be told relative to them; take another radiograph")
+        raise InputError(
+            f"{a.image}: no believable pair of lungs is seen in it, so a place cannot be told relative to them; take "
+            "another radiograph"
+        )
     rectangles: list[Rectangle] = []
     for lesion in lesions:
         relative = _relative(lesion, box)
         grown = left, top, right, bottom = _grown(relative, a.margin)
         if (far := max(map(abs, grown))) > LIMIT:
-            raise InputError(f"--box: lies {far:.1f} lung boxes away from the lungs; is it in pixels of {a.image} ({width}x{height})?")
+            raise InputError(
+                f"--box: lies {far:.1f} lung boxes away from the lungs; is it in pixels of {a.image} "
+                f"({width}x{height})?"
+            )
         rectangles.append(grown)
         if relative[2] <= 0 or relative[0] >= 1 or relative[3] <= 0 or relative[1] >= 1:
-            print(f"note: the box lies wholly outside the lung box; look at the picture. Boxes are X,Y,W,H in pixels of {a.image} ({width}x{height})")
+            print(
+                "note: the box lies wholly outside the lung box; look at the picture. Boxes are X,Y,W,H in pixels of "
+                f"{a.image} ({width}x{height})"
+            )
         beside = relative[2] <= 0.5 or relative[0] >= 0.5
         if beside and not a.one_sided:
             rectangles.append((round(1 - right, 2), top, round(1 - left, 2), bottom))
-            print("the box lies beside the midline: its mirror image belongs to the region, too (--one-sided leaves it out)")
+            print(
+                "the box lies beside the midline: its mirror image belongs to the region, too (--one-sided leaves it "
+                "out)"
+            )
     held = _held(lesions, lungs)
     shares = ", ".join(f"{share:.0%} {where}" for where, share in held.items())
-    print(f"of the lesion's area lies {shares} (within and between are {DILATE:g} of the image's side wider than seen, so they overlap)")
+    print(
+        f"of the lesion's area lies {shares} (within and between are {DILATE:g} of the image's side wider than seen, "
+        "so they overlap)"
+    )
     place = _place(held)
     rule = Rule(tuple(dict.fromkeys(rectangles)), place=place, dilate=DILATE if place in ("within", "between") else 0.0)
     if place:
         print(f"so the region is what the box leaves of that place: {_words(rule)}")
     else:
-        print(f"none of them holds {MOST:.0%} of it, so the region is a part of the lung box, whatever the lungs' outline")
+        print(
+            f"none of them holds {MOST:.0%} of it, so the region is a part of the lung box, whatever the lungs' outline"
+        )
     finding = Finding(rule, a.images, f"learned from one annotated radiograph ({a.image.name}), margin {a.margin:g}")
     before = out.read_text().rstrip("\n") + "\n" if out.is_file() else ""
     atomic.write(out, before + to_yaml({a.finding: finding}))
-    _drawn(pixels, box, lungs, {a.finding: finding}, [tuple(v * SIZE for v in b) for b in lesions]).savefig(picture, dpi=110)
+    _drawn(pixels, box, lungs, {a.finding: finding}, [tuple(v * SIZE for v in b) for b in lesions]).savefig(
+        picture, dpi=110
+    )
     if not place:
         print(f"{a.finding}: {_words(rule)}")
     if not rule.inside(BEYOND):
@@ -129,12 +178,16 @@ def learn(a: argparse.Namespace) -> None:
     if other:
         print(f"note: {a.finding} is not the ready-made {other[0]}: names count letter by letter")
     if a.finding in ready:
-        print(f"note: {a.finding} is a ready-made finding; with --findings {out} this region takes the place of that one")
+        print(
+            f"note: {a.finding} is a ready-made finding; with --findings {out} this region takes the place of that one"
+        )
     print(f"wrote {out} and {picture}; use it with --findings {out}")
 
 
 def _targets(finding: str, out: Path | None) -> tuple[Path, Path]:
-    """The YAML to write or extend and the picture beside it. InputError: no name for a finding, or one that the file has already."""
+    """The YAML to write or extend and the picture beside it. InputError: no name for a finding, or one that the file
+    has already.
+    """
     if not finding.strip() or finding == NO_FINDING:
         raise InputError(f"--finding {finding!r}: expected the name of a finding")
     if "," in finding:
@@ -156,14 +209,22 @@ def _box(text: str, width: int, height: int) -> tuple[float, ...]:
     except ValueError:
         raise InputError(f"--box {text}: expected four numbers X,Y,W,H in pixels of the file") from None
     if not (w > 0 and h > 0 and x >= 0 and y >= 0 and x + w <= width and y + h <= height):
-        raise InputError(f"--box {text}: does not lie in the image of {width}x{height} pixels; expected X,Y,W,H with X + W <= {width} and Y + H <= {height}")
+        raise InputError(
+            f"--box {text}: does not lie in the image of {width}x{height} pixels; expected X,Y,W,H with X + W <= "
+            f"{width} and Y + H <= {height}"
+        )
     if min(w, h) < 1:
-        raise InputError(f"--box {text}: is less than a pixel; expected X,Y,W,H in pixels of the file ({width}x{height}), not in shares of it")
+        raise InputError(
+            f"--box {text}: is less than a pixel; expected X,Y,W,H in pixels of the file ({width}x{height}), not in "
+            "shares of it"
+        )
     return x / width, y / height, (x + w) / width, (y + h) / height
 
 
 def _relative(lesion: tuple[float, ...], box: torch.Tensor) -> list[float]:
-    """Edges left, top, right, bottom in shares of the image's sides -> in shares of the lung box, int64 [4] in pixels of SIZE."""
+    """Edges left, top, right, bottom in shares of the image's sides -> in shares of the lung box, int64 [4] in pixels
+    of SIZE.
+    """
     x0, y0, x1, y1 = (box / SIZE).tolist()
     return [(v - start) / extent for v, start, extent in zip(lesion, (x0, y0) * 2, (x1 - x0, y1 - y0) * 2, strict=True)]
 
@@ -179,7 +240,8 @@ def _grown(relative: list[float], margin: float) -> Rectangle:
 
 
 def _lungs(pixels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """Box int64 [4] and mask bool [SIZE,SIZE] of the lungs of a uint8 [SIZE,SIZE] image, as training sees them, and whether they were found.
+    """Box int64 [4] and mask bool [SIZE,SIZE] of the lungs of a uint8 [SIZE,SIZE] image, as training sees them, and
+    whether they were found.
 
     By the shipped segmenter.
     """
@@ -189,10 +251,14 @@ def _lungs(pixels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, bool]:
 
 
 def _held(lesions: Sequence[tuple[float, ...]], lungs: torch.Tensor) -> dict[str, float]:
-    """How much of the lesions' area each place holds, in words of `rules.PLACES`. Within and between are wider than seen, so they overlap."""
+    """How much of the lesions' area each place holds, in words of `rules.PLACES`. Within and between are wider than
+    seen, so they overlap.
+    """
     lesion = torch.zeros_like(lungs)
     for left, top, right, bottom in lesions:
-        lesion[math.floor(top * SIZE) : math.ceil(bottom * SIZE), math.floor(left * SIZE) : math.ceil(right * SIZE)] = True
+        lesion[math.floor(top * SIZE) : math.ceil(bottom * SIZE), math.floor(left * SIZE) : math.ceil(right * SIZE)] = (
+            True
+        )
     reach = round(DILATE * SIZE)
     within, middle = wider(lungs[None], reach)[0], wider(between(lungs[None]), reach)[0]
     places = {"within": within, "between": middle, "outside": ~within & ~middle}
@@ -200,7 +266,9 @@ def _held(lesions: Sequence[tuple[float, ...]], lungs: torch.Tensor) -> dict[str
 
 
 def _place(held: dict[str, float]) -> str:
-    """The place that holds the lesion: the one that holds most, the lungs where it is nearly as much; none where that is too little."""
+    """The place that holds the lesion: the one that holds most, the lungs where it is nearly as much; none where that
+    is too little.
+    """
     name = max(held, key=lambda place: held[place] + 0.05 * (place == "within"))
     return name if held[name] >= MOST else ""
 
@@ -212,8 +280,17 @@ def _words(rule: Rule | None) -> str:
     told = f"all but {told}" if rule.outside else told
     if not rule.place:
         return told
-    place = {"within": "within the lungs", "between": "between the lungs", "outside": "outside the lungs", "rim": "at the lungs' rim"}[rule.place]
-    part = "" if rule.rectangles == BOX and not rule.outside else f", in {told}" + (f" (elsewhere weight {rule.elsewhere:g})" if rule.elsewhere else "")
+    place = {
+        "within": "within the lungs",
+        "between": "between the lungs",
+        "outside": "outside the lungs",
+        "rim": "at the lungs' rim",
+    }[rule.place]
+    part = (
+        ""
+        if rule.rectangles == BOX and not rule.outside
+        else f", in {told}" + (f" (elsewhere weight {rule.elsewhere:g})" if rule.elsewhere else "")
+    )
     return place + (f", dilated {rule.dilate:g}" if rule.dilate else "") + part
 
 
@@ -228,14 +305,24 @@ def _writable(path: Path, kinds: tuple[str, ...]) -> Path:
     return path
 
 
-def _drawn(pixels: np.ndarray, box: torch.Tensor, lungs: torch.Tensor, findings: dict[str, Finding], lesions: list[Any] | None = None) -> Figure:
-    """One panel a finding: lungs cyan, their box dotted, region green (the paler, the less its weight), annotated boxes red."""
+def _drawn(
+    pixels: np.ndarray,
+    box: torch.Tensor,
+    lungs: torch.Tensor,
+    findings: dict[str, Finding],
+    lesions: list[Any] | None = None,
+) -> Figure:
+    """One panel a finding: lungs cyan, their box dotted, region green (the paler, the less its weight), annotated boxes
+    red.
+    """
     rules = {name: finding.rule for name, finding in findings.items() if finding.rule is not None}
     columns = min(4, len(rules))
     rows = math.ceil(len(rules) / columns)
     figure = Figure(figsize=(max(4.2, 3.1 * columns), 3.4 * rows + 0.4), layout="constrained")
     count = len(rules)
-    weights = Regions(list(rules), rules, SIZE)(torch.arange(count), box.repeat(count, 1), lungs.repeat(count, 1, 1)).weight.numpy()
+    weights = Regions(list(rules), rules, SIZE)(
+        torch.arange(count), box.repeat(count, 1), lungs.repeat(count, 1, 1)
+    ).weight.numpy()
     x0, y0, x1, y1 = box.tolist()
     axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat:
@@ -250,5 +337,7 @@ def _drawn(pixels: np.ndarray, box: torch.Tensor, lungs: torch.Tensor, findings:
         for left, top, right, bottom in lesions or []:
             ax.plot([left, right, right, left, left], [top, top, bottom, bottom, top], color=LESION, lw=1)
         ax.set_title(name, fontsize=10)
-    figure.supxlabel("cyan: lungs, dotted their box   green: expected region" + ("   red: annotated" if lesions else ""), fontsize=8)
+    figure.supxlabel(
+        "cyan: lungs, dotted their box   green: expected region" + ("   red: annotated" if lesions else ""), fontsize=8
+    )
     return figure

@@ -30,36 +30,60 @@ class LesionRegions:
         self.used = np.sort(order[: math.ceil(share * len(drawn) - 1e-9)])  # positions of those that are used
 
     def boxes(self, position: int, finding: int) -> list[Box]:
-        """The boxes of a finding in an image, x0 y0 x1 y1 in pixels of the stored image; none where the image is not used."""
+        """The boxes of a finding in an image, x0 y0 x1 y1 in pixels of the stored image; none where the image is not
+        used.
+        """
         at = np.searchsorted(self.used, position)
         if at == len(self.used) or self.used[at] != position:
             return []
         first, last = np.searchsorted(self._all.position, [position, position + 1])
         of_image = slice(int(first), int(last))
-        return [(x0, y0, x1, y1) for x0, y0, x1, y1 in self._all.xyxy[of_image][self._all.finding[of_image] == finding].tolist()]
+        return [
+            (x0, y0, x1, y1)
+            for x0, y0, x1, y1 in self._all.xyxy[of_image][self._all.finding[of_image] == finding].tolist()
+        ]
 
-    def __call__(self, index: torch.Tensor, findings: torch.Tensor, stored: Sequence[int], size: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    def __call__(
+        self,
+        index: torch.Tensor,
+        findings: torch.Tensor,
+        stored: Sequence[int],
+        size: int,
+        device: torch.device | str = "cpu",
+    ) -> torch.Tensor:
         """The lesions of one finding of each image as bool [B,size,size], empty where there are none.
 
         Args:
             index, findings: int64 [B] on the CPU, positions in the split and numbers of the task's findings.
             stored: height and width of the stored images.
         """
-        boxes = [self.boxes(position, finding) for position, finding in zip(index.tolist(), findings.tolist(), strict=True)]
+        boxes = [
+            self.boxes(position, finding) for position, finding in zip(index.tolist(), findings.tolist(), strict=True)
+        ]
         return drawn(boxes, stored, size, device)
 
 
-def drawn(boxes: Sequence[Sequence[Box]], stored: Sequence[int], size: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """The boxes of each image of a batch, stored at (height, width), filled: bool [B,size,size]; a pixel that is touched counts.
+def drawn(
+    boxes: Sequence[Sequence[Box]], stored: Sequence[int], size: int, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """The boxes of each image of a batch, stored at (height, width), filled: bool [B,size,size]; a pixel that is
+    touched counts.
 
     They travel as numbers and are drawn on the device.
     """
     height, width = stored
     most = max([1, *map(len, boxes)])
-    edges = np.zeros((len(boxes), most, 4), np.int64)  # left, top, right, bottom, ends exclusive; of an empty box in the padding nothing is drawn
+    edges = np.zeros(
+        (len(boxes), most, 4), np.int64
+    )  # left, top, right, bottom, ends exclusive; of an empty box in the padding nothing is drawn
     for b, of_image in enumerate(boxes):
         for k, (x0, y0, x1, y1) in enumerate(of_image):
-            edges[b, k] = [math.floor(x0 * size / width), math.floor(y0 * size / height), math.ceil(x1 * size / width), math.ceil(y1 * size / height)]
+            edges[b, k] = [
+                math.floor(x0 * size / width),
+                math.floor(y0 * size / height),
+                math.ceil(x1 * size / width),
+                math.ceil(y1 * size / height),
+            ]
     left, top, right, bottom = upload(torch.from_numpy(edges), torch.device(device)).unsqueeze(3).unbind(2)
     at = torch.arange(size, device=device)
     columns, rows = (at >= left) & (at < right), (at >= top) & (at < bottom)
@@ -67,7 +91,9 @@ def drawn(boxes: Sequence[Sequence[Box]], stored: Sequence[int], size: int, devi
 
 
 def attended_regions(expected: torch.Tensor, lesions: torch.Tensor, how: str) -> torch.Tensor:
-    """The regions float [B,S,S] that attention follows by ``--attention.region``: anatomy, annotation or both; ``lesions`` is bool [B,S,S]."""
+    """The regions float [B,S,S] that attention follows by ``--attention.region``: anatomy, annotation or both;
+    ``lesions`` is bool [B,S,S].
+    """
     if how == "anatomy":
         return expected
     if how == "annotation":

@@ -1,6 +1,7 @@
 """Where a finding is expected, given the lungs. Hides the geometry; the rules are data (`trainer.rules`).
 
-Legend: boxes int64 [B,4] x0 y0 x1 y1, ends exclusive; lungs bool [B,S,S]; regions bool [B,S,S], or weights float [B,S,S] in [0,1].
+Legend: boxes int64 [B,4] x0 y0 x1 y1, ends exclusive; lungs bool [B,S,S]; regions bool [B,S,S], or weights float
+[B,S,S] in [0,1].
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,9 @@ INF = float("inf")
 
 
 class Expected(NamedTuple):
-    """weight float [B,S,S] in [0,1], 0 where the finding is not expected; replaced bool [B]: the place was unknown or empty, the part of the box stands in."""
+    """weight float [B,S,S] in [0,1], 0 where the finding is not expected; replaced bool [B]: the place was unknown or
+    empty, the part of the box stands in.
+    """
 
     weight: torch.Tensor
     replaced: torch.Tensor
@@ -37,15 +40,20 @@ class Regions:
         size: S, pixels of a side.
     """
 
-    def __init__(self, names: Sequence[str], rules: Mapping[str, Rule], size: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, names: Sequence[str], rules: Mapping[str, Rule], size: int, device: torch.device | str = "cpu"
+    ) -> None:
         own = [rules.get(name, Rule()) for name in names]
         self.size, self.device = size, torch.device(device)
         self.parts = _Rectangles([_part(rule) for rule in own], size, self.device)
         self.uses_lungs = any(rule.place for rule in own)
-        # The different places of the findings, each with how many pixels wider than seen it is (a rim at least one), and by finding its number.
+        # The different places of the findings, each with how many pixels wider than seen it is (a rim at least one),
+        # and by finding its number.
         places = [(rule.place, max(round(rule.dilate * size), int(rule.place == "rim"))) for rule in own]
         self.places = [place for place in dict.fromkeys(places) if place[0]]
-        self.place_of = torch.tensor([self.places.index(place) if place[0] else -1 for place in places], device=self.device)
+        self.place_of = torch.tensor(
+            [self.places.index(place) if place[0] else -1 for place in places], device=self.device
+        )
         self.has_place = torch.tensor([bool(rule.place) for rule in own], device=self.device)
         self.beyond = torch.tensor([rule.place == "outside" for rule in own], device=self.device)
         self.elsewhere = torch.tensor([rule.elsewhere for rule in own], device=self.device)
@@ -63,11 +71,15 @@ class Regions:
         has_place = self.has_place[labels]
         # Of a place inside the lung box its part of the box stands in, of one outside what its part has beyond the box.
         boxed = self.box(torch.zeros_like(labels), boxes)
-        stand_in = torch.where(has_place[:, None, None], parts & (boxed ^ self.beyond[labels][:, None, None]), parts).float()
+        stand_in = torch.where(
+            has_place[:, None, None], parts & (boxed ^ self.beyond[labels][:, None, None]), parts
+        ).float()
         if lungs is None:
             return Expected(stand_in, has_place)
         place = torch.zeros_like(parts)
-        for number, (name, reach) in enumerate(self.places):  # of all images: which ones have it, the host does not know
+        for number, (name, reach) in enumerate(
+            self.places
+        ):  # of all images: which ones have it, the host does not know
             place |= _place(lungs, name, reach) & (self.place_of[labels] == number)[:, None, None]
         weight = place * torch.where(parts, 1.0, self.elsewhere[labels][:, None, None])
         gone = has_place & ~(lungs.flatten(1).any(1) & (weight > 0).flatten(1).any(1))
@@ -88,7 +100,10 @@ class _Rectangles:
         self.outside = torch.tensor([rule.outside for rule in rules], device=device)
 
     def __call__(self, labels: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-        origin, extent = boxes[:, :2].repeat(1, 2)[:, None].float(), (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)[:, None].float()
+        origin, extent = (
+            boxes[:, :2].repeat(1, 2)[:, None].float(),
+            (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)[:, None].float(),
+        )
         pixels = torch.round((origin + self.edges[labels] * extent).clamp(0, self.size))
         at = torch.arange(self.size, device=boxes.device)
         columns = (at >= pixels[..., 0, None]) & (at < pixels[..., 2, None])
@@ -98,7 +113,9 @@ class _Rectangles:
 
 
 def _part(rule: Rule) -> Rule:
-    """The rectangles of a rule, or what they leave of its place: the whole box leaves all of it, and an edge on the box's edge cuts nothing inside it."""
+    """The rectangles of a rule, or what they leave of its place: the whole box leaves all of it, and an edge on the
+    box's edge cuts nothing inside it.
+    """
     if not rule.place:
         return rule
     if rule.rectangles == BOX:
@@ -108,7 +125,12 @@ def _part(rule: Rule) -> Rule:
 
 def _open(r: Rectangle) -> Rectangle:
     left, top, right, bottom = r
-    return -INF if left <= 0 else left, -INF if top <= 0 else top, INF if right >= 1 else right, INF if bottom >= 1 else bottom
+    return (
+        -INF if left <= 0 else left,
+        -INF if top <= 0 else top,
+        INF if right >= 1 else right,
+        INF if bottom >= 1 else bottom,
+    )
 
 
 def _place(lungs: torch.Tensor, name: str, reach: int) -> torch.Tensor:
@@ -125,7 +147,8 @@ def _place(lungs: torch.Tensor, name: str, reach: int) -> torch.Tensor:
 def between(lungs: torch.Tensor) -> torch.Tensor:
     """What has one lung to its left in its row and the other to its right, and is none: bool [B,S,S] -> bool [B,S,S].
 
-    The lungs are parted at the emptiest column of the middle, as clean-up does, so that the hollow of one lung's base is not between the two.
+    The lungs are parted at the emptiest column of the middle, as clean-up does, so that the hollow of one lung's base
+    is not between the two.
     """
     columns = lungs.sum(1)
     at = torch.arange(lungs.shape[2], device=lungs.device)
@@ -150,15 +173,22 @@ def wider(masks: torch.Tensor, reach: int) -> torch.Tensor:
 
 
 def finding_regions(
-    boxes: torch.Tensor, findings: Sequence[str], size: int, rules: Mapping[str, Rule] = PUBLISHED, lungs: torch.Tensor | None = None
+    boxes: torch.Tensor,
+    findings: Sequence[str],
+    size: int,
+    rules: Mapping[str, Rule] = PUBLISHED,
+    lungs: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The expected region of ``findings[b]``: boxes int64 [B,4] -> bool [B,size,size], true where its weight is a half or more.
+    """The expected region of ``findings[b]``: boxes int64 [B,4] -> bool [B,size,size], true where its weight is a half
+    or more.
 
-    Empty for No Finding and for a finding without a rule. For Effusion as published, with y, h of the box: rows round(y + h/2) .. y+h.
+    Empty for No Finding and for a finding without a rule. For Effusion as published, with y, h of the box: rows round(y
+    + h/2) .. y+h.
 
     Args:
         rules: by finding; without it the three of Wu et al. (DMKD 2026).
-        lungs: masks bool [B,size,size] for rules that follow the lungs' outline; without them, their part of the lung box stands in.
+        lungs: masks bool [B,size,size] for rules that follow the lungs' outline; without them, their part of the lung
+            box stands in.
     """
     names = list(dict.fromkeys(findings))
     labels = torch.tensor([names.index(name) for name in findings], dtype=torch.int64)
@@ -166,6 +196,8 @@ def finding_regions(
 
 
 def placed(region: torch.Tensor) -> torch.Tensor:
-    """Which regions, bool or weights [B,S,S], say something about where to look: bool [B], false for nowhere and for everywhere (an image without lungs)."""
+    """Which regions, bool or weights [B,S,S], say something about where to look: bool [B], false for nowhere and for
+    everywhere (an image without lungs).
+    """
     flat = region.flatten(1)
     return (flat > 0).any(1) & (flat < 1).any(1)

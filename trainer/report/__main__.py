@@ -36,10 +36,16 @@ def main(argv: list[str] | None = None) -> None:
         if not isinstance(content, dict) or "findings" not in content:
             raise InputError(f"{folder}: is a run of trainer.train_lungs; runs of trainer.train are compared here")
         if folder.resolve().name in runs:
-            raise InputError(f"{folder}: a second run of that name; the columns could not be told apart, rename one folder")
+            raise InputError(
+                f"{folder}: a second run of that name; the columns could not be told apart, rename one folder"
+            )
         name = folder.resolve().name
         runs[name] = content
-        pictures[name] = {kind: (folder / f"{kind}.png").read_bytes() for kind in ("panel", "curves", "no_lungs") if (folder / f"{kind}.png").is_file()}
+        pictures[name] = {
+            kind: (folder / f"{kind}.png").read_bytes()
+            for kind in ("panel", "curves", "no_lungs")
+            if (folder / f"{kind}.png").is_file()
+        }
     out = Path(options.out)
     if out.is_dir():
         raise InputError(f"--out {out}: is a folder; name the HTML file to write, such as {out / 'report.html'}")

@@ -34,8 +34,13 @@ class Tile:
 
 
 def panel(shown: list[Tile], columns: int = 4, cam_of: str = "the label's class") -> Figure:
-    """Each image beside itself with its CAM; the outlines of lungs cyan, of the expected region green, of lesion boxes red, as far as there are any."""
-    drawn = (("cyan: lungs", any(t.lungs.any() for t in shown)), ("green: expected region", any(t.region.any() for t in shown)))
+    """Each image beside itself with its CAM; the outlines of lungs cyan, of the expected region green, of lesion boxes
+    red, as far as there are any.
+    """
+    drawn = (
+        ("cyan: lungs", any(t.lungs.any() for t in shown)),
+        ("green: expected region", any(t.region.any() for t in shown)),
+    )
     words = [word for word, there in (*drawn, ("red: lesion box", any(t.lesion.any() for t in shown))) if there]
     legend = "   ".join([*words, f"right half: Grad-CAM of {cam_of}"])
     columns = min(columns, len(shown))
@@ -51,7 +56,9 @@ def panel(shown: list[Tile], columns: int = 4, cam_of: str = "the label's class"
 
 
 def whole(splits: Mapping[str, Split], lost: Mapping[str, Sequence[int]]) -> Figure | None:
-    """Up to 12 of the images without believable lungs, by split; None where there are none. ``lost``: their positions."""
+    """Up to 12 of the images without believable lungs, by split; None where there are none.
+    ``lost``: their positions.
+    """
     every = [(name, position) for name, positions in lost.items() for position in positions]
     if not every:
         return None
@@ -75,12 +82,16 @@ def draw(ax: Any, tile: Tile) -> None:
     for shift in (0, size):
         for mask, colour in ((tile.lungs, LUNGS), (tile.region, REGION), (tile.lesion, LESION)):
             if mask.any():
-                ax.contour(np.arange(size) + shift, np.arange(size), mask, levels=[0.5], colors=[colour], linewidths=0.9)
+                ax.contour(
+                    np.arange(size) + shift, np.arange(size), mask, levels=[0.5], colors=[colour], linewidths=0.9
+                )
     ax.set_title(tile.title, fontsize=8)
 
 
 def curves(history: list[dict[str, Any]], outcomes: dict[str, Outcome], findings: list[str]) -> Figure:
-    """Losses, lambda and validation figures by epoch, and the ROC of each split; ``findings`` names the classes, class 0 first."""
+    """Losses, lambda and validation figures by epoch, and the ROC of each split; ``findings`` names the classes, class
+    0 first.
+    """
     figure = Figure(figsize=(13, 3.2), layout="constrained")
     axes = figure.subplots(1, 4)
     epochs = [line for line in history if "val_loss" in line]
@@ -93,20 +104,29 @@ def curves(history: list[dict[str, Any]], outcomes: dict[str, Outcome], findings
     axes[0].plot([line["epoch"] + 1 for line in epochs], [line["val_loss"] for line in epochs], "o-", ms=3, label="val")
     attended = [line for line in steps if line.get("attention") is not None]
     if attended:
-        axes[1].plot([line["position"] for line in attended], [line["attention"] for line in attended], lw=0.8, label="attention, train")
+        axes[1].plot(
+            [line["position"] for line in attended],
+            [line["attention"] for line in attended],
+            lw=0.8,
+            label="attention, train",
+        )
         axes[1].plot([line["position"] for line in steps], [line["lambda"] for line in steps], lw=0.8, label="lambda")
     else:
         axes[1].text(0.5, 0.5, "none: plain cross-entropy", ha="center", va="center", transform=axes[1].transAxes)
     for name in ("val_accuracy", "val_auc", "val_energy"):
         known = [line for line in epochs if line.get(name) is not None]
         if known:
-            axes[2].plot([line["epoch"] + 1 for line in known], [line[name] for line in known], "o-", ms=3, label=name[4:])
+            axes[2].plot(
+                [line["epoch"] + 1 for line in known], [line[name] for line in known], "o-", ms=3, label=name[4:]
+            )
     for split, outcome in outcomes.items():
         scored = list(outcome.task.scored(outcome.logits, outcome.target))
         for finding, truth, score in scored:
             if 0 < truth.sum() < len(truth):
                 fpr, tpr, _ = roc_curve(truth.numpy(), score.numpy())
-                axes[3].plot(fpr, tpr, lw=1, label=split if len(scored) == 1 else f"{split}, {short(findings[finding])}")
+                axes[3].plot(
+                    fpr, tpr, lw=1, label=split if len(scored) == 1 else f"{split}, {short(findings[finding])}"
+                )
     for ax, label in zip(axes, ("epoch", "epoch", "epoch", "1 - specificity"), strict=True):
         ax.set_xlabel(label)
         ax.grid(alpha=0.3)
@@ -120,6 +140,8 @@ def png(figure: Figure, dpi: int = 110) -> bytes:
     """A figure as the bytes of a PNG."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # names in letters that the font has not are boxes in pictures, and whole in the page
+        warnings.filterwarnings(
+            "ignore", message="Glyph"
+        )  # names in letters that the font has not are boxes in pictures, and whole in the page
         figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()

@@ -7,7 +7,17 @@ from typing import Any
 from markupsafe import Markup
 
 from trainer.report.template import render, small
-from trainer.report.words import CAUTION, KINDS, LOCALIZATION_WORDS, MEANING, SUMMARY, notes, shown_split, summary, without_map
+from trainer.report.words import (
+    CAUTION,
+    KINDS,
+    LOCALIZATION_WORDS,
+    MEANING,
+    SUMMARY,
+    notes,
+    shown_split,
+    summary,
+    without_map,
+)
 
 HEADINGS = {
     "panel": "Where the model looks",
@@ -29,7 +39,9 @@ def page(title: str, runs: dict[str, dict[str, Any]], pictures: dict[str, dict[s
     first = next(iter(runs.values()))
     split = shown_split(first)
     values = [summary(content) for content in runs.values()]
-    rows = [[name, *(_figure(row[i]) for row in values)] for i, name in enumerate(SUMMARY) if any(row[i] for row in values)]
+    rows = [
+        [name, *(_figure(row[i]) for row in values)] for i, name in enumerate(SUMMARY) if any(row[i] for row in values)
+    ]
     shown = {row[0] for row in rows}
     each = [
         {
@@ -61,7 +73,9 @@ def _figure(pair: tuple[float, list[float]] | None) -> Cell:
     if pair is None or pair[0] is None or math.isnan(pair[0]):
         return NOTHING
     (value, (low, high)) = pair
-    return small(f"{value:.3f}", f"{low:.3f} to {high:.3f}") if low is not None and not math.isnan(low) else f"{value:.3f}"
+    return (
+        small(f"{value:.3f}", f"{low:.3f} to {high:.3f}") if low is not None and not math.isnan(low) else f"{value:.3f}"
+    )
 
 
 def _localization(found: dict[str, Any], head: str) -> Rows:
@@ -79,13 +93,27 @@ def _training(content: dict[str, Any]) -> str:
     if not t.get("map", True):
         told.append("no feature map, so nothing is said of where it looks")
     if "epochs" in t:
-        told.append(f"last of {t['epochs']} epochs" if t["best"] == "last" else f"best of {t['epochs']} epochs by {t['best']} on val: epoch {t['best_epoch']}")
+        told.append(
+            f"last of {t['epochs']} epochs"
+            if t["best"] == "last"
+            else f"best of {t['epochs']} epochs by {t['best']} on val: epoch {t['best_epoch']}"
+        )
         told.append(f"{t['minutes']:.1f} minutes on {t['processes']} x {t['device']}, {t['precision']}")
-        told += [f"{change['what']} {change['from']} up to step {change['step']}, then {change['to']}" for change in t.get("changes", ())]
-    told.append(f"no lungs found, whole image used: {lost or 'nowhere'}" if content["lungs_not_found"] else "without a lung segmenter")
+        told += [
+            f"{change['what']} {change['from']} up to step {change['step']}, then {change['to']}"
+            for change in t.get("changes", ())
+        ]
+    told.append(
+        f"no lungs found, whole image used: {lost or 'nowhere'}"
+        if content["lungs_not_found"]
+        else "without a lung segmenter"
+    )
     replaced = ", ".join(f"{n} in {split}" for split, n in content.get("regions_replaced", {}).items() if n)
     if replaced:
-        told.append(f"the outline of the lungs left nothing of the region, or was unknown, and its part of the lung box stands in: {replaced}")
+        told.append(
+            "the outline of the lungs left nothing of the region, or was unknown, and its part of the lung box stands "
+            f"in: {replaced}"
+        )
     return "; ".join(told) + f". {content.get('written', '')}"
 
 
@@ -96,14 +124,18 @@ def _tables(content: dict[str, Any], split: str) -> list[Rows]:
     for kind, what in KINDS.items():
         if found := figures["localization"].get(kind, {}).get("all"):
             tables.append(_localization(found, f"{what}, {found['images']} images{without_map(found)}"))
-    confusion: list[list[Cell]] = [[name, *map(str, line)] for name, line in zip(content["findings"], figures["confusion"], strict=True)]
+    confusion: list[list[Cell]] = [
+        [name, *map(str, line)] for name, line in zip(content["findings"], figures["confusion"], strict=True)
+    ]
     tables.append((["is \\ predicted", *content["findings"]], confusion))
     if "binary" in figures:
         names = {"sensitivity": "sensitivity", "specificity": "specificity", "ppv": "PPV", "youden": "Youden's index"}
         points = [("predicted class, 0.5", figures["binary"])]
         if at := figures.get("at_threshold"):
             points.append((f"{at['threshold']:.3f}, the best Youden's index on val", at))
-        rows: list[list[Cell]] = [[what, *(NOTHING if of[n] is None else f"{of[n]:.3f}" for n in names)] for what, of in points]
+        rows: list[list[Cell]] = [
+            [what, *(NOTHING if of[n] is None else f"{of[n]:.3f}" for n in names)] for what, of in points
+        ]
         tables.append(([f"{content['findings'][1]} from a probability of", *names.values()], rows))
     return tables
 
@@ -114,7 +146,13 @@ def _by_finding(findings: list[str], figures: dict[str, Any]) -> Rows:
     head += ["energy in region", "pointing hit", "energy in lesion", "pointing at lesion"]
     rows: list[list[Cell]] = []
     for name, row in zip(findings, figures["per_class"], strict=True):
-        cells: list[Cell] = [name, str(row["support"]), f"{row['recall']:.3f}", f"{row['precision']:.3f}", f"{row['f1']:.3f}"]
+        cells: list[Cell] = [
+            name,
+            str(row["support"]),
+            f"{row['recall']:.3f}",
+            f"{row['precision']:.3f}",
+            f"{row['f1']:.3f}",
+        ]
         for kind in ("expected", "lesion"):
             found = figures["localization"][kind].get(name)
             cells += [_figure((found[f], found[f"{f}_95"])) if found else NOTHING for f in ("energy", "pointing")]

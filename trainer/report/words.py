@@ -19,16 +19,24 @@ def text_name(config: Config, dataset: str) -> str:
 
 
 def file_name(text: str, suffix: str = "") -> str:
-    """A name of one file, whatever the names in it: no folder, no control or foreign sign, and not too long, with a checksum where it was cut."""
+    """A name of one file, whatever the names in it: no folder, no control or foreign sign, and not too long, with a
+    checksum where it was cut.
+    """
     plain = re.sub(r"[^\w .,+=@()-]", "-", text).lstrip(".") or "-"
     data = plain.encode()
     if len(data) + len(suffix) > LONGEST:
-        plain = data[: LONGEST - len(suffix) - 9].decode(errors="ignore") + "-" + hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:8]
+        plain = (
+            data[: LONGEST - len(suffix) - 9].decode(errors="ignore")
+            + "-"
+            + hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:8]
+        )
     return plain + suffix
 
 
 def printable(text: str) -> str:
-    """Text that can be drawn, printed and written: what is none, as of a file's name in another encoding, becomes an escape."""
+    """Text that can be drawn, printed and written: what is none, as of a file's name in another encoding, becomes an
+    escape.
+    """
     return text.encode(errors="backslashreplace").decode()
 
 
@@ -57,12 +65,20 @@ def text_report(content: dict[str, Any]) -> str:
         lines += ["-" * 30, f"Beyond the published report, {split}:"]
         if "binary" in figures:
             b = figures["binary"]
-            lines.append(f"(Best Threshold above is chosen on {split} itself; the figures beside it, and these, are at the predicted class)")
+            lines.append(
+                f"(Best Threshold above is chosen on {split} itself; the figures beside it, and these, are at the "
+                "predicted class)"
+            )
             lines += [f"Sensitivity: {b['sensitivity']:.4f}", f"Positive Predictive Value (PPV): {b['ppv']:.4f}"]
             lines += [f"Youden's Index: {b['youden']:.4f}", f"Discriminant Power: {b['dp']:.4f}"]
             if at := figures.get("at_threshold"):
                 told = (
-                    f"{words} {at[name]:.4f}" for name, words in (("sensitivity", "sensitivity"), ("specificity", "specificity"), ("youden", "Youden's index"))
+                    f"{words} {at[name]:.4f}"
+                    for name, words in (
+                        ("sensitivity", "sensitivity"),
+                        ("specificity", "specificity"),
+                        ("youden", "Youden's index"),
+                    )
                 )
                 lines.append(f"At the threshold {at['threshold']:.4f}, chosen on val: {', '.join(told)}")
         for kind, what in KINDS.items():
@@ -81,19 +97,32 @@ def text_report(content: dict[str, Any]) -> str:
         if figures.get("probe"):
             lines.append("Probes of the localization:")
             known = {words: found for words, found in probes(figures["probe"]).items() if found[0] is not None}
-            lines += [f"  {words}: {value:.4f} [{low:.4f}, {high:.4f}]" for words, (value, (low, high)) in known.items()]
+            lines += [
+                f"  {words}: {value:.4f} [{low:.4f}, {high:.4f}]" for words, (value, (low, high)) in known.items()
+            ]
     for split, keys in content["lungs_not_found"].items():
         lines.append(f"No lungs found, whole image used ({split}): {len(keys)}")
-    lines += [f"Expected regions replaced by their part of the lung box ({split}): {n}" for split, n in content.get("regions_replaced", {}).items()]
+    lines += [
+        f"Expected regions replaced by their part of the lung box ({split}): {n}"
+        for split, n in content.get("regions_replaced", {}).items()
+    ]
     return "\n".join(lines) + "\n"
 
 
 def without_map(found: dict[str, Any]) -> str:
     """How many CAMs are zero everywhere: they have no energy, and miss."""
-    return f", {found['without_map']} of them without a map: no energy, pointing misses" if found.get("without_map") else ""
+    return (
+        f", {found['without_map']} of them without a map: no energy, pointing misses"
+        if found.get("without_map")
+        else ""
+    )
 
 
-KINDS = {"expected": "expected region", "expected_box": "part of the lung box, as published or as the rule has it", "lesion": "lesion boxes"}
+KINDS = {
+    "expected": "expected region",
+    "expected_box": "part of the lung box, as published or as the rule has it",
+    "lesion": "lesion boxes",
+}
 
 LOCALIZATION_WORDS = {
     "energy": "CAM energy inside",
@@ -110,7 +139,9 @@ def probes(probe: dict[str, Any]) -> dict[str, tuple[float, list[float]]]:
     """The figures of `Evaluator.probe` in words, each with its 95% interval."""
     chance = probe["random"]
     figures = [(probe[name], probe[f"{name}_95"]) for name in ("drop_outside", "drop_inside")]
-    figures += [(chance[name], chance[f"{name}_95"]) if chance else (None, [None, None]) for name in ("energy", "similarity")]
+    figures += [
+        (chance[name], chance[f"{name}_95"]) if chance else (None, [None, None]) for name in ("energy", "similarity")
+    ]
     return dict(zip(PROBES, figures, strict=True))
 
 
@@ -121,7 +152,9 @@ def _classification_table(figures: dict[str, Any], findings: list[str]) -> str:
     rows = figures["per_class"]
     total = sum(row["support"] for row in rows)
     for name, row in zip(findings, rows, strict=True):
-        lines.append(f"{name:>{width}} {row['precision']:>9.3f} {row['recall']:>9.3f} {row['f1']:>9.3f} {row['support']:>9}")
+        lines.append(
+            f"{name:>{width}} {row['precision']:>9.3f} {row['recall']:>9.3f} {row['f1']:>9.3f} {row['support']:>9}"
+        )
     lines += ["", f"{'accuracy':>{width}} {'':>9} {'':>9} {figures['accuracy']:>9.3f} {total:>9}"]
     macro = [figures["macro_precision"], figures["macro_recall"], figures["macro_f1"]]
     weighted = [sum(row[n] * row["support"] for row in rows) / total for n in ("precision", "recall", "f1")]
@@ -130,27 +163,52 @@ def _classification_table(figures: dict[str, Any], findings: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-PROBES = ("AUC lost, outside blurred", "AUC lost, region blurred", "energy, random weights", "likeness to random weights")
+PROBES = (
+    "AUC lost, outside blurred",
+    "AUC lost, region blurred",
+    "energy, random weights",
+    "likeness to random weights",
+)
 
-SUMMARY = ("accuracy", "AUC", "energy in region", "lift over area", "pointing hit", "energy in lesion", "pointing at lesion", *PROBES)
+SUMMARY = (
+    "accuracy",
+    "AUC",
+    "energy in region",
+    "lift over area",
+    "pointing hit",
+    "energy in lesion",
+    "pointing at lesion",
+    *PROBES,
+)
 
 MEANING = {
-    "energy in region": "share of the CAM's sum that lies in the region where the finding is expected (green; where its weight is a half or more), "
+    "energy in region": "share of the CAM's sum that lies in the region where the finding is expected (green; where "
+    "its weight is a half or more), "
     "mean over the images of a finding",
-    "lift over area": "that share minus the region's share of the image: 0 is no better than a map that is the same everywhere",
+    "lift over area": "that share minus the region's share of the image: 0 is no better than a map that is the same "
+    "everywhere",
     "pointing hit": "share of those images whose CAM has its peak in the region",
     "energy in lesion": "as above, in the lesion boxes (red) of the image's own finding, on images that have some",
     "pointing at lesion": "as above",
-    PROBES[0]: "fall of the AUC when everything but the expected region is blurred, paired by image: what the model gets from elsewhere on these "
-    "images. Near 0 or below it does not mean that it reads the region: a mark that misleads on these images is no loss",
+    PROBES[
+        0
+    ]: "fall of the AUC when everything but the expected region is blurred, paired by image: what the model gets from "
+    "elsewhere on these "
+    "images. Near 0 or below it does not mean that it reads the region: a mark that misleads on these images is no "
+    "loss",
     PROBES[1]: "fall of the AUC when the expected region is blurred: what the model gets from there",
     PROBES[2]: "energy in region of the same network with random weights: what an untrained map gets for nothing",
-    PROBES[3]: "mean rank correlation of the model's CAMs with those of the random network; near 1, the maps do not depend on what was learned",
+    PROBES[
+        3
+    ]: "mean rank correlation of the model's CAMs with those of the random network; near 1, the maps do not depend on "
+    "what was learned",
 }
 
 CAUTION = (
-    "A region is where a finding is expected, not where it is: a model can look there and be wrong, so read these figures beside AUC, "
-    "and where there are lesion boxes, beside those of the lesions. Higher is better, but for the loss outside and the two rows of random weights. "
+    "A region is where a finding is expected, not where it is: a model can look there and be wrong, so read these "
+    "figures beside AUC, "
+    "and where there are lesion boxes, beside those of the lesions. Higher is better, but for the loss outside and the "
+    "two rows of random weights. "
     "The CAM of a No Finding image is that of its own class and has no region: nothing is asked of it."
 )
 
@@ -163,7 +221,9 @@ def shown_split(content: dict[str, Any]) -> str:
 def summary(content: dict[str, Any]) -> list[tuple[float, list[float]] | None]:
     """The figures of `SUMMARY`, each with its 95% interval; None where there is no ground truth."""
     figures = content[shown_split(content)]
-    pairs: list[tuple[float, list[float]] | None] = [(figures[name], figures[f"{name}_95"]) for name in ("accuracy", "auc")]
+    pairs: list[tuple[float, list[float]] | None] = [
+        (figures[name], figures[f"{name}_95"]) for name in ("accuracy", "auc")
+    ]
     for kind, names in (("expected", ("energy", "lift", "pointing")), ("lesion", ("energy", "pointing"))):
         found = figures["localization"][kind]["all"]
         pairs += [(found[name], found[f"{name}_95"]) if found else None for name in names]
@@ -173,8 +233,14 @@ def summary(content: dict[str, Any]) -> list[tuple[float, list[float]] | None]:
 
 def notes(runs: dict[str, dict[str, Any]]) -> list[str]:
     """What a reader of runs side by side must know."""
-    told = [f"{name} has not finished: its best model so far" for name, content in runs.items() if content["training"].get("unfinished")]
-    kinds = {json.dumps([c["findings"], c["dataset"], shown_split(c), c[shown_split(c)]["images"]]) for c in runs.values()}
+    told = [
+        f"{name} has not finished: its best model so far"
+        for name, content in runs.items()
+        if content["training"].get("unfinished")
+    ]
+    kinds = {
+        json.dumps([c["findings"], c["dataset"], shown_split(c), c[shown_split(c)]["images"]]) for c in runs.values()
+    }
     if len(kinds) > 1:
         told.append("these runs differ in their findings or images: their figures cannot be compared")
     if len({content.get("regions") for content in runs.values()}) > 1:
@@ -191,7 +257,12 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
     lines = [f"{head:{width}}  " + "  ".join(f"{name:>{c}}" for name, c in zip(runs, columns, strict=True))]
     values = [summary(content) for content in runs.values()]
     for i, name in enumerate(SUMMARY):
-        cells = ["-" if (pair := row[i]) is None or pair[0] is None or math.isnan(pair[0]) else f"{pair[0]:.3f}" for row in values]
+        cells = [
+            "-" if (pair := row[i]) is None or pair[0] is None or math.isnan(pair[0]) else f"{pair[0]:.3f}"
+            for row in values
+        ]
         if set(cells) != {"-"}:
-            lines.append(f"{name:{width}}  " + "  ".join(f"{cell:>{c}}" for cell, c in zip(cells, columns, strict=True)))
+            lines.append(
+                f"{name:{width}}  " + "  ".join(f"{cell:>{c}}" for cell, c in zip(cells, columns, strict=True))
+            )
     return "\n".join([*lines, *(f"note: {note}" for note in notes(runs))])

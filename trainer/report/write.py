@@ -28,7 +28,8 @@ def write_run(
     splits: Mapping[str, Split],
     lost: Mapping[str, Sequence[int]],
 ) -> None:
-    """Write report.json, the text report, predictions, panel.png, curves.png, no_lungs.png and report.html into the run folder.
+    """Write report.json, the text report, predictions, panel.png, curves.png, no_lungs.png and report.html into the run
+    folder.
 
     Args:
         content: of report.json.
@@ -45,7 +46,10 @@ def write_run(
         atomic.write(out / f"predictions_{name}.jsonl", _predictions(outcome, splits[name]))
     text = text_report(content)
     atomic.write(out / text_name(config, content["dataset"]), text)
-    atomic.write(out / "report.html", page(out.resolve().name, {out.resolve().name: content}, {out.resolve().name: pictures}, text))
+    atomic.write(
+        out / "report.html",
+        page(out.resolve().name, {out.resolve().name: content}, {out.resolve().name: pictures}, text),
+    )
     atomic.write(out / "report.json", json.dumps(finite(content), indent=1))
 
 
@@ -58,7 +62,9 @@ def _predictions(outcome: Outcome, split: Split) -> str:
         lines.append({"key": split.key(i), **outcome.task.described(target), "probability": of_finding})
     for kind, table in outcome.tables().items():
         for pair in measured(table).nonzero().flatten().tolist():  # an energy that is null: the CAM is zero everywhere
-            figures = {n: round(v, 6) for n, v in zip(LOCALIZATION, table[pair].tolist(), strict=False)}  # the rest: IoU by threshold
+            figures = {
+                n: round(v, 6) for n, v in zip(LOCALIZATION, table[pair].tolist(), strict=False)
+            }  # the rest: IoU by threshold
             lines[int(outcome.pairs.image[pair])][kind] = figures
     return "".join(json.dumps(finite(line)) + "\n" for line in lines)
 
@@ -73,4 +79,7 @@ def rehearse(config: Config, dataset: str, findings: tuple[str, ...], out: Path)
             atomic.write(name, "")
             name.unlink()
     except Exception as error:
-        raise InputError(f"--task {config.task}: a report with these names cannot be made ({error}); rename the findings in a file of --findings") from error
+        raise InputError(
+            f"--task {config.task}: a report with these names cannot be made ({error}); rename the findings in a file "
+            "of --findings"
+        ) from error
