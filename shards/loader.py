@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from shards.dataset import Samples, Split
+from shards.dataset import Split
 from shards.errors import WORKER_LOST, InputError
+from shards.joined import Samples
 from shards.plan import EpochPlan, Share, Shares
 from shards.store import Remote
 

@@ -5,20 +5,17 @@ Shards are made in ``DIR.partial/shards``, each under a temporary name until it 
 index comes last, then that folder gets the name DIR, which is whole or not there.
 """
 
-import fcntl
 import hashlib
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
@@ -29,6 +26,7 @@ from tqdm import tqdm
 
 from shards import atomic
 from shards.atomic import sync
+from shards.claim import claimed
 from shards.cores import cores
 from shards.errors import InputError, listed, read_json
 from shards.files import file_sha256
@@ -107,7 +105,7 @@ def pack(
         digest.hexdigest()
     )  # parts of other items, such as other splits of the same patients, do not go together
     text = json.dumps(plan, indent=1, default=list)
-    with _claimed(work, shared=part is not None):
+    with claimed(work, shared=part is not None):
         try:
             _agree(work, text, part)
             mine = [job for n, job in enumerate(jobs) if part is None or n % part[1] == part[0] - 1]
@@ -195,37 +193,6 @@ def _set_scales(source: Source, workers: int | None) -> None:
         source.notes.append(
             f"{of} images of more than 8 bits: {scale[0]:g} is black, {scale[1]:g} is white; another depth: --bits"
         )
-
-
-@contextmanager
-def _claimed(work: Path, *, shared: bool) -> Iterator[None]:
-    """The working folder, locked; removed when it is left without a finished shard. Only parts share it."""
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        lock = os.open(work / ".lock", os.O_RDWR | os.O_CREAT)
-    except OSError as error:
-        raise InputError(
-            f"--out {work.with_suffix('')}: cannot be written ({error.strerror or error}); choose a folder that can"
-        ) from error
-    try:
-        if not _lock(lock, fcntl.LOCK_SH if shared else fcntl.LOCK_EX):
-            raise InputError(f"{work}: another process is packing there; wait for it, or choose another --out")
-        yield
-    finally:
-        if work.is_dir() and not any(work.glob(f"{NOTES}/*.json")) and _lock(lock, fcntl.LOCK_EX):
-            shutil.rmtree(work, ignore_errors=True)
-        os.close(lock)
-
-
-def _lock(descriptor: int, how: int) -> bool:
-    """Whether the lock was to be had at once."""
-    try:
-        fcntl.flock(descriptor, how | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass  # a file system without locks
-    return True
 
 
 def _agree(work: Path, plan: str, part: tuple[int, int] | None) -> None:

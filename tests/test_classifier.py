@@ -231,16 +231,16 @@ def test_tokens_are_a_map_wherever_there_is_one(backbone, size):
 
 
 def test_tokens_with_any_prefix_are_a_map():
-    from trainer.classifier import _to_maps
+    from trainer.layers import to_maps
 
     net = torch.nn.Module()
     for prefix in (0, 1, 2):
-        maps = _to_maps(torch.arange(2.0 * (prefix + 16) * 3).view(2, prefix + 16, 3), net)
+        maps = to_maps(torch.arange(2.0 * (prefix + 16) * 3).view(2, prefix + 16, 3), net)
         assert maps.shape == (2, 3, 4, 4)
         assert maps[0, 0, 0, 1] - maps[0, 0, 0, 0] == 3
-    assert _to_maps(torch.zeros(2, 7, 7, 96), net).shape == (2, 96, 7, 7)  # channels last, whatever the model says
+    assert to_maps(torch.zeros(2, 7, 7, 96), net).shape == (2, 96, 7, 7)  # channels last, whatever the model says
     with pytest.raises(InputError, match="is not a feature map"):
-        _to_maps(torch.zeros(2, 24, 3), net)
+        to_maps(torch.zeros(2, 24, 3), net)
 
 
 def test_a_trial_changes_nothing():

@@ -4,7 +4,8 @@ import pytest
 
 from shards.errors import InputError
 from trainer.command import from_yaml, parse, to_yaml
-from trainer.config import Config, LungsTrainConfig
+from trainer.config import Config
+from trainer.options import LungsTrainConfig
 
 NEEDED = ["--shards", "s", "--out", "o"]
 

@@ -23,9 +23,10 @@ from torch.utils.data import get_worker_info
 
 from shards import loader
 from shards.__main__ import main
-from shards.dataset import Joined, Split, _decode
+from shards.dataset import Split, _decode
 from shards.errors import InputError, run
 from shards.index import build_index
+from shards.joined import Joined
 from shards.loader import Loader
 from shards.pack import pack
 from shards.pixels import decode_image

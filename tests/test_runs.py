@@ -931,7 +931,7 @@ def test_a_backbone_without_a_map_trains_by_cross_entropy(flags, tmp_path, shard
     from trainer.classifier import FocusClassifier
 
     monkeypatch.setattr(
-        "trainer.classifier._to_maps", lambda *_: (_ for _ in ()).throw(InputError("is not a feature map"))
+        "trainer.classifier.to_maps", lambda *_: (_ for _ in ()).throw(InputError("is not a feature map"))
     )
     with pytest.raises(InputError, match=r"--backbone resnet18: gives no feature map .*--balance\.lam 1"):
         FocusClassifier("resnet18", 2, size=64, pretrained="false")

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from shards.dataset import Joined, Split
+from shards.dataset import Split
 from shards.errors import InputError
+from shards.joined import Joined
 from shards.loader import Loader
 from shards.pack import pack
 from shards.phantom import Phantoms

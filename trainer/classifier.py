@@ -9,8 +9,6 @@ network runs in the launcher's precision, so it costs the gradient of the head a
 
 import contextlib
 import difflib
-import math
-import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -21,12 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from shards.errors import InputError
 from trainer.backbone import create, head_names
+from trainer.layers import INPUT, INSIDE, default_layer, is_square, split_names, to_maps, top_layers
 from trainer.losses import TINY, at_least_float32
-
-INPUT = "input"
-INSIDE = re.compile(
-    r"(attn|mlp|drop|crpe|cpe|act|qkv|proj|gate)", re.IGNORECASE
-)  # parts of blocks, whose outputs are no features of the network
 
 
 class Prediction(NamedTuple):
@@ -71,7 +65,7 @@ class FocusClassifier(nn.Module):
         super().__init__()
         self.backbone, self.size, self.layer = backbone, size, layer
         self.net, self.loaded = create(backbone, classes, size, pretrained)
-        self.layers = _names(layer or default_layer(self.net))
+        self.layers = split_names(layer or default_layer(self.net))
         known = [name for name, _ in self.net.named_modules()]
         for name in self.layers:
             if name == INPUT and len(self.layers) > 1:
@@ -84,7 +78,7 @@ class FocusClassifier(nn.Module):
                 hint = f"; did you mean {' or '.join(close)}?" if close else "."
                 raise InputError(
                     f"--attention.layer {name}: {backbone} has no such module{hint} It has "
-                    f"{', '.join(_layers(self.net))} and what is in them"
+                    f"{', '.join(top_layers(self.net))} and what is in them"
                 )
         self.map_side = 0  # positions of a side of the map
         self.keeps = False
@@ -171,7 +165,7 @@ class FocusClassifier(nn.Module):
             with torch.enable_grad():
                 logits, _ = self._logits_and_cam(((trial - self.mean) / self.std), None, True)
                 gradients = torch.autograd.grad(logits.sum(), self.kept, allow_unused=True)
-            return all(g is not None and bool(_to_maps(g, self.net).any()) for g in gradients)
+            return all(g is not None and bool(to_maps(g, self.net).any()) for g in gradients)
         finally:
             self.keeps, self.kept = kept
 
@@ -181,7 +175,7 @@ class FocusClassifier(nn.Module):
 
         def note(name: str) -> Callable[..., None]:
             def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-                if isinstance(output, torch.Tensor) and (output.ndim == 3 or (output.ndim == 4 and _square(output))):
+                if isinstance(output, torch.Tensor) and (output.ndim == 3 or (output.ndim == 4 and is_square(output))):
                     run.append(name)
 
             return hook
@@ -321,7 +315,7 @@ class FocusClassifier(nn.Module):
                 )  # tiny numbers, which are no sign of a dead map
                 continue
             features = features if differentiable else features.detach()
-            maps.append(grad_cam(_to_maps(features, self.net), _to_maps(gradient, self.net)))
+            maps.append(grad_cam(to_maps(features, self.net), to_maps(gradient, self.net)))
         return (logits if had_graph else logits.detach()), maps[0] if len(maps) == 1 else _mean_map(maps)
 
     def _run(self, x: torch.Tensor, keep: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
@@ -366,65 +360,6 @@ def normalize_cam(cam: torch.Tensor, size: int) -> torch.Tensor:
 def _mean_map(maps: list[torch.Tensor]) -> torch.Tensor:
     """The mean of maps [B,h,w] of several sizes, each normalised to [0,1], at the size of the largest."""
     return torch.stack([normalize_cam(m, max(m.shape[1] for m in maps)) for m in maps]).mean(0)
-
-
-def default_layer(net: nn.Module) -> str:
-    """The published layer of a family, or empty for whatever ``forward_features`` gives."""
-    if type(net).__name__ == "VGG":  # the last convolution, before its ReLU
-        return [
-            name
-            for name, module in net.named_modules()
-            if name.startswith("features.") and isinstance(module, nn.Conv2d)
-        ][-1]
-    blocks = getattr(net, "blocks", None)
-    if (
-        getattr(net, "global_pool", None) == "token"
-        and isinstance(blocks, nn.Sequential)
-        and hasattr(blocks[-1], "norm1")
-    ):
-        # The class token alone is read: patches act on it last through this block's attention.
-        return f"blocks.{len(blocks) - 1}.norm1"
-    return ""
-
-
-def _to_maps(x: torch.Tensor, net: nn.Module) -> torch.Tensor:
-    """Features of any timm layout to [B,C,h,w]. Tokens [B,N,C] are a map where N, less a few that stand for the whole,
-    is the grid's or a square.
-    """
-    if x.ndim == 3:
-        declared = int(getattr(net, "num_prefix_tokens", 0))
-        h, w = getattr(getattr(net, "patch_embed", None), "grid_size", None) or (0, 0)
-        for prefix in dict.fromkeys((declared, 0, 1, 2)):
-            count = x.shape[1] - prefix
-            side = math.isqrt(max(count, 0))
-            if count > 1 and h * w == count:
-                return x[:, prefix:].transpose(1, 2).unflatten(2, (h, w))
-            if count > 1 and side * side == count:
-                return x[:, prefix:].transpose(1, 2).unflatten(2, (side, side))
-    elif x.ndim == 4:
-        last = getattr(net, "output_fmt", "NCHW") == "NHWC" or (
-            x.shape[1] == x.shape[2] != x.shape[3] and x.shape[2] != 1
-        )
-        return x.permute(0, 3, 1, 2) if last else x
-    raise InputError(
-        f"--attention.layer: an output of shape {tuple(x.shape)} is not a feature map; choose another layer"
-    )
-
-
-def _square(output: torch.Tensor) -> bool:
-    """Whether [B,C,H,W] or [B,H,W,C] has H = W, as all maps of a square image have, and more than one position."""
-    a, b, c = output.shape[1:]
-    return (b == c and b > 1) or (a == b and a > 1)
-
-
-def _names(layers: str) -> list[str]:
-    return [name.strip() for name in layers.split(",") if name.strip()]
-
-
-def _layers(net: nn.Module) -> list[str]:
-    """Two levels of modules, enough to choose from."""
-    names = [name for name, _ in net.named_modules() if name and name.count(".") <= 1]
-    return names if len(names) <= 40 else [name for name in names if "." not in name]
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ Legend: N images of a split, K classes, S pixels of a side.
 if __name__ == "__main__":  # what is wrong with the flags is said before torch is imported, which takes seconds
     from shards.errors import run as _run
     from trainer.command import parse as _parse
-    from trainer.config import EvaluateConfig as _Config
+    from trainer.options import EvaluateConfig as _Config
 
     def _check() -> None:
         _parse(_Config, None, prog="trainer.evaluate")
@@ -30,11 +30,12 @@ from shards.store import open_store
 from trainer import __version__
 from trainer.classifier import evaluating
 from trainer.command import parse
-from trainer.config import Config, EvaluateConfig
+from trainer.config import Config
 from trainer.launching import close, on_main, set_threads, start
 from trainer.look import look
 from trainer.lungs import LungFinder
 from trainer.measure import Evaluator, Outcome
+from trainer.options import EvaluateConfig
 from trainer.regions.lesions import LesionRegions
 from trainer.report.figures import TILES, Tile
 from trainer.report.words import file_name, short, table

@@ -16,8 +16,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list, gather_object, set_seed
 
 from shards.cores import cores
-from shards.dataset import Samples
 from shards.errors import InputError
+from shards.joined import Samples
 from shards.loader import Loader
 from shards.plan import EpochPlan
 

@@ -16,7 +16,7 @@ from scipy.ndimage import binary_erosion, distance_transform_edt
 from torchvision.ops import box_iou
 
 from shards import atomic
-from shards.dataset import Samples
+from shards.joined import Samples
 from shards.loader import Loader
 from trainer.launching import Accelerator
 from trainer.lungs import LungSegmenter, lung_boxes

@@ -13,6 +13,7 @@ from shards.loader import Batch, Loader
 from shards.plan import EpochPlan
 from trainer.classifier import FocusClassifier, evaluating, normalize_cam
 from trainer.config import AttentionConfig
+from trainer.gather import Table
 from trainer.launching import loader_of
 from trainer.look import Located, Seen, look
 from trainer.losses import attention_term
@@ -100,63 +101,6 @@ class Outcome:
             if at is not None and known.any():
                 figures["localization"][kind]["all"]["iou_threshold"] = THRESHOLDS[at]
         return figures
-
-
-class Table:
-    """Figures of a split's images, or of its pairs, gathered from all processes: each row is written once, by one of
-    them.
-
-    Args:
-        count: rows.
-        widths: columns of each figure. A row may lack any of them.
-    """
-
-    def __init__(self, count: int, widths: Mapping[str, int]) -> None:
-        self.widths = {"count": 1} | {
-            part: width for name, wide in widths.items() for part, width in ((name, wide), (f"has {name}", 1))
-        }
-        self.rows = torch.zeros(count, sum(self.widths.values()), dtype=torch.float64)
-
-    def write(
-        self,
-        index: torch.Tensor,
-        own: torch.Tensor,
-        figures: Mapping[str, torch.Tensor],
-        known: Mapping[str, torch.Tensor],
-    ) -> None:
-        """Figures [B,width] of rows int64 [B] on the CPU, as far as they are ``own``, bool [B], and whether each has
-        them, bool [B] by name.
-        """
-        device = next(iter(figures.values())).device
-        given = (
-            {"count": torch.ones(len(index), 1)}
-            | dict(figures)
-            | {f"has {name}": has[:, None] for name, has in known.items()}
-        )
-        row = [
-            given[name].to(device).float() if name in given else torch.zeros(len(index), width, device=device)
-            for name, width in self.widths.items()
-        ]
-        self.rows[index[own]] += torch.cat(row, 1).cpu().double()[own]
-
-    def gather(self, accelerator: Accelerator) -> dict[str, torch.Tensor]:
-        """Every figure of all rows, float64 [n,width], NaN where a row lacks it."""
-        rows = accelerator.reduce(self.rows.to(accelerator.device), "sum").cpu()
-        of = dict(zip(self.widths, rows.split(list(self.widths.values()), 1), strict=True))
-        assert (of["count"] == 1).all(), "every row is measured exactly once"
-        return {
-            name: torch.where(of[f"has {name}"] > 0, of[name], torch.nan)
-            for name in self.widths
-            if f"has {name}" in self.widths
-        }
-
-    def nothing(self) -> dict[str, torch.Tensor]:
-        """What `gather` gives where nothing was written: NaN."""
-        return {
-            name: torch.full((len(self.rows), width), torch.nan).double()
-            for name, width in self.widths.items()
-            if f"has {name}" in self.widths
-        }
 
 
 @dataclass

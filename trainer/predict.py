@@ -4,7 +4,7 @@ if __name__ == "__main__":  # what is wrong with the flags is said before torch 
     from shards.errors import run as _run
     from trainer.command import parse as _parse
     from trainer.command import positionals as _positionals
-    from trainer.config import PredictConfig as _Config
+    from trainer.options import PredictConfig as _Config
 
     def _check() -> None:
         _parse(_Config, _positionals(None)[0], prog="trainer.predict")
@@ -28,10 +28,10 @@ from shards.files import walk
 from shards.pixels import IMAGE_SUFFIXES, Frame, fit, is_dicom, load_image
 from shards.sample import clean_key
 from trainer.command import parse, positionals
-from trainer.config import PredictConfig
 from trainer.launching import set_threads, start
 from trainer.look import look
 from trainer.lungs import LungFinder
+from trainer.options import PredictConfig
 from trainer.regions import Regions, placed
 from trainer.report.figures import Tile, panel, png
 from trainer.report.words import file_name, printable

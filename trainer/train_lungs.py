@@ -9,7 +9,7 @@ if __name__ == "__main__":  # what is wrong with the settings is said before tor
     from shards.errors import run as _run
     from trainer.command import parse as _parse
     from trainer.command import resumed as _resumed
-    from trainer.config import LungsTrainConfig as _Config
+    from trainer.options import LungsTrainConfig as _Config
 
     def _check() -> None:
         _parse(_Config, _resumed(None, "trainer.train_lungs"), prog="trainer.train_lungs")
@@ -30,15 +30,15 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from shards import atomic
-from shards.dataset import Joined, Samples, Split
+from shards.dataset import Split
 from shards.errors import InputError, run
+from shards.joined import Joined, Samples
 from shards.loader import Loader
 from shards.plan import EpochPlan
 from shards.store import open_store
 from trainer import checkpoint, lung_report
 from trainer.augment import augment, draw, resize
 from trainer.command import flat, parse, resumed, to_yaml
-from trainer.config import LungsTrainConfig
 from trainer.launching import (
     Accelerator,
     close,
@@ -52,6 +52,7 @@ from trainer.launching import (
 )
 from trainer.lungs import LungSegmenter, load_segmenter
 from trainer.lungs.paint import paint
+from trainer.options import LungsTrainConfig
 from trainer.schedule import one_cycle
 
 WEIGHTS = "lung_unet.safetensors"

@@ -2,10 +2,8 @@
 
 import os
 import re
-import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +12,10 @@ import numpy as np
 
 from shards import deal
 from shards.errors import InputError, listed, nearest
-from shards.files import hidden
-from shards.pixels import IMAGE_SUFFIXES, image_size
+from shards.pixels import image_size
 from shards.sample import NO_FINDING, SPLITS, SUPPORT_DEVICES, clean_key, split_of_folder
 from shards.sources.cells import Row, column, read_table
+from shards.sources.finder import Finder
 from shards.sources.item import Item, LesionShare, Source, mixed, present, refuse_missing_class, refuse_torn, separated
 from shards.sources.labels import NOBODY, Columns, labelled
 
@@ -38,53 +36,6 @@ CORNERS = (
 )
 
 SIDES = (("x", "y", "w", "h"), ("x", "y", "width", "height"))
-
-
-class Finder:
-    """Files below a folder by the names that tables give them.
-
-    A name that is not there as it stands is looked for with ``/`` for ``\\``, in another Unicode normal form or case,
-    and without its suffix; what fits one file alone is that file.
-    """
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.known: dict[str, dict[str, list[str]]] = {}  # of a folder: plain name or stem -> names
-
-    def find(self, name: str) -> Path:
-        """The file, or, where there is none, the path that the name stands for."""
-        plain = self.root / name
-        if os.path.isfile(plain) or "\0" in name:
-            return plain
-        parts = Path(name.replace("\\", "/")).parts
-        if len(parts) > 1 and parts[0] == self.root.name and not os.path.isdir(self.root / parts[0]):
-            parts = parts[1:]  # from the folder above the one that is named
-        if not parts or os.path.isabs(name) or ".." in parts:
-            return plain
-        at = str(self.root)
-        for part in parts:
-            exact = os.path.join(at, part)
-            names = (
-                [] if os.path.lexists(exact) and (os.path.isdir(exact) or part is parts[-1]) else self._like(at, part)
-            )
-            at = os.path.join(at, names[0]) if len(names) == 1 else exact
-        return Path(at) if os.path.isfile(at) else plain
-
-    def _like(self, folder: str, name: str) -> list[str]:
-        if folder not in self.known:
-            self.known[folder] = defaultdict(list)
-            with suppress(OSError):
-                for entry in sorted(os.listdir(folder)):
-                    if not hidden(entry):
-                        stem, suffix = os.path.splitext(entry)
-                        readable = suffix.lower() in (*IMAGE_SUFFIXES, ".dcm", ".dicom", "")
-                        for key in {_plain(entry), *([_plain(stem)] if readable else [])}:
-                            self.known[folder][key].append(entry)
-        return self.known[folder].get(_plain(name), [])
-
-
-def _plain(name: str) -> str:
-    return unicodedata.normalize("NFC", name).casefold()
 
 
 @dataclass

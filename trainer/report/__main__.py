@@ -4,7 +4,7 @@ if __name__ == "__main__":  # what is wrong with the flags is said before torch 
     from shards.errors import run as _run
     from trainer.command import parse as _parse
     from trainer.command import positionals as _positionals
-    from trainer.config import ReportConfig as _Config
+    from trainer.options import ReportConfig as _Config
 
     def _check() -> None:
         _parse(_Config, _positionals(None)[0], prog="trainer.report")
@@ -17,7 +17,7 @@ from pathlib import Path
 from shards import atomic
 from shards.errors import InputError, read_json, run
 from trainer.command import parse, positionals
-from trainer.config import ReportConfig
+from trainer.options import ReportConfig
 from trainer.report.page import page
 from trainer.report.words import table
 

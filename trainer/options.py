@@ -1,0 +1,152 @@
+"""The settings of the commands beside trainer.train, each checked before torch is imported."""
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from trainer.config import Painting, Strength
+
+
+@dataclass
+class LungsTrainConfig:
+    """Train a lung segmenter from shards with lung masks."""
+
+    shards: str
+    """Folders or URLs of packed shards with lung masks (python -m shards masks, or phantom), separated by commas: one
+    for each source.
+    """
+    out: str
+    """Run folder to make; lung_unet.safetensors goes there."""
+    test: str = ""
+    """More of them, separated by commas, that are only measured at the end, all their splits: hospitals that are left
+    out of training.
+    """
+    init: str = ""
+    """Weights to start from (file or run folder; "shipped": those of the package), for a second phase or another
+    hospital; their net is taken, too.
+    """
+    channels: list[int] = field(default_factory=lambda: [24, 48, 96, 192, 256])
+    """Of the U-Net's five levels: the default is light (3.3 M parameters, 1.6 GMAC), [64, 128, 256, 512, 1024] the
+    published one (31.04 M, 193 GMAC).
+    """
+    patch: int = 2
+    """Side of the squares of pixels that the first level takes together; published: 1."""
+    size: int = 256
+    """Working size in pixels, a multiple of 16 x patch: 256 is light, 512 the published one."""
+    batch: int = 8
+    """Images per process."""
+    epochs: int = 40
+    """Passes over the training images."""
+    lr: float = 2e-3
+    """Largest learning rate of AdamW, reached after a fifth of the steps, then down to 0 along a cosine."""
+    seed: int = 0
+    """Of weights, order and augmentation."""
+    augment: Strength = field(
+        default_factory=lambda: Strength(
+            rotate=15,
+            scale=0.2,
+            shift=0.08,
+            flip=0.3,
+            contrast=0.4,
+            brightness=0.15,
+            gamma=0.5,
+            noise=0.05,
+            invert=0.15,
+        )
+    )
+    paint: Painting = field(
+        default_factory=lambda: Painting(
+            opacity=0.55, gas=0.4, collapse=0.1, devices=0.35, tone=0.5, warp=0.5, frame=0.3, negative=0.12
+        )
+    )
+    threshold: float = 0.35
+    """Probability above which a pixel is lung: below 0.5 the box reaches further into the thin costophrenic angles."""
+    workers: int = 2
+    """Loader processes per process."""
+    resume: bool = False
+    """Go on with the run in --out after its last whole epoch."""
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with the values, each naming its flag."""
+        found = [
+            f"--{n} {getattr(self, n)}: must be at least 1"
+            for n in ("patch", "batch", "epochs")
+            if getattr(self, n) < 1
+        ]
+        if len(self.channels) != 5 or min(self.channels) < 1:
+            found.append(f"--channels {self.channels}: expected five whole numbers, such as [24, 48, 96, 192, 256]")
+        if self.patch > 0 and (self.size < 16 * self.patch or self.size % (16 * self.patch)):
+            found.append(f"--size {self.size}: must be a multiple of 16 x --patch {self.patch}")
+        if not self.lr > 0:
+            found.append(f"--lr {self.lr}: must be above 0")
+        if not 0 < self.threshold < 1:
+            found.append(f"--threshold {self.threshold}: must lie between 0 and 1")
+        if self.workers < 0 or self.seed < 0:
+            found.append("--workers and --seed must not be negative")
+        chances = dataclasses.asdict(self.paint) | {
+            "augment.flip": self.augment.flip,
+            "augment.invert": self.augment.invert,
+        }
+        found += [
+            f"--{n if '.' in n else f'paint.{n}'} {v}: must lie in [0, 1]"
+            for n, v in chances.items()
+            if not 0 <= v <= 1
+        ]
+        return found
+
+
+@dataclass
+class EvaluateConfig:
+    """Evaluate a finished run on its own shards or on others."""
+
+    run: str
+    """Run folder of trainer.train."""
+    shards: str
+    """Folder or URL of packed shards with val, or test, or both."""
+    out: str = ""
+    """Folder for the reports; empty: the run folder for its own shards, RUN/evaluate_<dataset> for others."""
+    batch: int = 32
+    """Images per process and forward."""
+    workers: int = 2
+    """Loader processes per process."""
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with the values, each naming its flag."""
+        return [
+            f"--{n} {v}: must be at least {low}"
+            for n, v, low in (("batch", self.batch, 1), ("workers", self.workers, 0))
+            if v < low
+        ]
+
+
+@dataclass
+class PredictConfig:
+    """Predict image files with a finished run.
+
+    Usage: python -m trainer.predict --run RUN [--out DIR] IMAGE|FOLDER|PATTERN...
+    """
+
+    run: str
+    """Run folder of trainer.train."""
+    out: str = ""
+    """Folder for the overlays; empty: RUN/predictions."""
+    look_at: str = ""
+    """Finding whose CAM is shown; empty: the predicted one."""
+
+    def problems(self) -> list[str]:
+        """Nothing beyond the types."""
+        return []
+
+
+@dataclass
+class ReportConfig:
+    """Finished runs side by side.
+
+    Usage: python -m trainer.report --out FILE.html RUN [RUN ...]
+    """
+
+    out: str
+    """HTML file to write."""
+
+    def problems(self) -> list[str]:
+        """Nothing beyond the types."""
+        return []
