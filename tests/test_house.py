@@ -65,3 +65,27 @@ def test_the_readme_draws_the_tree():
         assert (ROOT / "".join(folders).rstrip("/")).exists(), line
     missing = {path.relative_to(ROOT).as_posix() for path in ROOMS if path.name != "__init__.py"} - drawn
     assert not missing
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(page):
+    text = page.read_text()
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        assert link.startswith("http") or (page.parent / link).exists(), link
+    for name in re.findall(r"`((?:bench|trainer|shards|launch)/[\w./]+)`", text):
+        assert (ROOT / name).exists(), name
+
+
+def test_the_readme_is_read_to_its_end():
+    assert len((ROOT / "README.md").read_text().splitlines()) < 300
+    linked = set(re.findall(r"\]\((docs/[^)]+)\)", (ROOT / "README.md").read_text()))
+    assert linked == {f"docs/{page.name}" for page in PAGES[1:]}
+
+
+def test_rooms_are_no_halls():
+    """A file of more than 400 lines holds two rooms; two of one long thing each are known."""
+    long = {module(path) for path in ROOMS if len(path.read_text().splitlines()) > 400}
+    assert long == {"shards.phantom", "trainer.lungs.paint"}
