@@ -51,11 +51,12 @@ from trainer.metrics import summarize
 from trainer.rules import read_findings, rules_of, task_findings
 
 HERE = Path(__file__).parent
+# Pixels; training images; test images where the shortcut says nothing, half of it elsewhere
 SIZE, TRAIN, TEST = (
     128,
     600,
     600,
-)  # pixels; training images; test images where the shortcut says nothing, half of it elsewhere
+)
 CONDITIONS = {
     "marker 0.95": ("marker", 0.95),
     "marker 1.0": ("marker", 1.0),
@@ -87,9 +88,8 @@ COMMON += ["--optim.warmup", "20"]
 OFF, ON = ["--swap.probability", "0"], ["--swap.probability", "0.5"]
 CLASSES, RULES = task_findings("nep"), rules_of(read_findings())
 BOX = ["--findings", str(HERE / "whole_box.yaml")]
-SHAPED = {
-    "default": []
-}  # energy + swap of three quarters, expected regions in the shape of the lungs; all other arms: parts of the lung box
+# Energy + swap of three quarters, expected regions in the shape of the lungs; all other arms: parts of the lung box
+SHAPED = {"default": []}
 CORE = {
     "cross-entropy": ["--balance.lam", "1", *OFF],
     "published": ["--attention.form", "published", *OFF],

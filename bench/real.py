@@ -339,9 +339,8 @@ class Seen:
     def __init__(self, run: Path, finding: str) -> None:
         lines = [json.loads(line) for line in (run / "predictions_test.jsonl").read_text().splitlines()]
         self.keys = [line["key"] for line in lines]
-        self.patients = [
-            key.split("_")[0] for key in self.keys
-        ]  # of names of the NIH archive; elsewhere each image is its own
+        # Of names of the NIH archive; elsewhere each image is its own
+        self.patients = [key.split("_")[0] for key in self.keys]
         self.labels = np.array([line["label"] == finding for line in lines])
         self.scores = np.array([line["probability"][finding] for line in lines])
         self.place = {kind: [line.get(kind, {}) for line in lines] for kind in ("expected", "expected_box", "lesion")}

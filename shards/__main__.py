@@ -221,10 +221,10 @@ def _odd_names(index: dict[str, Any]) -> None:
         alike[spelling(name)].append(name)
     for names in alike.values():
         if len(names) > 1:
-            told = " and ".join(f"{name!r} ({counts[name]})" for name in names)
+            spellings = " and ".join(f"{name!r} ({counts[name]})" for name in names)
             print(
-                f"note: {told} are findings of their own, as they are spelt; if they are one, give them one name and "
-                "pack again"
+                f"note: {spellings} are findings of their own, as they are spelt; if they are one, give them one name "
+                "and pack again"
             )
     if index["findings"] and NO_FINDING not in index["findings"]:
         print(

@@ -123,9 +123,8 @@ class Cache:
                     os.unlink(entry.path)  # of a process that was killed
                 elif entry.name.endswith(".hold"):  # what becomes of a .part is held
                     used += stat.st_size
-                elif SHA256.fullmatch(entry.name) and entry.is_file(
-                    follow_symlinks=False
-                ):  # whatever else lies here is not ours
+                # Whatever else lies here is not ours
+                elif SHA256.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
                     used += stat.st_size
                     files.append((stat.st_mtime, stat.st_size, entry.path))
             for _, bytes_, path in sorted(files):

@@ -78,9 +78,8 @@ class Split:
         self.scales = tuple((float(low), float(high)) for low, high in self.stored.get("scales", ()))
         self.shards: list[dict[str, Any]] = entry["shards"]
         self.store.check(self.shards)
-        self.starts = list(
-            accumulate((shard["samples"] for shard in self.shards), initial=0)
-        )  # first sample of each shard
+        # First sample of each shard
+        self.starts = list(accumulate((shard["samples"] for shard in self.shards), initial=0))
         self.table = self._table(f"{split}.npy", ROW, entry, entry["samples"])
         self._entry, self._boxed = entry, index.get("boxed", [])
         self._lesions: Lesions | None = None

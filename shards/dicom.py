@@ -153,9 +153,8 @@ def _stored(pydicom: Any, data: bytes, where: str) -> _Stored:
     if "TransferSyntaxUID" not in getattr(dataset, "file_meta", {}):
         dataset.file_meta = getattr(dataset, "file_meta", None) or pydicom.dataset.FileMetaDataset()
         dataset.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
-    pixels = pydicom.pixels.pixel_array(
-        dataset, correct_unused_bits=False
-    )  # which is done below, wherever the high bit is
+    # Which is done below, wherever the high bit is
+    pixels = pydicom.pixels.pixel_array(dataset, correct_unused_bits=False)
     if dataset.get("PhotometricInterpretation", "") == "PALETTE COLOR":
         pixels = pydicom.pixels.processing.apply_color_lut(pixels, dataset)
     bits = int(dataset.BitsStored)
@@ -163,9 +162,8 @@ def _stored(pydicom: Any, data: bytes, where: str) -> _Stored:
         return _Stored(dataset, pixels, np.ones(pixels.shape[:2], bool), bits)
     if pixels.dtype.kind in "iu" and bits < 8 * pixels.dtype.itemsize:
         signed, syntax = pixels.dtype.kind == "i", dataset.file_meta.TransferSyntaxUID
-        aligned = (
-            not syntax.is_encapsulated or syntax == pydicom.uid.RLELossless
-        )  # JPEG and its kin give values from bit 0 on
+        # JPEG and its kin give values from bit 0 on
+        aligned = not syntax.is_encapsulated or syntax == pydicom.uid.RLELossless
         shift = max(int(dataset.get("HighBit", bits - 1)) + 1 - bits, 0) if aligned else 0
         raw = (np.ascontiguousarray(pixels).view(f"u{pixels.dtype.itemsize}") >> shift) & (2**bits - 1)
         pixels = ((raw ^ 2 ** (bits - 1)).astype(np.int32) - 2 ** (bits - 1)) if signed else raw
@@ -298,10 +296,11 @@ def _shown(dataset: Any) -> Callable[[np.ndarray], np.ndarray] | None:
 
     center, width = first("WindowCenter"), first("WindowWidth")
     function = str(dataset.get("VOILUTFunction", "") or "LINEAR").upper()
+    # Of which the standard asks for a width above 0, of LINEAR for 1 and more
     exact = function in (
         "SIGMOID",
         "LINEAR_EXACT",
-    )  # of which the standard asks for a width above 0, of LINEAR for 1 and more
+    )
     if center is None or width is None or not (width > 0 if exact else width >= 1):
         return None
     if function == "SIGMOID":

@@ -19,6 +19,7 @@ import numpy as np
 from shards.errors import InputError
 
 MAX_PIXELS = 2**27  # 134 million: beyond any detector, far below what exhausts a machine
+# First bytes
 KNOWN = {
     b"\x89PNG": "PNG",
     b"\xff\xd8\xff": "JPEG",
@@ -26,7 +27,7 @@ KNOWN = {
     b"BM": "BMP",
     b"II*\0": "TIFF",
     b"MM\0*": "TIFF",
-}  # first bytes
+}
 LUMINANCE = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as Pillow's
 ROWS = 256  # that are converted at a time, so that no copy of a large image in floats is made
 SLACK = 1.25  # a value that is beyond a scale by less than this is cut; beyond, the image is of another kind

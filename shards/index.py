@@ -46,9 +46,8 @@ ROW = np.dtype(
     ]
 )
 
-BOX = np.dtype(
-    [("row", "<u4"), ("finding", "<u2"), ("xyxy", "<f8", (4,))]
-)  # finding: a number into ``boxed`` of index.json
+# Finding: a number into ``boxed`` of index.json
+BOX = np.dtype([("row", "<u4"), ("finding", "<u2"), ("xyxy", "<f8", (4,))])
 ID = np.dtype([("key", "<u8"), ("patient", "<u8")])  # `hashed`
 
 

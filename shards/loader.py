@@ -94,9 +94,8 @@ class _Reader(Dataset["Batch | InputError"]):
         masks = None
         if self.samples.masks:
             known = [self.samples.mask(p) for p in share.positions]
-            masks = torch.from_numpy(
-                np.stack([m for m in known if m is not None])
-            )  # all are there: checked when opened
+            # All are there: checked when opened
+            masks = torch.from_numpy(np.stack([m for m in known if m is not None]))
         return Batch(
             image=torch.from_numpy(images)[:, None],
             target=torch.from_numpy(self.samples.targets(share.positions)),
@@ -183,9 +182,8 @@ class Loader:
 
     def _watched(self, watch: "_Watch") -> Iterator[Batch]:
         """What the loader's processes deliver; the first InputError of theirs is raised here."""
-        watch.start(
-            self.processes
-        )  # those of an earlier epoch: one that stopped since then does not answer when it is asked to begin anew
+        # Those of an earlier epoch: one that stopped since then does not answer when it is asked to begin anew
+        watch.start(self.processes)
         try:
             others = set(multiprocessing.active_children())
             with watch.waiting():

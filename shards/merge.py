@@ -65,7 +65,7 @@ def merge(out: Path) -> dict[str, Any]:
     shards: dict[str, list[dict[str, Any]]] = defaultdict(list)
     parts: dict[str, list[Indexed]] = defaultdict(list)
     skipped: list[dict[str, str]] = []
-    homes: dict[str, set[str]] = defaultdict(set)  # of each image
+    splits_of: dict[str, set[str]] = defaultdict(set)  # of each image
     remarks: Counter[str] = Counter()
     for name in names:
         split, note = name.partition("/")[0], read_json(note_of(work, name))
@@ -81,10 +81,10 @@ def merge(out: Path) -> dict[str, Any]:
         )
         parts[split].append(Indexed.of(note))
         for content in note["contents"]:
-            homes[content].add(split)
+            splits_of[content].add(split)
     if not shards:
         raise InputError(f"{work}: every sample was skipped: {listed(s['key'] + ': ' + s['why'] for s in skipped)}")
-    shared = sum(len(splits) > 1 for splits in homes.values())
+    shared = sum(len(splits) > 1 for splits in splits_of.values())
     more = {
         "stored": plan["stored"],
         "left_out": plan["left_out"],
@@ -92,15 +92,15 @@ def merge(out: Path) -> dict[str, Any]:
         "remarks": remarks,
         "in_two_splits": shared,
     }
-    whole = work / SHARDS
+    folder = work / SHARDS
     wanted = {shard["name"] for of_split in shards.values() for shard in of_split}
-    for path in whole.glob("*/*"):  # of an earlier plan, or of a process that was killed
-        if path.relative_to(whole).as_posix() not in wanted:
+    for path in folder.glob("*/*"):  # of an earlier plan, or of a process that was killed
+        if path.relative_to(folder).as_posix() not in wanted:
             path.unlink()
-    index = write_index(whole, plan["dataset"], plan["classes"], shards, parts, more)
+    index = write_index(folder, plan["dataset"], plan["classes"], shards, parts, more)
     if out.exists():
         out.rmdir()  # refuse_existing made sure that it is empty
-    whole.rename(out)
+    folder.rename(out)
     sync(work.parent)
     shutil.rmtree(work, ignore_errors=True)
     return index

@@ -101,9 +101,8 @@ def pack(
     digest = hashlib.sha256()
     for item in source.items:
         digest.update(repr(item).encode(errors="surrogateescape"))
-    plan["items"] = (
-        digest.hexdigest()
-    )  # parts of other items, such as other splits of the same patients, do not go together
+    # Parts of other items, such as other splits of the same patients, do not go together
+    plan["items"] = digest.hexdigest()
     text = json.dumps(plan, indent=1, default=list)
     with claimed(work, shared=part is not None):
         try:

@@ -21,6 +21,7 @@ from shards.gray import MAX_PIXELS, Extent, Scale, kind_of, one_channel, refuse_
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".jp2", ".j2k", ".pgm", ".ppm")
 FORMATS = ("jpg", "png", "webp")
+# Pillow's EPS reader, for one, runs another program
 OPENED = (
     "PNG",
     "JPEG",
@@ -30,7 +31,7 @@ OPENED = (
     "GIF",
     "PPM",
     "JPEG2000",
-)  # Pillow's EPS reader, for one, runs another program
+)
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow would warn below our limit; above it `decode_image` refuses
 JPEG_QUALITY = 95
 ASPECTS = ("stretch", "pad")

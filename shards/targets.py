@@ -68,21 +68,21 @@ class SingleLabel:
             return ""
         images = np.bincount(codes, minlength=len(sets)).tolist()  # of each set
         first, shared = empty[0], empty[0] in self.among
-        told = f"no image {'of' if shared else 'whose one finding is'} {listed(empty)}"
+        message = f"no image {'of' if shared else 'whose one finding is'} {listed(empty)}"
         beside = sum(n for found, n in zip(sets, images, strict=True) if first in found)
         if beside and not shared:
-            told += (
+            message += (
                 f" ({beside} have {first} beside others: to take those, declare it with `images: any` in a file "
                 "of --findings)"
             )
         torn = [first in found and sum(name in self.findings for name in found) > 1 for found in sets]
         several = sum(n for is_torn, n in zip(torn, images, strict=True) if is_torn)
         if several and shared:
-            told += (
+            message += (
                 f" alone of the task's classes ({several} show {first} and another of them: an image belongs to "
                 "one class or to none)"
             )
-        return told
+        return message
 
 
 class Unlabelled:

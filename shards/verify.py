@@ -65,7 +65,9 @@ def _verify(store: Folder | Remote, workers: int | None) -> tuple[dict[str, Any]
                 problems.append(f"{store.name}/{name}: changed since it was written; {store.remedy}")
         opened = Split(store, split)  # the cheap checks, which stop with one message
         labels = opened.findings()
-        problems += [f"{store.name}/{split}: {told}; {store.remedy}" for told in _counts(entry, opened.table, labels)]
+        problems += [
+            f"{store.name}/{split}: {problem}; {store.remedy}" for problem in _counts(entry, opened.table, labels)
+        ]
         jobs += [
             (store, shard, known, index.get("classes"))
             for shard, known in zip(entry["shards"], opened.indexed(), strict=True)
@@ -87,16 +89,16 @@ def _verify(store: Folder | Remote, workers: int | None) -> tuple[dict[str, Any]
                 if patient:
                     patients[patient].setdefault(split, name)
             bar.update(len(known.rows))
-    for patient, homes in patients.items():
-        if len(homes) > 1:
+    for patient, seen in patients.items():
+        if len(seen) > 1:
             problems.append(
-                f"patient {patient} is in {' and '.join(homes)} ({listed(homes.values())}); split by patient and pack "
+                f"patient {patient} is in {' and '.join(seen)} ({listed(seen.values())}); split by patient and pack "
                 "again"
             )
-    for homes in contents.values():
-        if len(homes) > 1:
+    for seen in contents.values():
+        if len(seen) > 1:
             problems.append(
-                f"the same image is in {' and '.join(homes)}: {listed(homes.values())}; remove one and pack again"
+                f"the same image is in {' and '.join(seen)}: {listed(seen.values())}; remove one and pack again"
             )
     return index, problems
 

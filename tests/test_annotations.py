@@ -14,7 +14,7 @@ from shards.plan import EpochPlan
 from trainer.augment import draw, lung_masks
 from trainer.build import build
 from trainer.command import resolve
-from trainer.regions.lesions import LesionRegions, drawn
+from trainer.regions.lesions import LesionRegions, boxes_to_mask
 
 SMALL = [
     "--backbone",
@@ -49,14 +49,14 @@ def flags(shards, segmenter, tmp_path):
 
 
 def test_boxes_are_drawn_outward_at_any_size():
-    region = drawn([[(10, 20, 31, 40), (60.5, 0, 64, 1)], []], (64, 64), 32).numpy()
+    region = boxes_to_mask([[(10, 20, 31, 40), (60.5, 0, 64, 1)], []], (64, 64), 32).numpy()
     expected = np.zeros((32, 32), bool)
     expected[10:20, 5:16] = True
     expected[0:1, 30:32] = True
     assert (region[0] == expected).all()
     assert not region[1].any()
-    (wide,) = drawn([[(0, 0, 10, 10)]], (40, 20), 40)  # height, width
-    assert drawn([[], []], (64, 64), 8).shape == (2, 8, 8)
+    (wide,) = boxes_to_mask([[(0, 0, 10, 10)]], (40, 20), 40)  # height, width
+    assert boxes_to_mask([[], []], (64, 64), 8).shape == (2, 8, 8)
     assert wide.sum() == 10 * 20
 
 
@@ -118,7 +118,7 @@ def test_which_region_an_image_gets(flags, region):
         used = job.annotations is not None and position in job.annotations.used
         if used:
             boxes = job.annotations.boxes(position, int(batch.target[b].argmax()))
-            assert torch.equal(seen.region[b] > 0, drawn([boxes], (64, 64), 64)[0])
+            assert torch.equal(seen.region[b] > 0, boxes_to_mask([boxes], (64, 64), 64)[0])
         else:
             assert torch.equal(seen.region[b], anatomy[b] if region != "annotation" else torch.zeros(64, 64))
         assert seen.has_region[b] == float((seen.region[b] > 0).any())

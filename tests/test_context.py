@@ -227,9 +227,8 @@ def test_blur_removes_detail_there_and_nothing_else():
     assert torch.equal(out[0, 0, :50], image[0, 0, :50])
     assert torch.equal(out[1], image[1])  # an empty place
     flat = torch.full((1, 1, 112, 112), 0.4)
-    assert torch.allclose(
-        blurred(flat, torch.ones(1, 112, 112, dtype=torch.bool)), flat, atol=1e-5
-    )  # no dark rim at the border
+    # No dark rim at the border
+    assert torch.allclose(blurred(flat, torch.ones(1, 112, 112, dtype=torch.bool)), flat, atol=1e-5)
 
 
 def test_images_without_a_finding_are_blurred_like_one_of_the_others():

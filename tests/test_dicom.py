@@ -555,11 +555,12 @@ def test_a_test_set_alone(tmp_path):
 @pytest.mark.parametrize("word", ["ANONYMOUS", "Anonymized", "0000", "4711"])
 def test_one_id_for_everybody_is_no_patient(tmp_path, word, capsys):
     main(dicom_set(tmp_path, [""], patient=lambda _: word, study=lambda n: f"1.2.{n // 2}", count=10))
+    # Whole studies of two
     assert [len(Split(tmp_path / "out", name)) for name in ("train", "val", "test")] == [
         10,
         4,
         6,
-    ]  # whole studies of two
+    ]
     assert (
         f"20 images have the patient ID {word!r}, which names nobody: the images of one study count as one patient"
         in capsys.readouterr().err

@@ -41,9 +41,8 @@ def test_terms_by_hand():
     assert attention_term(cam, region, 0.7, "published").item() == pytest.approx(0.5)
     assert attention_term(cam, region, 0.5, "energy").item() == pytest.approx(1 - 1.6 / 1.8)
     assert attention_term(cam, region, 0.5, "lift").item() == pytest.approx((1 - 1.6 / 1.8) / (1 - 2 / 4))
-    assert attention_term(torch.ones(1, 2, 2), region, 0.5, "lift").item() == pytest.approx(
-        1
-    )  # the same everywhere, whatever the area
+    # The same everywhere, whatever the area
+    assert attention_term(torch.ones(1, 2, 2), region, 0.5, "lift").item() == pytest.approx(1)
     soft = torch.sigmoid(torch.tensor([1.0, 5.0])).mean()  # (0.6 - 0.5) / 0.1 and (1 - 0.5) / 0.1
     assert attention_term(cam, region, 0.5, "coverage").item() == pytest.approx(1 - soft.item())
     with pytest.raises(ValueError, match="unknown attention form"):

@@ -12,7 +12,7 @@ from trainer.regions import (
     Rule,
     between,
     finding_regions,
-    placed,
+    has_region,
     task_findings,
     wider,
     without_rule,
@@ -63,9 +63,9 @@ def test_no_lungs_found_leaves_emphysema_an_empty_region():
 def test_regions_that_say_nothing():
     region = torch.zeros(3, 4, 4, dtype=torch.bool)
     region[1], region[2, :2] = True, True
-    assert placed(region).tolist() == [False, False, True]
-    assert placed(region.float()).tolist() == [False, False, True]
-    assert placed(torch.full((1, 4, 4), 0.5)).tolist() == [True]
+    assert has_region(region).tolist() == [False, False, True]
+    assert has_region(region.float()).tolist() == [False, False, True]
+    assert has_region(torch.full((1, 4, 4), 0.5)).tolist() == [True]
 
 
 def chest() -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,18 +98,20 @@ LOWER = ((0.0, 0.5, 1.0, 1.0),)  # from row 20 of the chest
     ("rule", "expected"),
     [
         (Rule(BOX, place="within"), filled((6, 8, 14, 28), (24, 8, 34, 32))),
+        # Beyond the box's edges, which do not cut
         (
             Rule(BOX, place="within", dilate=0.05),
             filled((4, 6, 16, 30), (22, 6, 36, 34)),
-        ),  # beyond the box's edges, which do not cut
+        ),
         (Rule(LOWER, place="within", dilate=0.05), filled((4, 20, 16, 30), (22, 20, 36, 34))),
         (Rule(LOWER, place="within", outside=True), filled((6, 8, 14, 20), (24, 8, 34, 20))),  # all but the lower half
         (Rule(BOX, place="between"), filled((14, 8, 24, 28))),  # below row 28 there is one lung alone
         (Rule(LOWER, place="between", dilate=0.05), filled((12, 20, 26, 30))),
+        # Neither lungs nor what is between them
         (
             Rule(BOX, place="outside"),
             ~filled((6, 8, 34, 28), (24, 8, 34, 32)),
-        ),  # neither lungs nor what is between them
+        ),
         (
             Rule(((-math.inf, -math.inf, math.inf, 1.0),), place="outside", dilate=0.05),
             filled((0, 0, 40, 32)) & ~filled((4, 6, 36, 30), (22, 6, 36, 34)),
@@ -179,7 +181,7 @@ def test_where_the_lungs_are_unknown_or_leave_nothing_the_part_of_the_box_stands
     whole = Regions(["Mine"], {"Mine": Rule(BOX, place="within")}, 40)(
         torch.tensor([0]), torch.tensor([[0, 0, 40, 40]]), torch.zeros_like(lungs)
     )
-    assert not placed(whole.weight)[0]
+    assert not has_region(whole.weight)[0]
 
 
 def test_figures_take_the_region_where_its_weight_is_a_half_or_more():

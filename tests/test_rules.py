@@ -145,9 +145,8 @@ def test_an_entry_without_a_region_keeps_the_ready_made_one(tmp_path):
     )
     assert read_findings(written(tmp_path, "Effusion: {images: any, region: null}"))["Effusion"] == Finding(None, "any")
     merged = "Base: &b {images: any}\nMine: {<<: *b, region: {half: lower}}\nOther: {<<: *b, images: only}\n"
-    assert (
-        read_findings(written(tmp_path, merged))["Other"].images == "only"
-    )  # a name that a merge brings may be given again
+    # A name that a merge brings may be given again
+    assert read_findings(written(tmp_path, merged))["Other"].images == "only"
 
 
 def test_what_is_written_reads_back(tmp_path):

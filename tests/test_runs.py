@@ -354,9 +354,8 @@ def test_predict_sees_what_training_saw(padded, tmp_path, capsys, monkeypatch):
     for i in range(4):
         assert told[i]["probability"] == pytest.approx(known[i]["probability"], abs=1e-5)
         stored = torch.from_numpy(split.image(i).copy())[None, None].float() / 255
-        x0, y0, x1, y1 = (
-            opened.segmenter.find(stored, 64).boxes[0].tolist()
-        )  # of the 64 x 64 square, in which the file has rows 16 to 48
+        # Of the 64 x 64 square, in which the file has rows 16 to 48
+        x0, y0, x1, y1 = opened.segmenter.find(stored, 64).boxes[0].tolist()
         wanted = [x0 * 100 / 64, (y0 - 16) * 50 / 32, x1 * 100 / 64, (y1 - 16) * 50 / 32]
         assert told[i]["lung_box"] == [
             round(min(max(v, 0), side)) for v, side in zip(wanted, (100, 50) * 2, strict=True)

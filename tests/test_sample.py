@@ -94,9 +94,8 @@ def test_floats_from_0_to_1_are_not_black():
 
 def test_white_is_zero_in_16_bits_as_in_8():
     values = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    stored = saved(
-        Image.fromarray(values.astype(np.uint16) * 257), tiffinfo={262: 0}
-    )  # Pillow writes 16 bits as they are
+    # Pillow writes 16 bits as they are
+    stored = saved(Image.fromarray(values.astype(np.uint16) * 257), tiffinfo={262: 0})
     assert (decode_image(stored, "x") == 255 - values).all()
     assert (
         decode_image(saved(Image.fromarray(values), tiffinfo={262: 0}), "x") == values

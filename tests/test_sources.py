@@ -98,9 +98,10 @@ def test_masks_are_matched_by_name_and_split_reproducibly(tmp_path):
     for i in range(10):
         picture(tmp_path / "i" / f"a{i}.jpg")
         (tmp_path / "m").mkdir(exist_ok=True)
+        # A 0/1 mask
         Image.fromarray((np.arange(40) < 20).astype(np.uint8)[None].repeat(30, 0)).save(
             tmp_path / "m" / f"a{i}_mask.png"
-        )  # a 0/1 mask
+        )
     for out in ("one", "two"):
         main(
             [

@@ -21,9 +21,8 @@ from trainer.upload import upload
 
 DRAWS = 13  # random numbers that one image uses
 SWAPS = slice(11, 13)  # of these, for the context swap: whether, and with whom
-GOLDEN, *MIX = (
-    x - 2**64 for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-)  # SplitMix64's, as signed numbers
+# SplitMix64's, as signed numbers
+GOLDEN, *MIX = (x - 2**64 for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 class Augmented(NamedTuple):

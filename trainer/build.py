@@ -47,11 +47,12 @@ MAY_CHANGE = {
     "resume",
     "lungs.weights",
 }
+# The remedies of a loss that is not finite; weights that are in the checkpoint anyway
 MAY_CHANGE |= {
     "optim.lr",
     "optim.clip",
     "pretrained",
-}  # the remedies of a loss that is not finite; weights that are in the checkpoint anyway
+}
 
 
 def identity(config: Config, splits: dict[str, Split], segmenter: str, findings: dict[str, Finding]) -> dict[str, Any]:
@@ -146,8 +147,8 @@ def build(config: Config) -> Trainer:
         f"{total} training images, {-(-total // per_step)} steps an epoch; {accelerator.device.type}, "
         f"{accelerator.mixed_precision}"
     )
-    for told in (*([model.loaded] if model.loaded else ()), *(f"note: {unused}" for unused in config.unused())):
-        accelerator.print(told)
+    for line in (*([model.loaded] if model.loaded else ()), *(f"note: {unused}" for unused in config.unused())):
+        accelerator.print(line)
     if not model.has_map:
         accelerator.print(
             f"{config.backbone} has no feature map: it is trained by cross-entropy, and the report says nothing of "
@@ -226,9 +227,8 @@ def build(config: Config) -> Trainer:
     trainer.state.warmup = config.optim.warmup * per_step
     if config.resume:
         trainer.restore()
-    if (
-        accelerator.is_main_process and not trainer.finished
-    ):  # a resume that is refused, or has nothing to do, changes nothing
+    # A resume that is refused, or has nothing to do, changes nothing
+    if accelerator.is_main_process and not trainer.finished:
         atomic.write(out / "config.yaml", to_yaml(replace(config, resume=False)))
         segmenter.save(out / LUNGS)
     tracking.start(out, asdict(config))

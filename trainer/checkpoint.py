@@ -97,12 +97,12 @@ def refuse_other(out: Path, was: dict[str, Any], own: dict[str, Any], words: dic
     """
     other = [name for name, value in own.items() if was.get(name) != value]
     if other:
-        told = [
+        changed = [
             words.get(name) or (f"--{name} {was[name]}" if was.get(name) is not None else f"no --{name}")
             for name in other
         ]
         raise InputError(
-            f"--resume {out}: the run was made with {listed(told)}; leave that as it was, or start a new run"
+            f"--resume {out}: the run was made with {listed(changed)}; leave that as it was, or start a new run"
         )
 
 

@@ -186,9 +186,8 @@ class FocusClassifier(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
-        once = [
-            name for name in reversed(run) if run.count(name) == 1
-        ]  # what runs several times is a part that others share
+        # What runs several times is a part that others share
+        once = [name for name in reversed(run) if run.count(name) == 1]
         return [name for name in once if not INSIDE.search(name)] or once
 
     def try_step(self, size: int, images: int, *, cam: bool, mode: str = "train") -> None:
@@ -310,9 +309,8 @@ class FocusClassifier(nn.Module):
         for features, gradient in zip(kept, gradients, strict=True):
             if self.layers == [INPUT]:
                 energy = at_least_float32(gradient).square().sum(1)
-                maps.append(
-                    energy / energy.detach().amax((1, 2), keepdim=True).clamp(min=1e-30)
-                )  # tiny numbers, which are no sign of a dead map
+                # Tiny numbers, which are no sign of a dead map
+                maps.append(energy / energy.detach().amax((1, 2), keepdim=True).clamp(min=1e-30))
                 continue
             features = features if differentiable else features.detach()
             maps.append(grad_cam(to_maps(features, self.net), to_maps(gradient, self.net)))

@@ -156,12 +156,12 @@ def _lay_lesions(
     alike = under(boxes, kept.shape[-1], ALIKE, 0.0)
     candidates = candidates & alike & alike.T
     hosts = partners(candidates & marked[:, None], draws, settings.probability)
-    laid = hosts != own
+    has_host = hosts != own
     # A host gets a piece of the shape of the lesions that are laid into it (of the first, where there are several), in
     # another healthy image.
-    guests = torch.where(laid[:, None] & (hosts[:, None] == own), own[:, None], count).amin(0)
+    guests = torch.where(has_host[:, None] & (hosts[:, None] == own), own[:, None], count).amin(0)
     others = partners(candidates, draws, 1.0)
-    hosting = (guests < count) & (others != own) & ~laid
-    kept = torch.where(laid[:, None, None], around, kept)
+    hosting = (guests < count) & (others != own) & ~has_host
+    kept = torch.where(has_host[:, None, None], around, kept)
     kept = torch.where(hosting[:, None, None], around[guests.clamp(max=count - 1)], kept)
     return kept, torch.where(hosting, others, hosts)

@@ -186,19 +186,19 @@ def tell_overlap(
         return
     for name, split in splits.items():
         images, patients = overlap(train, split)
-        told = (
+        message = (
             f"of the {len(split)} {name} images {images or 'none'} have the name or the bytes of a training image "
             "of this run, "
         )
-        told += (
+        message += (
             f"{patients or 'none'} more the ID of a patient"
             if train.ids()["patient"].any()
             else "patients are not known"
         )
         print(
-            f"WARNING: {told}: if they are the same, the figures say nothing about new ones"
+            f"WARNING: {message}: if they are the same, the figures say nothing about new ones"
             if images or patients
-            else told
+            else message
         )
 
 

@@ -181,9 +181,8 @@ def seen_by_all(accelerator: Accelerator, out: Path) -> None:
         mark.write_text(token[0])
     accelerator.wait_for_everyone()
     until = time.monotonic() + SEEN_SECONDS
-    while (
-        not found and time.monotonic() < until
-    ):  # a network's file system may take a while to show what another machine wrote
+    # A network's file system may take a while to show what another machine wrote
+    while not found and time.monotonic() < until:
         with suppress(OSError):
             os.listdir(out.parent)
             found = mark.read_text() == token[0]
@@ -234,8 +233,8 @@ def on_main(accelerator: Accelerator, action: Callable[[], object]) -> None:
             action()
         except InputError as error:
             problem = str(error)
-    told = [problem]
+    answer = [problem]
     if accelerator.num_processes > 1:
-        broadcast_object_list(told)
-    if told[0]:
-        raise InputError(told[0])
+        broadcast_object_list(answer)
+    if answer[0]:
+        raise InputError(answer[0])

@@ -10,9 +10,8 @@ from shards.errors import InputError
 
 INPUT = "input"
 
-INSIDE = re.compile(
-    r"(attn|mlp|drop|crpe|cpe|act|qkv|proj|gate)", re.IGNORECASE
-)  # parts of blocks, whose outputs are no features of the network
+# Parts of blocks, whose outputs are no features of the network
+INSIDE = re.compile(r"(attn|mlp|drop|crpe|cpe|act|qkv|proj|gate)", re.IGNORECASE)
 
 
 def default_layer(net: nn.Module) -> str:

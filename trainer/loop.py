@@ -32,7 +32,7 @@ from trainer.look import locate
 from trainer.losses import attention_term
 from trainer.measure import validation_figures
 from trainer.regions.lesions import attended_regions
-from trainer.regions.place import Regions, placed
+from trainer.regions.place import Regions, has_region
 from trainer.rules import Rule, rules_of
 from trainer.run import MODEL, save_model, stored_as
 from trainer.training import NOT_FINITE, Training
@@ -129,9 +129,8 @@ class Trainer(Training):
         """
         config, accelerator = self.config, self.accelerator
         attend = lam < 1  # lambda = 1 is plain cross-entropy and pays nothing for attention
-        hard = (
-            config.attention.form == "published"
-        )  # as published: of the predicted class, without a gradient, averaged over all images
+        # As published: of the predicted class, without a gradient, averaged over all images
+        hard = config.attention.form == "published"
 
         # Each batch: find the lungs (new images are segmented, known ones looked up), augment, say where the finding is
         # expected, swap surroundings.
@@ -166,9 +165,8 @@ class Trainer(Training):
                         norms += torch.stack(
                             [squared_norm(x, self.model.kept) for x in (ce / images, term / positives)]
                         )
-                accelerator.backward(
-                    loss * accelerator.num_processes
-                )  # Accelerate averages gradients over processes; the sum is wanted
+                # Accelerate averages gradients over processes; the sum is wanted
+                accelerator.backward(loss * accelerator.num_processes)
             losses += torch.stack([ce, term]).detach().double()
         self.model.kept = []
 
@@ -216,7 +214,7 @@ class Trainer(Training):
             )
             others = lenders != torch.arange(len(lenders), device=device)
             swapped = torch.stack([others.sum(), torch.ones_like(lenders).sum()]).float()
-        return Prepared(images, target, attended, region, weight, weight * placed(region), swapped)
+        return Prepared(images, target, attended, region, weight, weight * has_region(region), swapped)
 
     def tell_balance(self, sums: torch.Tensor) -> None:
         """Give lambda the sums of the step before, which have arrived on the host, and send those of this step on their
@@ -246,14 +244,14 @@ class Trainer(Training):
             "lr": self.optimizer.param_groups[0]["lr"],
             "images_per_s": state.images / max(state.seconds, 1e-9),
         }
-        told = {
+        shown = {
             "ce": line["ce"],
             "att": line["attention"],
             "lambda": lam if self.attends else None,
             "swapped": line["swapped"],
         }
         bar.set_postfix(
-            {name: f"{value:.3f}" for name, value in told.items() if value is not None} | {"epoch": state.epoch + 1},
+            {name: f"{value:.3f}" for name, value in shown.items() if value is not None} | {"epoch": state.epoch + 1},
             refresh=False,
         )
         self.write(line)
@@ -266,42 +264,41 @@ class Trainer(Training):
 
     def end_epoch(self, bar: Any) -> None:
         """Validation, the schedule, the best model, the checkpoint."""
-        c, acc, state = self.config, self.accelerator, self.state
+        config, accelerator, state = self.config, self.accelerator, self.state
         share_buffers(self.model)
         self.refuse_not_finite()
         outcome = self.evaluator.measure("val", cams=self.attends)
-        figures = validation_figures(outcome, self.balance.value(state.epoch) if self.attends else 1.0, c.attention)
+        lam = self.balance.value(state.epoch) if self.attends else 1.0
+        figures = validation_figures(outcome, lam, config.attention)
         self.balance.validated(figures["val_loss"])
-        self.schedule.validated(figures["val_weighted" if c.optim.watch == "weighted" else "val_loss"])
-        score = {
-            "accuracy": figures["val_accuracy"],
-            "auc": figures["val_auc"],
-            "loss": -figures["val_loss"],
-            "last": state.epoch,
-        }[c.best]
-        score = score if math.isfinite(score) else -math.inf
+        self.schedule.validated(figures["val_weighted" if config.optim.watch == "weighted" else "val_loss"])
         state.since_best += 1
-        if (
-            score > state.best or state.best_epoch < 0
-        ):  # the first epoch's in any case: what its figures lack, weights have
+        score = score_of(figures, config.best, state.epoch)
+        if score > state.best or state.best_epoch < 0:  # the first in any case: what its figures lack, weights have
             state.best, state.best_epoch, state.since_best = score, state.epoch, 0
-            on_main(
-                acc,
-                lambda: save_model(
-                    Path(c.out) / MODEL,
-                    self.model,
-                    c,
-                    stored_as(self.splits["train"]),
-                    state.epoch,
-                    acc.mixed_precision,
-                ),
-            )
+            stored, precision = stored_as(self.splits["train"]), accelerator.mixed_precision
+            path = Path(config.out) / MODEL
+            on_main(accelerator, lambda: save_model(path, self.model, config, stored, state.epoch, precision))
         self.write({"step": state.step, "epoch": state.epoch, **figures})
         state.epoch, state.position = state.epoch + 1, 0
         self.save()
-        if acc.is_main_process:
-            told = "  ".join(f"{name[4:]} {value:.3f}" for name, value in figures.items() if value is not None)
-            bar.write(f"epoch {state.epoch}/{c.epochs}: {told}{'  *' if not state.since_best else ''}", file=sys.stderr)
+        if accelerator.is_main_process:
+            summary = "  ".join(f"{name[4:]} {value:.3f}" for name, value in figures.items() if value is not None)
+            bar.write(
+                f"epoch {state.epoch}/{config.epochs}: {summary}{'  *' if not state.since_best else ''}",
+                file=sys.stderr,
+            )
+
+
+def score_of(figures: dict[str, Any], best: str, epoch: int) -> float:
+    """By what ``--best`` chooses: the larger, the better; an undefined figure is the worst."""
+    kinds = {
+        "accuracy": figures["val_accuracy"],
+        "auc": figures["val_auc"],
+        "loss": -figures["val_loss"],
+        "last": epoch,
+    }
+    return kinds[best] if math.isfinite(kinds[best]) else -math.inf
 
 
 def groups(loader: Iterable[Batch], size: int) -> Iterator[list[Batch]]:

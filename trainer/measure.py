@@ -30,7 +30,7 @@ from trainer.metrics import (
 )
 from trainer.probe import blurred, probed, random_twin
 from trainer.regions.lesions import LesionRegions, attended_regions
-from trainer.regions.place import PUBLISHED, Regions, placed
+from trainer.regions.place import PUBLISHED, Regions, has_region
 from trainer.rules import Rule
 from trainer.task import Pairs, Task
 
@@ -275,7 +275,7 @@ class Evaluator:
         kinds = {"expected": seen.region, "lesion": lesions} | ({"expected_box": boxed} if boxed is not None else {})
         for kind, region in kinds.items():
             figures[kind] = without_dead(localize(seen.cam, region, self.attention.threshold), seen.cam)
-            known[kind] = placed(region)
+            known[kind] = has_region(region)
         if seen.expected is not None:
             known["replaced"] = seen.expected.replaced
         weight = seen.expected.weight if seen.expected is not None else torch.zeros_like(seen.images[:, 0])
@@ -283,7 +283,7 @@ class Evaluator:
         figures["term"] = attention_term(
             self._trained_cam(seen), weight, self.attention.threshold, self.attention.form
         )[:, None]
-        known["term"] = placed(weight)
+        known["term"] = has_region(weight)
         return figures, known
 
     def _trained_cam(self, seen: Seen) -> torch.Tensor:

@@ -153,14 +153,14 @@ def localize(cam: torch.Tensor, region: torch.Tensor, threshold: float) -> torch
 
     # Histograms of the CAM, whole and inside the region, give every threshold at once.
     gray = (cam * GRAYS).long().clamp(0, GRAYS - 1).flatten(1)
-    every = torch.zeros(len(cam), GRAYS, device=cam.device).scatter_add_(
+    histogram = torch.zeros(len(cam), GRAYS, device=cam.device).scatter_add_(
         1, gray, torch.ones_like(gray, dtype=torch.float32)
     )
     within = torch.zeros(len(cam), GRAYS, device=cam.device).scatter_add_(1, gray, inside.flatten(1))
-    hot, hot_within = (h.flip(1).cumsum(1).flip(1) for h in (every, within))  # pixels of this gray or brighter
+    hot, hot_within = (h.flip(1).cumsum(1).flip(1) for h in (histogram, within))  # pixels of this gray or brighter
     iou = hot_within / (hot + inside.sum((1, 2))[:, None] - hot_within).clamp(min=1) * alive[:, None]
     chosen = torch.tensor([round(t * GRAYS) for t in THRESHOLDS], device=cam.device)
-    best = iou.gather(1, otsu(every)[:, None])[:, 0]
+    best = iou.gather(1, otsu(histogram)[:, None])[:, 0]
     return torch.cat(
         [torch.stack([energy, energy - inside.mean((1, 2)), pointing, near, coverage, best], 1), iou[:, chosen]], 1
     )

@@ -32,7 +32,7 @@ from trainer.launching import set_threads, start
 from trainer.look import look
 from trainer.lungs import LungFinder
 from trainer.options import PredictConfig
-from trainer.regions import Regions, placed
+from trainer.regions import Regions, has_region
 from trainer.report.figures import Tile, panel, png
 from trainer.report.words import file_name, printable
 from trainer.rules import rules_of
@@ -114,7 +114,9 @@ def main(argv: list[str] | None = None) -> None:
             )
             if shown in rules:
                 energy = (
-                    float((cam * region).sum()) / float(cam.sum()) if cam.sum() > 0 and placed(region[None]) else None
+                    float((cam * region).sum()) / float(cam.sum())
+                    if cam.sum() > 0 and has_region(region[None])
+                    else None
                 )
                 line["energy_in_region"] = round(energy, 6) if energy is not None else None
         lost = finder is not None and not found

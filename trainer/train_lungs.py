@@ -286,8 +286,8 @@ def build(argv: list[str] | None) -> tuple[Trainer, dict[str, Samples]]:
     trainer = Trainer(config, accelerator, *loaders, segmenter, net, optimizer)
     if config.resume:
         trainer.restore()
-    told = ", ".join(f"{name} {len(splits['train'])} + {len(splits['val'])}" for name, splits in sources.items())
-    accelerator.print(f"training + validation images: {told}; {config.batch} x {world} images a step, {steps} steps")
+    counts = ", ".join(f"{name} {len(splits['train'])} + {len(splits['val'])}" for name, splits in sources.items())
+    accelerator.print(f"training + validation images: {counts}; {config.batch} x {world} images a step, {steps} steps")
     return trainer, measured
 
 

@@ -42,9 +42,8 @@ class State:
     seconds: float = 0.0  # of training, without evaluation and pauses
     images: int = 0  # trained on in those seconds
     warmup: int = 0  # images of the learning rate's warm-up, as the run began
-    changes: list[dict[str, Any]] = field(
-        default_factory=list
-    )  # of how it is carried out, at resumes: step, what, from, to
+    # Of how it is carried out, at resumes: step, what, from, to
+    changes: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Clock:
@@ -97,9 +96,8 @@ class Training:
     def __post_init__(self) -> None:
         device = self.accelerator.device
         self.clock = Clock()
-        self.logged = torch.zeros(
-            len(StepSums._fields), dtype=torch.float64, device=device
-        )  # `StepSums` of this process since the last line of the log
+        # `StepSums` of this process since the last line of the log
+        self.logged = torch.zeros(len(StepSums._fields), dtype=torch.float64, device=device)
         self.unseen: Download | None = None  # sums of the last step, of which lambda does not know yet
 
     def refuse_not_finite(self) -> None:
@@ -165,14 +163,13 @@ class Training:
     def launch(self) -> dict[str, Any]:
         """How the run is carried out: it may change, but not unsaid."""
         c, acc = self.config, self.accelerator
+        # Whose rate is a function of the run's length
         return {
             "images a step": c.batch * acc.num_processes * c.accumulate,
             "precision": acc.mixed_precision,
             "optim.lr": c.optim.lr,
             "optim.clip": c.optim.clip,
-        } | (
-            {"epochs": c.epochs} if c.optim.schedule == "cosine" else {}
-        )  # whose rate is a function of the run's length
+        } | ({"epochs": c.epochs} if c.optim.schedule == "cosine" else {})
 
     def restore(self) -> None:
         """Model, optimizer, schedule, scaler, lambda, lungs, position; then the log is cut back to that step."""
@@ -206,9 +203,8 @@ class Training:
         self.schedule.scale(self.config.optim.lr / was.get("optim.lr", self.config.optim.lr))
         self.state.warmup = self.state.warmup or self.config.optim.warmup * was["images a step"]
         self.clock.counted = self.state.seconds
-        if (
-            self.accelerator.is_main_process
-        ):  # sums of all processes since the last line of the log; earlier versions kept fewer
+        # Sums of all processes since the last line of the log; earlier versions kept fewer
+        if self.accelerator.is_main_process:
             logged = content.get("logged", [])
             self.logged[: len(logged)] += torch.tensor(logged, dtype=torch.float64, device=self.accelerator.device)
         if content.get("unseen") is not None:

@@ -76,7 +76,7 @@ def dicom(
             f"--path {root}: no DICOM image in it "
             f"({', '.join(f'{n} {why}' for why, n in skipped.items()) or 'it is empty'})"
         )
-    homes = _folder_labels(root, headers) if labels is None else {}
+    of_folder = _folder_labels(root, headers) if labels is None else {}
     nobody = _no_patients(headers.values(), notes)
     lesions = _own_boxes(
         [image for path, image in listed_images.items() if path in headers],
@@ -86,7 +86,9 @@ def dicom(
     )
     items, patients = [], []
     for path, header in headers.items():
-        findings, part = homes[path] if labels is None else (listed_images[path].findings, listed_images[path].split)
+        findings, part = (
+            of_folder[path] if labels is None else (listed_images[path].findings, listed_images[path].split)
+        )
         patient = header.patient.strip()
         who = pseudonym((header.study or header.uid) if patient in nobody else patient, salt)
         extra = (("patient", who), *((("view", header.view),) if header.view else ()))
@@ -100,10 +102,10 @@ def dicom(
         codes = {findings: k for k, findings in enumerate(dict.fromkeys(item.findings for item in items))}
         part_of = deal.by_patient(np.array([codes[item.findings] for item in items]), np.array(patients), seed, shares)
         items = [replace(item, split=SPLITS[p]) for item, p in zip(items, part_of, strict=True)]
-    every = tuple(declared or dict.fromkeys(name for item in items for name in item.findings))
+    names = tuple(declared or dict.fromkeys(name for item in items for name in item.findings))
     refuse_torn(items, f"--path {root}")
     refuse_missing_class(items, declared, f"--path {root}")
-    return Source(mixed(items), dict(skipped), every, notes=notes)
+    return Source(mixed(items), dict(skipped), names, notes=notes)
 
 
 def _folder_labels(root: Path, paths: Iterable[Path]) -> dict[Path, tuple[tuple[str, ...], str]]:
@@ -140,13 +142,13 @@ def _no_patients(headers: Iterable[Any], notes: list[str]) -> set[str]:
     for header in headers:
         studies[header.patient.strip()].add(header.study or header.uid)
         images[header.patient.strip()] += 1
-    every = len(set().union(*studies.values()))
+    count = len(set().union(*studies.values()))
     nobody = {
         who
         for who, of in studies.items()
-        if len(of) > 1 and (ANONYMOUS.fullmatch(who) or (len(of) > every / 2 and len(of) >= 10))
+        if len(of) > 1 and (ANONYMOUS.fullmatch(who) or (len(of) > count / 2 and len(of) >= 10))
     }
-    if len(studies) == 1 and every > 1:
+    if len(studies) == 1 and count > 1:
         nobody |= set(studies)
     if empty := images[""]:
         notes.append(f"warning: {empty} images have no patient ID: the images of one study count as one patient")

@@ -118,12 +118,12 @@ def class_folders(root: Path, seed: int = 0, shares: Sequence[float] = deal.SHAR
             f"--path {root}: expected the folders train, val and test with a folder per class in each, or a folder per "
             "class"
         )
-    every = list(dict.fromkeys(item.findings[0] for item in items))
-    if not every:
+    findings = list(dict.fromkeys(item.findings[0] for item in items))
+    if not findings:
         raise InputError(f"--path {root}: no images in {', '.join(folders)} ({', '.join(IMAGE_SUFFIXES)} are read)")
     notes = []
     if not folders:
-        codes = np.array([every.index(item.findings[0]) for item in items])
+        codes = np.array([findings.index(item.findings[0]) for item in items])
         parts = deal.by_patient(codes, np.array([str(n) for n in range(len(items))]), seed, shares)
         items = [replace(item, split=SPLITS[p]) for item, p in zip(items, parts, strict=True)]
         notes.append(
@@ -134,12 +134,12 @@ def class_folders(root: Path, seed: int = 0, shares: Sequence[float] = deal.SHAR
     items = separated(items, names)
     classes = {name: {item.findings[0] for item in items if item.split == name} for name in folders}
     for name in folders:
-        missing = [finding for finding in every if finding not in classes[name]]
+        missing = [finding for finding in findings if finding not in classes[name]]
         if missing:
             raise InputError(
                 f"{folders[name]}: has no images of {listed(missing)}, other splits have; add some or remove the class"
             )
-    return Source(mixed(items), dict(skipped), tuple(every), notes=notes)
+    return Source(mixed(items), dict(skipped), tuple(findings), notes=notes)
 
 
 def folder_finding(name: str) -> str:

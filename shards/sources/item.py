@@ -25,9 +25,8 @@ ONE_LUNG = (
 )
 
 
-LesionShare = tuple[
-    str, tuple[float, float, float, float]
-]  # a lesion: its finding, and x0 y0 x1 y1 in shares of the image's sides
+# A lesion: its finding, and x0 y0 x1 y1 in shares of the image's sides
+LesionShare = tuple[str, tuple[float, float, float, float]]
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ def nih(
     label = cases.labels(classes)
     wanted = [i for p in parts for i in p]
     there = np.array([stem in where for stem in stems])
-    told = listed(
+    message = listed(
         (f"{name} {((label == k) & there).sum()} of {(label == k).sum()}" for k, name in enumerate(classes)),
         len(classes),
     )
@@ -117,13 +117,13 @@ def nih(
             flag,
             skipped,
             False,
-            f" (there are {told})",
+            f" (there are {message})",
         )
     elif not cases.here.any():
         raise InputError(f"--images {images}: none of the {len(rows)} images of {metadata.name} is there")
     else:
         skipped["listed but missing"] = int((~cases.here).sum())
-    what = f"--task {task} --split {how} of {int(there.sum())} images that are there ({told})"
+    what = f"--task {task} --split {how} of {int(there.sum())} images that are there ({message})"
     deal.check(parts, label, who, classes, what, shares=shares if how == "random" else deal.SHARES)
     of_task = int((label[cases.here] >= 0).sum())
     skipped |= {

@@ -143,9 +143,8 @@ def box_of(row: Row, corners: tuple[str, str, str, str], flag: str) -> tuple[flo
     if all(cell.lower() in NOBODY for cell in cells):
         return None
     try:
-        x0, y0, x1, y1 = (
-            float(cell.replace(",", ".")) if cell.count(",") == 1 else float(cell) for cell in cells
-        )  # 20,5 as in half of Europe
+        # 20,5 as in half of Europe
+        x0, y0, x1, y1 = (float(cell.replace(",", ".")) if cell.count(",") == 1 else float(cell) for cell in cells)
     except ValueError as error:
         raise InputError(
             f"{flag}, row {row.line}: columns {', '.join(corners)} hold no four numbers ({error})"
@@ -156,18 +155,18 @@ def box_of(row: Row, corners: tuple[str, str, str, str], flag: str) -> tuple[flo
 
 
 def share_of(
-    box: tuple[float, float, float, float], size: tuple[int, int], told: str, name: str
+    box: tuple[float, float, float, float], size: tuple[int, int], row: str, name: str
 ) -> tuple[float, float, float, float]:
     """A box in pixels of a file of that width and height, as shares of its sides. InputError: outside, or less than a
     pixel.
     """
     (x0, y0, x1, y1), (width, height) = box, size
-    told = f"{told}: {x0:g} {y0:g} {x1:g} {y1:g}"
+    row = f"{row}: {x0:g} {y0:g} {x1:g} {y1:g}"
     if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
-        raise InputError(f"{told} is no box in {name} of {width}x{height} pixels; correct the row")
+        raise InputError(f"{row} is no box in {name} of {width}x{height} pixels; correct the row")
     if min(x1 - x0, y1 - y0) < 1:
         raise InputError(
-            f"{told} is less than a pixel of {name} ({width}x{height}): boxes are in pixels of the file, not in shares "
+            f"{row} is less than a pixel of {name} ({width}x{height}): boxes are in pixels of the file, not in shares "
             "of it"
         )
     return x0 / width, y0 / height, x1 / width, y1 / height
@@ -217,9 +216,9 @@ def table(
         codes = {findings: k for k, findings in enumerate(dict.fromkeys(image.findings for image in taken))}
         part = deal.by_patient(np.array([codes[image.findings] for image in taken], np.int64), patient, seed, shares)
         parts = [SPLITS[p] for p in part]
-    every = tuple(declared or dict.fromkeys(name for image in taken for name in image.findings))
+    findings = tuple(declared or dict.fromkeys(name for image in taken for name in image.findings))
     lesions = (
-        _table_boxes(boxes, images, taken, columns, every, skipped, skip_missing)
+        _table_boxes(boxes, images, taken, columns, findings, skipped, skip_missing)
         if boxes
         else _own_boxes(taken, flag, image_size, skip_missing)
     )
@@ -245,7 +244,7 @@ def table(
         )
     refuse_torn(items, flag)
     refuse_missing_class(items, declared, flag)
-    return Source(mixed(separated(items, sources)), dict(skipped), every, notes=notes)
+    return Source(mixed(separated(items, sources)), dict(skipped), findings, notes=notes)
 
 
 def alike_patients(patients: Iterable[str]) -> list[str]:

@@ -43,8 +43,8 @@ def lung_boxes(masks: torch.Tensor, size: int) -> torch.Tensor:
     foreground = masks >= 0.5
     (x0, x1), (y0, y1) = ends(foreground.any(1)), ends(foreground.any(2))
     boxes = torch.stack([x0, y0, x1, y1], 1)
-    whole = torch.tensor([0, 0, size, size], device=boxes.device)
-    return torch.where(foreground.flatten(1).any(1)[:, None], boxes, whole)
+    full = torch.tensor([0, 0, size, size], device=boxes.device)
+    return torch.where(foreground.flatten(1).any(1)[:, None], boxes, full)
 
 
 def outlines(masks: torch.Tensor, boxes: torch.Tensor, size: int) -> torch.Tensor:

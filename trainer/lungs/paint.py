@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from trainer.config import Painting
 
+# How often each is drawn
 NEGATIVES = {
     "turned": 0.2,
     "part": 0.2,
@@ -26,7 +27,7 @@ NEGATIVES = {
     "side": 0.25,
     "limb": 0.15,
     "blank": 0.1,
-}  # how often each is drawn
+}
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Where a finding is expected, or was drawn, in an image."""
 
 from shards.sample import TASKS
-from trainer.regions.place import PUBLISHED, Expected, Regions, between, finding_regions, placed, wider
+from trainer.regions.place import PUBLISHED, Expected, Regions, between, finding_regions, has_region, wider
 from trainer.rules import Rule, task_findings, without_rule
 
 __all__ = [
@@ -12,7 +12,7 @@ __all__ = [
     "Rule",
     "between",
     "finding_regions",
-    "placed",
+    "has_region",
     "task_findings",
     "wider",
     "without_rule",

@@ -276,10 +276,10 @@ def _place(held: dict[str, float]) -> str:
 def _words(rule: Rule | None) -> str:
     if rule is None:
         return "none: classification only"
-    told = listed((" ".join(f"{v:g}" for v in r) for r in rule.rectangles), 4)
-    told = f"all but {told}" if rule.outside else told
+    text = listed((" ".join(f"{v:g}" for v in r) for r in rule.rectangles), 4)
+    text = f"all but {text}" if rule.outside else text
     if not rule.place:
-        return told
+        return text
     place = {
         "within": "within the lungs",
         "between": "between the lungs",
@@ -289,7 +289,7 @@ def _words(rule: Rule | None) -> str:
     part = (
         ""
         if rule.rectangles == BOX and not rule.outside
-        else f", in {told}" + (f" (elsewhere weight {rule.elsewhere:g})" if rule.elsewhere else "")
+        else f", in {text}" + (f" (elsewhere weight {rule.elsewhere:g})" if rule.elsewhere else "")
     )
     return place + (f", dilated {rule.dilate:g}" if rule.dilate else "") + part
 

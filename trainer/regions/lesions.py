@@ -24,10 +24,10 @@ class LesionRegions:
 
     def __init__(self, split: Split, share: float = 1.0, seed: int = 0) -> None:
         self._all = split.lesions()
-        drawn = np.unique(self._all.position)
-        order = np.random.default_rng([seed, len(split)]).permutation(drawn)
-        self.known = len(drawn)  # images with boxes
-        self.used = np.sort(order[: math.ceil(share * len(drawn) - 1e-9)])  # positions of those that are used
+        with_boxes = np.unique(self._all.position)
+        order = np.random.default_rng([seed, len(split)]).permutation(with_boxes)
+        self.known = len(with_boxes)  # images with boxes
+        self.used = np.sort(order[: math.ceil(share * len(with_boxes) - 1e-9)])  # positions of those that are used
 
     def boxes(self, position: int, finding: int) -> list[Box]:
         """The boxes of a finding in an image, x0 y0 x1 y1 in pixels of the stored image; none where the image is not
@@ -60,10 +60,10 @@ class LesionRegions:
         boxes = [
             self.boxes(position, finding) for position, finding in zip(index.tolist(), findings.tolist(), strict=True)
         ]
-        return drawn(boxes, stored, size, device)
+        return boxes_to_mask(boxes, stored, size, device)
 
 
-def drawn(
+def boxes_to_mask(
     boxes: Sequence[Sequence[Box]], stored: Sequence[int], size: int, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
     """The boxes of each image of a batch, stored at (height, width), filled: bool [B,size,size]; a pixel that is
@@ -73,9 +73,8 @@ def drawn(
     """
     height, width = stored
     most = max([1, *map(len, boxes)])
-    edges = np.zeros(
-        (len(boxes), most, 4), np.int64
-    )  # left, top, right, bottom, ends exclusive; of an empty box in the padding nothing is drawn
+    # Left, top, right, bottom, ends exclusive; of an empty box in the padding nothing is drawn
+    edges = np.zeros((len(boxes), most, 4), np.int64)
     for b, of_image in enumerate(boxes):
         for k, (x0, y0, x1, y1) in enumerate(of_image):
             edges[b, k] = [

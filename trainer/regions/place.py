@@ -77,9 +77,8 @@ class Regions:
         if lungs is None:
             return Expected(stand_in, has_place)
         place = torch.zeros_like(parts)
-        for number, (name, reach) in enumerate(
-            self.places
-        ):  # of all images: which ones have it, the host does not know
+        # Of all images: which ones have it, the host does not know
+        for number, (name, reach) in enumerate(self.places):
             place |= _place(lungs, name, reach) & (self.place_of[labels] == number)[:, None, None]
         weight = place * torch.where(parts, 1.0, self.elsewhere[labels][:, None, None])
         gone = has_place & ~(lungs.flatten(1).any(1) & (weight > 0).flatten(1).any(1))
@@ -195,7 +194,7 @@ def finding_regions(
     return Regions(names, rules, size, boxes.device)(labels, boxes, lungs).region
 
 
-def placed(region: torch.Tensor) -> torch.Tensor:
+def has_region(region: torch.Tensor) -> torch.Tensor:
     """Which regions, bool or weights [B,S,S], say something about where to look: bool [B], false for nowhere and for
     everywhere (an image without lungs).
     """

@@ -55,14 +55,14 @@ def panel(shown: list[Tile], columns: int = 4, cam_of: str = "the label's class"
     return figure
 
 
-def whole(splits: Mapping[str, Split], lost: Mapping[str, Sequence[int]]) -> Figure | None:
+def without_lungs(splits: Mapping[str, Split], lost: Mapping[str, Sequence[int]]) -> Figure | None:
     """Up to 12 of the images without believable lungs, by split; None where there are none.
     ``lost``: their positions.
     """
-    every = [(name, position) for name, positions in lost.items() for position in positions]
-    if not every:
+    images = [(name, position) for name, positions in lost.items() for position in positions]
+    if not images:
         return None
-    chosen = [every[i] for i in np.unique(np.linspace(0, len(every) - 1, TILES).astype(int))]
+    chosen = [images[i] for i in np.unique(np.linspace(0, len(images) - 1, TILES).astype(int))]
     figure = Figure(figsize=(12, 2.3 * math.ceil(len(chosen) / 6)), layout="constrained")
     for k, (name, position) in enumerate(chosen):
         ax = figure.add_subplot(math.ceil(len(chosen) / 6), 6, k + 1)
@@ -140,8 +140,7 @@ def png(figure: Figure, dpi: int = 110) -> bytes:
     """A figure as the bytes of a PNG."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="Glyph"
-        )  # names in letters that the font has not are boxes in pictures, and whole in the page
+        # Names in letters that the font has not are boxes in pictures, and whole in the page
+        warnings.filterwarnings("ignore", message="Glyph")
         figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()

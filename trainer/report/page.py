@@ -89,32 +89,32 @@ def _training(content: dict[str, Any]) -> str:
     """How the model came about, in a line."""
     t, c = content["training"], content["config"]
     lost = ", ".join(f"{len(keys)} in {split}" for split, keys in content["lungs_not_found"].items() if keys)
-    told = [f"{c['backbone']}, {c['size']} px"]
+    parts = [f"{c['backbone']}, {c['size']} px"]
     if not t.get("map", True):
-        told.append("no feature map, so nothing is said of where it looks")
+        parts.append("no feature map, so nothing is said of where it looks")
     if "epochs" in t:
-        told.append(
+        parts.append(
             f"last of {t['epochs']} epochs"
             if t["best"] == "last"
             else f"best of {t['epochs']} epochs by {t['best']} on val: epoch {t['best_epoch']}"
         )
-        told.append(f"{t['minutes']:.1f} minutes on {t['processes']} x {t['device']}, {t['precision']}")
-        told += [
+        parts.append(f"{t['minutes']:.1f} minutes on {t['processes']} x {t['device']}, {t['precision']}")
+        parts += [
             f"{change['what']} {change['from']} up to step {change['step']}, then {change['to']}"
             for change in t.get("changes", ())
         ]
-    told.append(
+    parts.append(
         f"no lungs found, whole image used: {lost or 'nowhere'}"
         if content["lungs_not_found"]
         else "without a lung segmenter"
     )
     replaced = ", ".join(f"{n} in {split}" for split, n in content.get("regions_replaced", {}).items() if n)
     if replaced:
-        told.append(
+        parts.append(
             "the outline of the lungs left nothing of the region, or was unknown, and its part of the lung box stands "
             f"in: {replaced}"
         )
-    return "; ".join(told) + f". {content.get('written', '')}"
+    return "; ".join(parts) + f". {content.get('written', '')}"
 
 
 def _tables(content: dict[str, Any], split: str) -> list[Rows]:

@@ -72,7 +72,7 @@ def text_report(content: dict[str, Any]) -> str:
             lines += [f"Sensitivity: {b['sensitivity']:.4f}", f"Positive Predictive Value (PPV): {b['ppv']:.4f}"]
             lines += [f"Youden's Index: {b['youden']:.4f}", f"Discriminant Power: {b['dp']:.4f}"]
             if at := figures.get("at_threshold"):
-                told = (
+                parts = (
                     f"{words} {at[name]:.4f}"
                     for name, words in (
                         ("sensitivity", "sensitivity"),
@@ -80,7 +80,7 @@ def text_report(content: dict[str, Any]) -> str:
                         ("youden", "Youden's index"),
                     )
                 )
-                lines.append(f"At the threshold {at['threshold']:.4f}, chosen on val: {', '.join(told)}")
+                lines.append(f"At the threshold {at['threshold']:.4f}, chosen on val: {', '.join(parts)}")
         for kind, what in KINDS.items():
             if kind not in figures["localization"]:
                 continue
@@ -233,7 +233,7 @@ def summary(content: dict[str, Any]) -> list[tuple[float, list[float]] | None]:
 
 def notes(runs: dict[str, dict[str, Any]]) -> list[str]:
     """What a reader of runs side by side must know."""
-    told = [
+    parts = [
         f"{name} has not finished: its best model so far"
         for name, content in runs.items()
         if content["training"].get("unfinished")
@@ -242,10 +242,10 @@ def notes(runs: dict[str, dict[str, Any]]) -> list[str]:
         json.dumps([c["findings"], c["dataset"], shown_split(c), c[shown_split(c)]["images"]]) for c in runs.values()
     }
     if len(kinds) > 1:
-        told.append("these runs differ in their findings or images: their figures cannot be compared")
+        parts.append("these runs differ in their findings or images: their figures cannot be compared")
     if len({content.get("regions") for content in runs.values()}) > 1:
-        told.append("these runs differ in their expected regions: figures of the region cannot be compared")
-    return told
+        parts.append("these runs differ in their expected regions: figures of the region cannot be compared")
+    return parts
 
 
 def table(runs: dict[str, dict[str, Any]]) -> str:

@@ -14,7 +14,7 @@ from trainer.checkpoint import read_lines
 from trainer.config import Config
 from trainer.measure import Outcome
 from trainer.metrics import LOCALIZATION, measured
-from trainer.report.figures import TILES, Tile, curves, panel, png, whole
+from trainer.report.figures import TILES, Tile, curves, panel, png, without_lungs
 from trainer.report.page import page
 from trainer.report.words import short, text_name, text_report
 
@@ -38,8 +38,8 @@ def write_run(
     """
     history = read_lines(out / "metrics.jsonl")
     pictures = {"panel": png(panel(shown)), "curves": png(curves(history, outcomes, content["findings"]))}
-    if (without := whole(splits, lost)) is not None:
-        pictures["no_lungs"] = png(without)
+    if (sheet := without_lungs(splits, lost)) is not None:
+        pictures["no_lungs"] = png(sheet)
     for name, data in pictures.items():
         atomic.write(out / f"{name}.png", data)
     for name, outcome in outcomes.items():
@@ -62,9 +62,8 @@ def _predictions(outcome: Outcome, split: Split) -> str:
         lines.append({"key": split.key(i), **outcome.task.described(target), "probability": of_finding})
     for kind, table in outcome.tables().items():
         for pair in measured(table).nonzero().flatten().tolist():  # an energy that is null: the CAM is zero everywhere
-            figures = {
-                n: round(v, 6) for n, v in zip(LOCALIZATION, table[pair].tolist(), strict=False)
-            }  # the rest: IoU by threshold
+            # The rest: IoU by threshold
+            figures = {n: round(v, 6) for n, v in zip(LOCALIZATION, table[pair].tolist(), strict=False)}
             lines[int(outcome.pairs.image[pair])][kind] = figures
     return "".join(json.dumps(finite(line)) + "\n" for line in lines)
 
