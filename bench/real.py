@@ -423,7 +423,7 @@ def floor(shards: Path, finding: str) -> tuple[float, float]:
     split = Split(shards, "test", ("No Finding", finding))
     lesions = LesionRegions(split)
     positive = lesions.used[split.targets(lesions.used)[:, 1] == 1]
-    maps = lesions(
+    maps = lesions.regions(
         torch.from_numpy(positive), torch.ones(len(positive), dtype=torch.int64), split.image(0).shape, 224
     ).numpy()
     patients = np.array([split.key(p).split("_")[0] for p in positive])

@@ -198,7 +198,7 @@ class Split:
             row, number, xyxy = (
                 np.asarray(known["row"], np.int64),
                 np.asarray(known["finding"]),
-                np.array(known["xyxy"]),
+                known["xyxy"],
             )
             if len(row) and (number.max() >= len(names) or row.max() >= len(self.table) or (np.diff(row) < 0).any()):
                 raise InputError(
@@ -220,7 +220,9 @@ class Split:
         kept = np.flatnonzero(of_task & (finding >= 0))
         if self.classes:
             kept = kept[self._of_set[self._set[position[kept]], finding[kept]] == 1]
-        return Lesions(position[kept], finding[kept], xyxy[kept])
+        if len(kept) < len(xyxy):  # all of a mapped table stay where they are
+            position, finding, xyxy = position[kept], finding[kept], xyxy[kept]
+        return Lesions(position, finding, xyxy)
 
     def indexed(self) -> Iterator[Indexed]:
         """What the index says of each shard, of the task or not; where it has no ids or boxes, there are none."""

@@ -74,8 +74,8 @@ def test_a_share_is_part_of_a_larger_one_and_the_seed_decides(split):
 def test_regions_are_those_of_the_images_that_are_used(split):
     used = LesionRegions(split, 0.3, 0)
     index, findings = torch.arange(len(split)), torch.from_numpy(finding_of(split))
-    regions = used(index, findings, (64, 64), 64)
-    full = LesionRegions(split)(index, findings, (64, 64), 64)
+    regions = used.regions(index, findings, (64, 64), 64)
+    full = LesionRegions(split).regions(index, findings, (64, 64), 64)
     for position in range(len(split)):
         expected = full[position] if position in used.used else torch.zeros(64, 64, dtype=torch.bool)
         assert torch.equal(regions[position], expected)
@@ -130,7 +130,7 @@ def test_annotations_move_with_the_image(flags):
     )
     split = job.splits["train"]
     batch = next(iter(Loader(split, EpochPlan(split.shard_sizes()), batch=20, workers=0).batches(0)))
-    moved, still = job.prepare(batch, True), job.annotations(batch.index, batch.target.argmax(1), (64, 64), 64)
+    moved, still = job.prepare(batch, True), job.annotations.regions(batch.index, batch.target.argmax(1), (64, 64), 64)
     draws = draw(0, 0, batch.index)
     for b, label in enumerate(batch.target.argmax(1).tolist()):
         if label:

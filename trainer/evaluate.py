@@ -73,7 +73,7 @@ def tiles(evaluator: Evaluator, name: str) -> list[Tile]:
         part.float().cpu().numpy()
         for part in (seen.cam if seen.cam is not None else blank, seen.lungs if seen.lungs is not None else blank)
     )
-    lesions = LesionRegions(split)(index, finding, raw.shape[-2:], evaluator.size).numpy()
+    lesions = LesionRegions(split).regions(index, finding, raw.shape[-2:], evaluator.size).numpy()
     probability, predicted = (of(seen.logits).cpu() for of in (task.probabilities, task.predicted))
     result = []
     for b, (k, guess) in enumerate(zip(finding.tolist(), predicted.tolist(), strict=True)):

@@ -188,7 +188,9 @@ class Trainer(Training):
             self.accelerator, raw, batch.index, self.lungs["train"] if attend or self.swaps else None, config.size
         )
         lesions = (
-            self.annotations(batch.index, attended, raw.shape[-2:], config.size, device) if self.annotations else None
+            self.annotations.regions(batch.index, attended, raw.shape[-2:], config.size, device)
+            if self.annotations
+            else None
         )
         attended = upload(attended, device)
         draws = upload(draw(config.seed, self.state.epoch, batch.index), device)

@@ -218,7 +218,7 @@ class Evaluator:
                             index, own, {"logits": seen.logits}, {"logits": torch.ones(len(raw), dtype=torch.bool)}
                         )
                     if cams:
-                        lesions = self.lesions[name](index, finding, raw.shape[-2:], self.size).to(device)
+                        lesions = self.lesions[name].regions(index, finding, raw.shape[-2:], self.size).to(device)
                         part = (
                             boxed(finding, seen.boxes, None).region
                             if regions.uses_lungs and seen.boxes is not None
