@@ -2,17 +2,18 @@
 
 import contextlib
 import os
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from shards import atomic
 from shards.dataset import Split
 from shards.errors import InputError, listed
 from shards.plan import EpochPlan, Shares
-from shards.sample import NO_FINDING
+from shards.sample import NO_FINDING, SPLITS
 from shards.store import open_store
 from trainer import checkpoint
 from trainer.balance import Balance
@@ -23,12 +24,14 @@ from trainer.launching import on_main, seen_by_all, start
 from trainer.loop import Trainer
 from trainer.lungs.load import load_segmenter
 from trainer.lungs.memory import LungFinder
+from trainer.lungs.segmenter import LungSegmenter
 from trainer.regions.lesions import LesionRegions
 from trainer.report.write import rehearse
 from trainer.rules import Finding, read_findings, rules_of, task_findings, without_rule
 from trainer.rules import to_yaml as findings_to_yaml
 from trainer.run import FINDINGS, LUNGS, evaluator_of, run_findings, task_of
 from trainer.schedule import Schedule
+from trainer.task import Task
 from trainer.tracking import Tracking
 
 # Settings that a resumed run may change. All others shape the model: it would not be the one that its config.yaml
@@ -74,46 +77,83 @@ def make_optimizer(model: torch.nn.Module, o: OptimConfig) -> tuple[torch.optim.
     return optimizer, Schedule(optimizer, o.schedule, o.lr)
 
 
+@dataclass
+class Parts:
+    """What a training is made of, checked; nothing is written yet."""
+
+    accelerator: Accelerator
+    task: Task
+    findings: dict[str, Finding]
+    dataset: str
+    splits: dict[str, Split]
+    segmenter: LungSegmenter
+    model: FocusClassifier
+    annotations: LesionRegions | None
+    attends: bool  # whether there is an attention loss
+    per_step: int  # images a step at most
+
+
 def build(config: Config) -> Trainer:
-    """Check everything that can be checked, say what will happen, claim the run folder, make the parts."""
+    """Check everything that can be checked, claim the run folder, say what will happen, make the trainer."""
+    parts = check(config)
+    claim(config, parts)
+    announce(config, parts)
+    trainer = make(config, parts)
+    announce_swap(trainer)
+    if config.resume:
+        trainer.restore()
+    # A resume that is refused, or has nothing to do, changes nothing.
+    if parts.accelerator.is_main_process and not trainer.finished:
+        atomic.write(Path(config.out) / "config.yaml", to_yaml(replace(config, resume=False)))
+        parts.segmenter.save(Path(config.out) / LUNGS)
+    trainer.tracking.start(Path(config.out), asdict(config))
+    return trainer
+
+
+def check(config: Config) -> Parts:
+    """InputError where something does not fit together; one step of the model is tried."""
     trackers = None if config.tracker == "none" else config.tracker
     accelerator = start(config.seed, log_with=trackers, project_dir=config.out)
     store, out, findings = open_store(config.shards), Path(config.out), findings_of(config)
     task, index = task_of(config, findings), store.index()
-    classes = task.findings
-    splits = {n: Split(store, n, task.labels) for n in ("train", "val", "test") if n in index["splits"] or n != "test"}
+    splits = {n: Split(store, n, task.labels) for n in SPLITS if n in index["splits"] or n != "test"}
     total, world = len(splits["train"]), accelerator.num_processes
     per_step = config.batch * world * config.accumulate
     if per_step > total:
         raise InputError(
             f"--batch {config.batch} x {world} processes x --accumulate {config.accumulate} = {per_step} images a "
-            "step, but the train "
-            f"split has {total}; lower --batch to at most {max(1, total // (world * config.accumulate))}"
+            f"step, but the train split has {total}; lower --batch to at most "
+            f"{max(1, total // (world * config.accumulate))}"
         )
-    own = out / LUNGS  # the run's copy, if the file it came from is gone
-    weights = (
-        own if config.resume and own.is_file() and not os.path.exists(config.lungs.weights) else config.lungs.weights
+    own, named = out / LUNGS, config.lungs.weights
+    # The run's copy, if the file it came from is gone.
+    segmenter = load_segmenter(
+        (own if config.resume and own.is_file() and not os.path.exists(named) else named) or None
     )
-    segmenter = load_segmenter(weights or None)
     # A checkpoint holds every weight: neither a file nor the hub is asked again.
     pretrained = "false" if config.resume and (out / "checkpoints" / "last.pt").is_file() else config.pretrained
-    looks = not (config.plain and not config.swap_probability)  # cross-entropy alone needs no feature map
     model = FocusClassifier(
         config.backbone,
-        len(classes),
+        len(task.findings),
         size=config.size,
         pretrained=pretrained,
         layer=config.attention.layer,
-        needs_map=looks,
+        needs_map=config.looks,
     )
     annotations = annotated(config, splits["train"])
-    smallest = Shares(
-        EpochPlan(splits["train"].shard_sizes()), 0, 0, batch=config.batch, rank=0, world=world
-    ).smallest()
-    attends = not config.plain and bool(rules_of(findings) or annotations) and model.has_map
+    attends = not config.plain and bool(rules_of(findings) or annotations)
+    plan = EpochPlan(splits["train"].shard_sizes())
+    smallest = Shares(plan, 0, 0, batch=config.batch, rank=0, world=world).smallest()
     model.to(accelerator.device)
     with accelerator.autocast():
         model.try_step(config.size, min(smallest, 2), cam=attends, mode=config.attention.mode)
+    dataset = index["dataset"]
+    return Parts(accelerator, task, findings, dataset, splits, segmenter, model, annotations, attends, per_step)
+
+
+def claim(config: Config, parts: Parts) -> None:
+    """Make the run folder this run's own. InputError where it cannot be, or a report could not be written into it."""
+    accelerator, out = parts.accelerator, Path(config.out)
 
     def undo() -> None:
         """Nothing was trained: the folder goes as it came."""
@@ -123,7 +163,8 @@ def build(config: Config) -> Trainer:
             out.rmdir()
 
     if not config.resume:
-        checkpoint.claim(accelerator, out, {FINDINGS: findings_to_yaml(findings), "config.yaml": to_yaml(config)})
+        files = {FINDINGS: findings_to_yaml(parts.findings), "config.yaml": to_yaml(config)}
+        checkpoint.claim(accelerator, out, files)
     try:
         seen_by_all(accelerator, out)
     except InputError:
@@ -134,7 +175,7 @@ def build(config: Config) -> Trainer:
     def begin() -> None:
         try:
             checkpoint.hold(out)
-            rehearse(config, index["dataset"], classes, out)
+            rehearse(config, parts.dataset, parts.task.findings, out)
         except InputError:
             if not config.resume:
                 undo()
@@ -142,56 +183,60 @@ def build(config: Config) -> Trainer:
 
     on_main(accelerator, begin)
 
-    accelerator.print(
-        f"{config.batch} images x {world} processes x {config.accumulate} accumulated = {per_step} a step at most; "
-        f"{total} training images, {-(-total // per_step)} steps an epoch; {accelerator.device.type}, "
-        f"{accelerator.mixed_precision}"
+
+def announce(config: Config, parts: Parts) -> None:
+    """Say what will be trained, and what will not."""
+    accelerator, model, annotations = parts.accelerator, parts.model, parts.annotations
+    say, total = accelerator.print, len(parts.splits["train"])
+    say(
+        f"{config.batch} images x {accelerator.num_processes} processes x {config.accumulate} accumulated = "
+        f"{parts.per_step} a step at most; {total} training images, {-(-total // parts.per_step)} steps an epoch; "
+        f"{accelerator.device.type}, {accelerator.mixed_precision}"
     )
     for line in (*([model.loaded] if model.loaded else ()), *(f"note: {unused}" for unused in config.unused())):
-        accelerator.print(line)
+        say(line)
     if not model.has_map:
-        accelerator.print(
+        say(
             f"{config.backbone} has no feature map: it is trained by cross-entropy, and the report says nothing of "
             "where it looks"
         )
-    if model.layers and not config.attention.layer and looks:
-        accelerator.print(f"the CAM is taken at {', '.join(model.layers)}; another layer: --attention.layer")
+    if model.layers and not config.attention.layer and config.looks:
+        say(f"the CAM is taken at {', '.join(model.layers)}; another layer: --attention.layer")
     if model.map_side == 1:
-        accelerator.print(
+        say(
             f"note: {config.backbone}'s feature map is 1 x 1 at --size {config.size} and cannot say where it looks; "
             "raise --size"
         )
-    for name, split in splits.items():
-        left = (
-            f"; {split.left_out} others left out (of none of the task's classes, or of several)"
-            if split.left_out
-            else ""
-        )
-        accelerator.print(f"{name}: {', '.join(f'{n} {finding}' for finding, n in split.counts().items())}{left}")
-    if config.resume and findings_changed(config, findings):
-        accelerator.print(
+    for name, split in parts.splits.items():
+        left = f"; {split.left_out} others left out (of none of the task's classes, or of several)"
+        counts = ", ".join(f"{n} {finding}" for finding, n in split.counts().items())
+        say(f"{name}: {counts}{left if split.left_out else ''}")
+    if config.resume and findings_changed(config, parts.findings):
+        say(
             f"note: the run keeps the rules of its own {FINDINGS}; {config.findings or 'the ready-made findings'} now "
             "say others"
         )
     if annotations:
-        accelerator.print(
+        say(
             f"{annotations.known} of {total} training images have lesion boxes of their finding, "
             f"{len(annotations.used)} are used as regions"
         )
-    unplaced = without_rule(classes, rules_of(findings))
+    unplaced = without_rule(parts.task.findings, rules_of(parts.findings))
     if unplaced and config.attention.region != "annotation":
-        accelerator.print(
+        say(
             f"no region is known for {listed(unplaced)}: classification only, no attention loss for them; "
             "declare one, of exactly that name, with --findings FILE"
         )
 
-    segmenter.to(accelerator.device).to(memory_format=torch.channels_last)
-    key = segmenter.fingerprint()
+
+def make(config: Config, parts: Parts) -> Trainer:
+    """The trainer at its start, everything on its device."""
+    accelerator, task, findings, splits = parts.accelerator, parts.task, parts.findings, parts.splits
+    segmenter = parts.segmenter.to(accelerator.device).to(memory_format=torch.channels_last)
+    key, out = segmenter.fingerprint(), Path(config.out)
     lungs = {name: LungFinder(segmenter, config.size, len(s), s.fingerprint, key, out) for name, s in splits.items()}
-    raw, schedule = make_optimizer(model, config.optim)
-    net, optimizer = accelerator.prepare(model, raw)
-    balance = Balance(**asdict(config.balance))
-    tracking = Tracking(accelerator, config.tracker)
+    raw, schedule = make_optimizer(parts.model, config.optim)
+    net, optimizer = accelerator.prepare(parts.model, raw)
     model = accelerator.unwrap_model(net)
     trainer = Trainer(
         config=config,
@@ -201,38 +246,33 @@ def build(config: Config) -> Trainer:
         net=net,
         optimizer=optimizer,
         schedule=schedule,
-        balance=balance,
+        balance=Balance(**asdict(config.balance)),
         lungs=lungs,
         evaluator=evaluator_of(accelerator, model, config, task, findings, splits, lungs),
-        tracking=tracking,
+        tracking=Tracking(accelerator, config.tracker),
         task=task,
         findings=findings,
-        annotations=annotations,
+        annotations=parts.annotations,
+        attends=parts.attends,
         identity=identity(config, splits, key, findings),
     )
-    fixed = [name for name in classes if name not in (*trainer.inside, NO_FINDING)]
+    trainer.state.warmup = config.optim.warmup * parts.per_step
+    return trainer
+
+
+def announce_swap(trainer: Trainer) -> None:
+    """Say whose surroundings stay as they are."""
+    config, say = trainer.config, trainer.accelerator.print
+    fixed = [name for name in trainer.task.findings if name not in (*trainer.inside, NO_FINDING)]
     if config.swap_probability > 0 and trainer.attends and fixed:
         what = f"leaves out {listed(fixed)}" if trainer.swaps else "is off"
-        accelerator.print(
+        but = " (but an image whose lesion boxes are used gets the lungs of a healthy one around them)"
+        say(
             f"context swap {what}: the region of {listed(fixed)} is unknown, or reaches beyond the lung box, whose "
-            "surroundings must then stay"
-            + (
-                " (but an image whose lesion boxes are used gets the lungs of a healthy one around them)"
-                if annotations
-                else ""
-            )
+            f"surroundings must then stay{but if trainer.annotations else ''}"
         )
     if trainer.swaps and config.batch == 1:
-        accelerator.print("context swap does nothing with --batch 1: partners come from the same batch")
-    trainer.state.warmup = config.optim.warmup * per_step
-    if config.resume:
-        trainer.restore()
-    # A resume that is refused, or has nothing to do, changes nothing
-    if accelerator.is_main_process and not trainer.finished:
-        atomic.write(out / "config.yaml", to_yaml(replace(config, resume=False)))
-        segmenter.save(out / LUNGS)
-    tracking.start(out, asdict(config))
-    return trainer
+        say("context swap does nothing with --batch 1: partners come from the same batch")
 
 
 def findings_of(config: Config) -> dict[str, Finding]:

@@ -321,6 +321,11 @@ class Config:
         return self.balance.policy == "fixed" and self.balance.lam == 1.0
 
     @property
+    def looks(self) -> bool:
+        """Whether training needs a feature map: cross-entropy alone does not."""
+        return not self.plain or self.swap_probability > 0
+
+    @property
     def swap_probability(self) -> float:
         """Of the context swap: as set, else on where attention has a gradient."""
         if self.swap.probability is not None:

@@ -65,7 +65,6 @@ class Trainer(Training):
         self.loader = loader_of(self.accelerator, split, self.plan, batch=config.batch, workers=config.workers)
         self.rules: dict[str, Rule] = rules_of(self.findings)
         self.regions = Regions(split.classes, self.rules, config.size, device)
-        self.attends = not config.plain and bool(self.rules or self.annotations)
         self.model.keeps = self.balance.follows_gradients
         # Whose region lies inside the lung box, so that what lies outside may be exchanged. No Finding shows nowhere.
         self.swap = replace(config.swap, probability=config.swap_probability)
