@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from jobs import SMALL
 
 from shards.pack import pack
 from shards.phantom import Phantoms
@@ -47,3 +48,9 @@ def segmenter(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def golden() -> dict:
     return dict(np.load(GOLDEN / "published.npz"))
+
+
+@pytest.fixture
+def flags(shards, segmenter, tmp_path):
+    """Flags of a small run into tmp_path/run."""
+    return ["--shards", str(shards), "--out", str(tmp_path / "run"), "--lungs.weights", str(segmenter), *SMALL]

@@ -1,14 +1,22 @@
 import argparse
+import json
 import pickle
 
 import numpy as np
 import pytest
 import timm
 import torch
+from jobs import content_of
+from PIL import Image
 from safetensors.torch import save_file
 
+from shards.dataset import Split
 from shards.errors import InputError
+from trainer import evaluate, predict
+from trainer import train as loop
+from trainer.build import build
 from trainer.classifier import FocusClassifier, normalize_cam
+from trainer.command import resolve
 
 
 def make(backbone, size=64, **options):
@@ -381,3 +389,36 @@ def test_the_search_takes_maps_of_the_network_and_no_parts_of_blocks():
         assert "crpe" not in layer
         assert layer != "pos_drop"
         assert model.map_side < 50
+
+
+def test_fine_tuning_from_a_run(flags, tmp_path, capsys):
+    loop.main([*flags, "--epochs", "1"])
+    flags[flags.index("--pretrained") + 1] = str(tmp_path / "run")
+    flags[flags.index("--out") + 1] = str(tmp_path / "tuned")
+    capsys.readouterr()
+    job = build(resolve([*flags, "--task", "nep", "--epochs", "1"]))
+    assert "model.safetensors: 120 of 122 tensors are taken; fc.weight, fc.bias begin anew" in capsys.readouterr().out
+    first = evaluate.open_run(tmp_path / "run").model.state_dict()["net.conv1.weight"]
+    assert torch.equal(job.model.state_dict()["net.conv1.weight"], first)
+
+
+def test_a_backbone_without_a_map_trains_by_cross_entropy(flags, tmp_path, shards, monkeypatch, capsys):
+    from trainer.classifier import FocusClassifier
+
+    monkeypatch.setattr(
+        "trainer.classifier.to_maps", lambda *_: (_ for _ in ()).throw(InputError("is not a feature map"))
+    )
+    with pytest.raises(InputError, match=r"--backbone resnet18: gives no feature map .*--balance\.lam 1"):
+        FocusClassifier("resnet18", 2, size=64, pretrained="false")
+    with pytest.raises(InputError, match="gives no feature map"):
+        loop.main([*flags, "--epochs", "1"])
+    assert not (tmp_path / "run").exists()
+    loop.main([*flags, "--epochs", "1", "--balance.lam", "1"])
+    assert "resnet18 has no feature map: it is trained by cross-entropy" in capsys.readouterr().out
+    content = content_of(tmp_path / "run")
+    assert content["test"]["localization"]["lesion"]["all"] is None
+    assert "no feature map, so nothing is said of where it looks" in (tmp_path / "run/report.html").read_text()
+    Image.fromarray(Split(shards, "test").image(0)).save(tmp_path / "x.png")
+    capsys.readouterr()
+    predict.main(["--run", str(tmp_path / "run"), str(tmp_path / "x.png")])
+    assert json.loads(capsys.readouterr().out)["cam_of"] is None

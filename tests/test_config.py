@@ -1,9 +1,14 @@
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from curves import ROOT
 
-from shards.errors import InputError
-from trainer.command import from_yaml, parse, to_yaml
+from shards.errors import InputError, read_yaml
+from trainer.build import build
+from trainer.command import from_yaml, parse, resolve, to_yaml
 from trainer.config import Config
 from trainer.options import LungsTrainConfig
 
@@ -116,3 +121,69 @@ def test_a_file_may_say_false_and_is_checked_like_flags(tmp_path):
     (tmp_path / "c.yaml").write_text("batch: abc\n")
     with pytest.raises(InputError, match=r"^--batch abc: expected a whole number; see --help$"):
         parse(Config, ["--shards", "s", "--out", "o", "--config", str(tmp_path / "c.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (
+            ["--balance.lam", "0.3", "--balance.policy", "ratio"],
+            r"--balance\.lam 0\.3: is of the policy fixed, ratio finds its own",
+        ),
+        (
+            ["--attention.annotated", "0.1"],
+            r"--attention\.annotated 0\.1: no lesion boxes are used with --attention\.region anatomy",
+        ),
+        (["--best", "last", "--patience", "3"], "--patience 3: with --best last no epoch is better"),
+    ],
+)
+def test_settings_without_effect_are_told(flags, given, words):
+    with pytest.raises(InputError, match=words):
+        resolve([*flags, *given])
+
+
+def test_deeply_nested_yaml_is_one_line(tmp_path):
+    (tmp_path / "x.yaml").write_text("[" * 20_000)
+    with pytest.raises(InputError, match=r"x\.yaml: is (nested too deeply|not YAML)"):
+        read_yaml(tmp_path / "x.yaml", "--config")
+
+
+@pytest.mark.parametrize(
+    "module", ["trainer.train", "trainer.train_lungs", "trainer.evaluate", "trainer.predict", "trainer.report"]
+)
+def test_wrong_settings_are_told_before_torch_is_imported(tmp_path, module):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    wrong = "--epochz" if "train" in module.partition(".")[2] else "--ouut"
+    command = [sys.executable, "-m", module, "--out", "y", wrong, "3"]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: unknown flag {wrong}; did you mean --")
+
+
+def test_recipes_have_names(tmp_path):
+    config = resolve(["--config", "published", "--shards", "x", "--out", str(tmp_path / "y")])
+    assert (config.findings, config.attention.form) == ("published", "published")
+    with pytest.raises(
+        InputError, match=r"--config publishd: no such file, and no ready-made recipe; did you mean published"
+    ):
+        resolve(["--config", "publishd"])
+
+
+def test_settings_that_do_nothing_are_told(flags, capsys):
+    idle = ["--optim.warmup", "5", "--balance.high", "0.9", "--attention.form", "coverage", "--swap.dilate", "0.1"]
+    build(resolve([*flags, *idle, "--balance.lam", "1"]))
+    said = capsys.readouterr().out
+    for words in (
+        "--optim.warmup 5 is of --optim.schedule cosine",
+        "--balance.high 0.9 is of the policies",
+        "--attention.form coverage trains nothing",
+    ):
+        assert f"note: {words}" in said
+    assert "note: --swap.dilate 0.1 is of the context swap, which is off" in said

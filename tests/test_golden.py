@@ -6,7 +6,7 @@ import json
 
 import curves
 import pytest
-from test_train import TOGETHER
+from jobs import TOGETHER
 
 from trainer import train as loop
 from trainer.build import build

@@ -1,8 +1,13 @@
 import json
+import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from curves import ROOT
 
 from shards.dataset import Split
 from shards.errors import InputError
@@ -152,3 +157,80 @@ def test_every_image_is_measured_once(shards):
         Accelerator(cpu=True), segmenter, Loader(split, EpochPlan(split.shard_sizes(), shuffle=False), batch=3)
     )
     assert figures.shape == (20, len(lung_report.COLUMNS))
+
+
+def test_a_lung_run_goes_on_with_another_batch(shards, tmp_path, monkeypatch):
+    small = [
+        "--channels",
+        "[4,4,8,8,8]",
+        "--patch",
+        "1",
+        "--size",
+        "32",
+        "--batch",
+        "8",
+        "--epochs",
+        "4",
+        "--workers",
+        "0",
+    ]
+    ordinary, rates = train_lungs.Trainer.end_epoch, []
+
+    def stops(self, *rest):
+        rates.append(self.optimizer.param_groups[0]["lr"])
+        ordinary(self, *rest)
+        if self.epoch == 2 and len(rates) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_lungs.Trainer, "end_epoch", stops)
+    with pytest.raises(KeyboardInterrupt):
+        train_lungs.main(["--shards", str(shards), "--out", str(tmp_path / "run"), *small])
+    train_lungs.main(["--out", str(tmp_path / "run"), "--resume", "--batch", "16"])
+    assert rates[0] > rates[1] > rates[2] > rates[3] > 0
+    assert rates[3] < 0.1 * rates[0]
+
+
+def test_a_lung_loss_that_is_not_finite_saves_nothing(shards, tmp_path, monkeypatch):
+    ordinary = train_lungs.bce_dice
+    monkeypatch.setattr(train_lungs, "bce_dice", lambda *a: ordinary(*a) * math.nan)
+    small = [
+        "--channels",
+        "[4,4,8,8,8]",
+        "--patch",
+        "1",
+        "--size",
+        "32",
+        "--batch",
+        "8",
+        "--epochs",
+        "1",
+        "--workers",
+        "0",
+    ]
+    with pytest.raises(InputError, match="the loss is not finite in epoch 1, or a weight after it; lower --lr"):
+        train_lungs.main(["--shards", str(shards), "--out", str(tmp_path / "run"), *small])
+    assert [path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith(".")] == ["config.yaml"]
+
+
+def test_a_lung_run_folder_belongs_to_one_process(shards, tmp_path):
+    small = [
+        "--channels",
+        "[4,4,8,8,8]",
+        "--patch",
+        "1",
+        "--size",
+        "32",
+        "--batch",
+        "8",
+        "--epochs",
+        "1",
+        "--workers",
+        "0",
+    ]
+    train_lungs.main(["--shards", str(shards), "--out", str(tmp_path / "run"), *small])
+    command = [sys.executable, "-m", "trainer.train_lungs", "--out", str(tmp_path / "run"), "--resume"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"PYTHONWARNINGS": "ignore"}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 2
+    assert "another process is training there" in done.stderr

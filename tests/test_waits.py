@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from curves import MOVING
-from test_train import SMALL
+from jobs import SMALL
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shards.loader import Loader
