@@ -268,11 +268,15 @@ class FocusClassifier(nn.Module):
     def _logits_and_cam(
         self, x: torch.Tensor, classes: torch.Tensor | None, differentiable: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        kept: list[torch.Tensor] = []
+        """One forward. The network runs up to the feature map A as it would anyway; A is kept; what follows A, the
+        head, has a graph in any case, so that the score has a gradient at A. In evaluation nothing before A has one.
+        """
+        kept: list[torch.Tensor] = []  # A, of each layer
         had_graph = torch.is_grad_enabled()
         behind = contextlib.ExitStack()  # what holds from A to the logits
 
-        def keep(features: torch.Tensor) -> torch.Tensor:
+        def start_graph_here(features: torch.Tensor) -> torch.Tensor:
+            """Called by the network's own forward, with A on its way to the head."""
             if not isinstance(features, torch.Tensor):
                 raise InputError(
                     f"--backbone {self.backbone}: gives several outputs where its feature map is looked for; name a "
@@ -280,14 +284,14 @@ class FocusClassifier(nn.Module):
                 )
             if not kept:  # fused attention has no second derivative
                 behind.enter_context(sdpa_kernel(SDPBackend.MATH))
-            if not had_graph and not kept:  # from here on a graph is needed, for what follows alone
+            if not had_graph and not kept:  # A becomes a leaf; `set_grad_enabled` below takes this back
                 torch.set_grad_enabled(True)
                 features = features.detach().requires_grad_()
             kept.append(features)
             return features.clone()  # an in-place ReLU may follow (VGG) and must not change what is kept
 
         with torch.set_grad_enabled(had_graph), behind:
-            logits = self._run(x, keep)
+            logits = self._run(x, start_graph_here)
             if len(kept) < max(1, len(self.layers)):
                 raise InputError(
                     f"--attention.layer {','.join(self.layers)}: is not run in the forward, so there is nothing to "
@@ -316,13 +320,14 @@ class FocusClassifier(nn.Module):
             maps.append(grad_cam(to_maps(features, self.net), to_maps(gradient, self.net)))
         return (logits if had_graph else logits.detach()), maps[0] if len(maps) == 1 else _mean_map(maps)
 
-    def _run(self, x: torch.Tensor, keep: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    def _run(self, x: torch.Tensor, at_map: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """Logits; ``at_map`` is given each feature map on its way, and gives what the network goes on with."""
         if not self.layers:
-            return self.net.forward_head(keep(self.net.forward_features(x)))
+            return self.net.forward_head(at_map(self.net.forward_features(x)))
         if self.layers == [INPUT]:
-            return self.net(keep(x.requires_grad_()))
+            return self.net(at_map(x.requires_grad_()))
         modules = [self.net.get_submodule(name) for name in self.layers]
-        handles = [module.register_forward_hook(lambda _module, _inputs, output: keep(output)) for module in modules]
+        handles = [module.register_forward_hook(lambda _module, _inputs, output: at_map(output)) for module in modules]
         try:
             return self.net(x)
         finally:
