@@ -316,6 +316,7 @@ class Split:
         if shard in self._files:
             self._files.move_to_end(shard)
         else:
+            self._forget_evicted()
             self._files[shard] = self._open(shard)
             if len(self._files) > MAX_OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1])
@@ -323,6 +324,12 @@ class Split:
         if os.preadv(self._files[shard], [data], at) != size:
             raise self._mismatch(row)
         return data
+
+    def _forget_evicted(self) -> None:
+        """Close files that the cache has made room of: as long as they are open, their bytes stay on the disk."""
+        for shard, file in list(self._files.items()):
+            if os.fstat(file).st_nlink == 0:
+                os.close(self._files.pop(shard))
 
     def _open(self, shard: int) -> int:
         for _ in range(10):

@@ -145,6 +145,9 @@ def test_the_cache_is_bounded_and_what_was_dropped_comes_back(shards, tmp_path, 
         used.append(sum(path.stat().st_size for path in cache.iterdir()))
         assert not list(cache.glob("*.hold"))
     assert max(used) <= limit
+    # What was dropped is not held open either: bytes of a deleted file that is open stay on the disk.
+    held = {os.fstat(file).st_ino for file in split._files.values()} - {path.stat().st_ino for path in cache.iterdir()}
+    assert len(held) <= 1, "but for what the last fetch made room of"
     split.close()
     monkeypatch.setenv("CXR_FOCUS_CACHE_GB", str(largest / 2 / 1e9))
     with pytest.raises(InputError, match="do not fit into the cache"):
