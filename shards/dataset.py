@@ -192,27 +192,33 @@ class Split:
             self._lesions = self._read_lesions()
         return self._lesions
 
+    def _boxes(self) -> np.ndarray | None:
+        """The table of lesion boxes, of the task or not, checked; None where the shards have none."""
+        boxes = self._later_table("boxes", BOX)
+        if boxes is None or not len(boxes):
+            return boxes
+        row = boxes["row"]
+        last, order = int(row.max()), bool((row[1:] >= row[:-1]).all())
+        if boxes["finding"].max() >= len(self._boxed) or last >= len(self.table) or not order:
+            what = "names samples or findings that index.json does not have"
+        elif not np.isfinite(boxes["xyxy"]).all():
+            what = "has a box of no numbers"
+        else:
+            return boxes
+        raise InputError(f"{self.store.name}: {self.split}.boxes.npy {what}; {self.store.remedy}")
+
     def _read_lesions(self) -> Lesions:
-        known, names = self._later_table("boxes", BOX), self._boxed
+        known, names = self._boxes(), list(self._boxed)
         if known is not None:
-            row, number, xyxy = (
-                np.asarray(known["row"], np.int64),
-                np.asarray(known["finding"]),
-                known["xyxy"],
-            )
-            if len(row) and (number.max() >= len(names) or row.max() >= len(self.table) or (np.diff(row) < 0).any()):
-                raise InputError(
-                    f"{self.store.name}: {self.split}.boxes.npy names samples or findings that index.json does not "
-                    f"have; {self.store.remedy}"
-                )
+            row, number, xyxy = np.asarray(known["row"], np.int64), known["finding"], known["xyxy"]
             position = np.searchsorted(self.rows, row)
             of_task = position < len(self.rows)
             of_task[of_task] = self.rows[position[of_task]] == row[of_task]
-        else:
+        else:  # shards of an earlier version: every sample is asked
             boxes = [(p, box.finding, box.xyxy) for p in range(len(self)) for box in self.meta(p)["boxes"]]
-            names = list(dict.fromkeys(finding for _, finding, _ in boxes))
+            numbers = {name: k for k, name in enumerate(dict.fromkeys(finding for _, finding, _ in boxes))}
+            names, number = list(numbers), np.array([numbers[finding] for _, finding, _ in boxes], np.int64)
             position = np.array([p for p, _, _ in boxes], np.int64)
-            number = np.array([names.index(finding) for _, finding, _ in boxes], np.int64)
             xyxy = np.array([edges for _, _, edges in boxes], np.float64).reshape(-1, 4)
             of_task = np.ones(len(boxes), bool)
         place = np.array([self.classes.index(name) if name in self.classes else -1 for name in names] or [-1], np.int64)
@@ -226,24 +232,13 @@ class Split:
 
     def indexed(self) -> Iterator[Indexed]:
         """What the index says of each shard, of the task or not; where it has no ids or boxes, there are none."""
-        findings, ids, boxes = (
-            self.findings(),
-            self._later_table("ids", ID, len(self.table)),
-            self._later_table("boxes", BOX),
-        )
-        for start, stop in pairwise(self.starts):
-            own = (
-                boxes[np.searchsorted(boxes["row"], start) : np.searchsorted(boxes["row"], stop)]
-                if boxes is not None
-                else ()
-            )
+        findings, ids, boxes = self.findings(), self._later_table("ids", ID, len(self.table)), self._boxes()
+        ends = np.searchsorted(boxes["row"], self.starts).tolist() if boxes is not None else [0] * len(self.starts)
+        for (start, stop), (first, last) in zip(pairwise(self.starts), pairwise(ends), strict=True):
+            own = boxes[first:last] if boxes is not None else ()
             known = [(int(box["row"]) - start, self._boxed[box["finding"]], *box["xyxy"].tolist()) for box in own]
-            yield Indexed(
-                np.array(self.table[start:stop]),
-                findings[start:stop],
-                np.array(ids[start:stop] if ids is not None else [], ID),
-                known,
-            )
+            of_shard = np.array(ids[start:stop] if ids is not None else [], ID)
+            yield Indexed(np.array(self.table[start:stop]), findings[start:stop], of_shard, known)
 
     def counts(self) -> dict[str, int]:
         """Images with each finding."""

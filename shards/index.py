@@ -334,6 +334,7 @@ def parse_index(text: str | bytes, where: str, remedy: str) -> dict[str, Any]:
             isinstance(index["splits"], dict)
             and isinstance(index["findings"], list)
             and isinstance(index["dataset"], str)
+            and all(isinstance(name, str) for name in index.get("boxed", []))
         ):
             raise ValueError("wrong types")
         for entry in index["splits"].values():

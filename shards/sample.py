@@ -10,6 +10,7 @@ Lesion boxes are pixels of the stored radiograph, ends exclusive. Other entries 
 """
 
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -106,6 +107,8 @@ def parse_meta(data: bytes, where: str) -> dict[str, Any]:
         boxes = []
         for box in meta.get("boxes", []):
             x0, y0, x1, y1 = (float(v) for v in box["xyxy"])
+            if not all(map(math.isfinite, (x0, y0, x1, y1))):
+                raise ValueError(f"the box {box['xyxy']} of a lesion is none")
             boxes.append(LesionBox(str(box["finding"]), (x0, y0, x1, y1)))
         if not isinstance(findings, list) or not all(isinstance(f, str) for f in findings):
             raise ValueError("findings must be a list of names")

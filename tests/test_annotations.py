@@ -173,3 +173,23 @@ def test_annotations_without_any_box_in_the_shards(flags, tmp_path):
         InputError, match=r"--attention.region both: no training image has a box of its finding; pack lesion boxes"
     ):
         build(resolve([*flags, "--shards", str(tmp_path / "bare"), "--attention.region", "both"]))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda boxes: boxes["row"].fill(60), "names samples or findings that index.json does not have"),
+        (lambda boxes: boxes["finding"].fill(9), "names samples or findings that index.json does not have"),
+        (lambda boxes: boxes["xyxy"].fill(np.nan), "has a box of no numbers"),
+    ],
+)
+def test_a_table_of_boxes_that_does_not_fit_is_one_line(shards, tmp_path, change, words, capsys):
+    shutil.copytree(shards, tmp_path / "other")
+    path = tmp_path / "other/train.boxes.npy"
+    boxes = np.load(path)
+    change(boxes)
+    np.save(path, boxes)
+    with pytest.raises(InputError, match=words):
+        Split(tmp_path / "other", "train", ("No Finding", "Effusion")).lesions()
+    with pytest.raises((InputError, SystemExit)):
+        main(["verify", str(tmp_path / "other")])
