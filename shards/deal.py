@@ -53,30 +53,25 @@ def published(cases: Cases, classes: Sequence[str], seed: int, *, balanced: bool
     hand have swapped their places in the order, too.
     """
     label, part = cases.labels(classes), np.full(len(cases.names), -1, np.int8)
-    home = _Homes(cases.patient)
+    patients = _PatientParts(cases.patient)
     negative = classes.index(NO_FINDING) if NO_FINDING in classes else -1
-    by_size = sorted((k for k in range(len(classes)) if k != negative), key=lambda k: int((label == k).sum()))
-    need = np.full(3, len(label))  # of each later class in each part
-    for turn, k in enumerate(by_size):
-        own = _published_parts(cases, classes[k], np.flatnonzero(label == k))
-        if turn == 0:
-            rows = [rows[home.free(rows, p)] for p, rows in enumerate(own)]
-        else:
-            rows = [
-                _draw(rows[home.free(rows, p) & cases.here[rows]], need[p], [seed, k, p]) for p, rows in enumerate(own)
-            ]
-        for p, chosen in enumerate(rows):
-            part[chosen] = p
-            home.settle(chosen, p)
+    rarest_first = sorted((k for k in range(len(classes)) if k != negative), key=lambda k: int((label == k).sum()))
+    most = np.full(3, len(label))  # how many of each later class a part takes
+    for turn, k in enumerate(rarest_first):
+        members = []  # of each part
+        for p, rows in enumerate(_published_parts(cases, classes[k], np.flatnonzero(label == k))):
+            rows = rows[patients.may_be_in(rows, p)]
+            members.append(_draw(rows[cases.here[rows]], most[p], [seed, k, p]) if turn else rows)
+        for p, rows in enumerate(members):
+            part[rows] = p
+            patients.settle(rows, p)
         if turn == 0 and balanced:
-            need = np.array([int(cases.here[chosen].sum()) for chosen in rows])
+            most = np.array([int(cases.here[rows].sum()) for rows in members])
     if negative >= 0:
         positives = set(classes) - {NO_FINDING}
         ill = {cases.patient[i] for i, found in enumerate(cases.findings) if positives.intersection(found)}
-        able = np.array(
-            [i for i in np.flatnonzero(label == negative) if cases.here[i] and cases.patient[i] not in ill], np.int64
-        )
-        _deal(part, home, able, [seed, negative], SHARES, need if balanced else None)
+        healthy = [i for i in np.flatnonzero(label == negative) if cases.here[i] and cases.patient[i] not in ill]
+        _deal(part, patients, np.array(healthy, np.int64), [seed, negative], SHARES, most if balanced else None)
     part[~cases.here] = -1
     slot = np.arange(len(part))
     for one, other in (swap for name in classes for swap in PUBLISHED_SWAPS.get(name, ())):
@@ -135,15 +130,15 @@ def at_random(
 
 def by_patient(label: np.ndarray, patient: np.ndarray, seed: int, shares: Sequence[float]) -> np.ndarray:
     """Deal whole patients, the rarest class first: part int8 [N], -1 where the label is -1."""
-    part, home = np.full(len(label), -1, np.int8), _Homes(patient)
+    part, patients = np.full(len(label), -1, np.int8), _PatientParts(patient)
     counts = np.bincount(label[label >= 0], minlength=1)
     for k in sorted(np.flatnonzero(counts).tolist(), key=lambda k: int(counts[k])):
         rows = np.flatnonzero(label == k)
-        _deal(part, home, rows, [seed, k], shares)
+        _deal(part, patients, rows, [seed, k], shares)
     return part
 
 
-class _Homes:
+class _PatientParts:
     """The part of each patient who has one."""
 
     def __init__(self, patient: np.ndarray) -> None:
@@ -154,14 +149,14 @@ class _Homes:
         for name in self.patient[rows]:
             self.part[name] = part
 
-    def free(self, rows: np.ndarray, part: int) -> np.ndarray:
+    def may_be_in(self, rows: np.ndarray, part: int) -> np.ndarray:
         """Whether each row's patient may be in ``part``: bool."""
         return np.array([self.part.get(name, part) == part for name in self.patient[rows]], bool)
 
 
 def _deal(
     part: np.ndarray,
-    home: _Homes,
+    patients: _PatientParts,
     rows: np.ndarray,
     seed: Sequence[int],
     shares: Sequence[float],
@@ -174,11 +169,11 @@ def _deal(
     wanted = np.asarray(shares, float) * len(rows) if need is None else need
     got = np.zeros(3)
     for i in np.random.default_rng(list(seed)).permutation(rows):
-        where = home.part.get(home.patient[i])
+        where = patients.part.get(patients.patient[i])
         if where is None:
             where = int(np.argmax(np.where(wanted > 0, 1 - got / np.maximum(wanted, 1e-9), -np.inf)))
         if need is None or got[where] < need[where]:
-            part[i], home.part[home.patient[i]] = where, where
+            part[i], patients.part[patients.patient[i]] = where, where
             got[where] += 1
 
 
@@ -210,8 +205,8 @@ def check(
     shares: Sequence[float] = SHARES,
 ) -> None:
     """InputError for a patient in two parts, or a class missing from a part that is to have a share."""
-    homes: dict[str, int] = {}
-    torn = {str(name) for p, rows in enumerate(parts) for name in patient[rows] if homes.setdefault(name, p) != p}
+    part_of: dict[str, int] = {}
+    torn = {str(name) for p, rows in enumerate(parts) for name in patient[rows] if part_of.setdefault(name, p) != p}
     if torn:
         raise InputError(
             f"{what}: {len(torn)} patients are in two splits: {listed(sorted(torn))}; split by patient, or correct the "

@@ -111,13 +111,8 @@ def pack(
             for split in {job.split for job in mine}:
                 (work / SHARDS / split).mkdir(parents=True, exist_ok=True)
             (work / NOTES).mkdir(exist_ok=True)
-            _run(
-                packer,
-                mine,
-                min(workers or cores(), len(mine)) if workers or len(source.items) > SMALL else 1,
-                out,
-                part,
-            )
+            worth_it = workers or len(source.items) > SMALL  # starting processes takes longer than a few images
+            _run(packer, mine, min(workers or cores(), len(mine)) if worth_it else 1, out, part)
             return merge(out) if part is None else None
         except OSError as error:
             raise InputError(f"--out {out}: cannot be written ({error.strerror or error}); {_kept(work)}") from error
