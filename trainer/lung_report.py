@@ -18,10 +18,11 @@ from torchvision.ops import box_iou
 from shards import atomic
 from shards.joined import Samples
 from shards.loader import Loader
+from trainer.drawing import LUNGS, REGION
 from trainer.launching import Accelerator
 from trainer.lungs import LungSegmenter, lung_boxes
 from trainer.metrics import bootstrap
-from trainer.report.figures import LUNGS, REGION, png
+from trainer.report.figures import png
 from trainer.report.template import render, stacked
 
 EDGES = ("left", "top", "right", "bottom")

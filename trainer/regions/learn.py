@@ -20,9 +20,9 @@ from shards.pixels import fit, load_image
 from shards.sample import EFFUSION, NO_FINDING
 from trainer.augment import lung_masks
 from trainer.config import Swap
+from trainer.drawing import LESION, LUNGS, REGION
 from trainer.lungs import load_segmenter
 from trainer.regions.place import Regions, between, wider
-from trainer.report.figures import LESION, LUNGS, REGION
 from trainer.rules import BOX, LIMIT, Finding, Rectangle, Rule, read_file, read_findings, to_yaml
 
 SIZE = 512

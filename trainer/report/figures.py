@@ -13,12 +13,11 @@ from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 
 from shards.dataset import Split
+from trainer.drawing import LESION, LUNGS, REGION
 from trainer.measure import Outcome
 from trainer.report.words import short
 
-matplotlib.rcParams["text.parse_math"] = False  # a name with two dollars is no formula
 TILES = 12
-LUNGS, REGION, LESION = "#00e5ff", "#7CFC00", "#ff4040"
 
 
 @dataclass
