@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.command import parser
-from shards.errors import InputError, command_line, listed, run
+from shards.errors import InputError, command_line, listed, read_json, run
 from shards.sample import NO_FINDING, spelling
 
 
@@ -242,9 +242,25 @@ def _index(a: argparse.Namespace) -> None:
         return
     if not a.dir.is_dir():
         raise InputError(f"{a.dir}: no such folder; index works on a folder of this machine")
-    index = build_index(a.dir, dataset=a.dir.resolve().name, classes=_names(a.findings) if a.findings else None)
+    old = _old_index(a.dir)
+    dataset = old.get("dataset", a.dir.resolve().name)
+    classes = _names(a.findings) if a.findings else old.get("classes")
+    index = build_index(a.dir, dataset=dataset, classes=classes, stored=old.get("stored"))
     _table(index)
     _odd_names(index)
+
+
+def _old_index(folder: Path) -> dict[str, Any]:
+    """What an index that is written anew keeps of the old one; nothing where there is none that can be read."""
+    path = folder / "index.json"
+    try:
+        old = read_json(path) if path.is_file() else {}
+    except InputError:
+        return {}
+    kinds = {"dataset": str, "classes": list, "stored": dict}
+    if not isinstance(old, dict):
+        return {}
+    return {name: old[name] for name, kind in kinds.items() if isinstance(old.get(name), kind)}
 
 
 def _table(index: dict[str, Any]) -> None:

@@ -29,6 +29,9 @@ from shards.store import Folder, Remote, open_store
 from shards.targets import SingleLabel, Targets, Unlabelled
 
 MAX_OPEN_FILES = 64
+# Of the cache: this window of the plan and the next. The bytes of a file that the cache made room of stay on the disk
+# as long as it is open.
+MAX_OPEN_REMOTE = 16
 
 
 class Lesions(NamedTuple):
@@ -83,6 +86,7 @@ class Split:
         self.table = self._table(f"{split}.npy", ROW, entry, entry["samples"])
         self._entry, self._boxed = entry, index.get("boxed", [])
         self._lesions: Lesions | None = None
+        self._ids: np.ndarray | None = None
         self.labels: Targets = (
             Unlabelled() if not labels else SingleLabel(labels) if isinstance(labels, Sequence) else labels
         )
@@ -101,14 +105,10 @@ class Split:
             table: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: cannot be read ({error}); {self.store.remedy}") from error
-        if (
-            table.dtype != dtype
-            or table.ndim != 1
-            or (rows is not None and len(table) != rows)
-            or entry["samples"] != self.starts[-1]
-        ):
+        fits = table.dtype == dtype and table.ndim == 1 and (rows is None or len(table) == rows)
+        if not fits or entry["samples"] != self.starts[-1]:
             raise InputError(
-                f"{path}: does not match index.json ({len(table)} rows, {entry['samples']} expected); "
+                f"{path}: does not match index.json ({len(np.atleast_1d(table))} rows, {entry['samples']} expected); "
                 f"{self.store.remedy}"
             )
         return table
@@ -184,13 +184,25 @@ class Split:
         known = self._later_table("ids", ID, len(self.table))
         if known is not None:
             return known[self.rows]
-        return np.array([(hashed(self.key(p)), hashed(self.meta(p).get("patient"))) for p in range(len(self))], ID)
+        if self._ids is None:
+            pairs = [(hashed(self.key(p)), hashed(self.meta(p).get("patient"))) for p in range(len(self))]
+            self._ids = np.array(pairs, ID)
+        return self._ids
 
     def lesions(self) -> Lesions:
         """The lesion boxes, read once."""
         if self._lesions is None:
             self._lesions = self._read_lesions()
         return self._lesions
+
+    def lesion_boxes(self, position: int, finding: int) -> list[tuple[float, ...]]:
+        """The boxes of a finding, by its number in the task, that a sample shows: x0 y0 x1 y1 as `Lesions`."""
+        if self._lesions is None and f"{self.split}.boxes.npy" not in self._entry["tables"]:
+            name = self.classes[finding]
+            return [box.xyxy for box in self.meta(position)["boxes"] if box.finding == name]
+        every = self.lesions()
+        of_sample = slice(*np.searchsorted(every.position, [position, position + 1]).tolist())
+        return [tuple(xyxy) for xyxy in every.xyxy[of_sample][every.finding[of_sample] == finding].tolist()]
 
     def _boxes(self) -> np.ndarray | None:
         """The table of lesion boxes, of the task or not, checked; None where the shards have none."""
@@ -311,20 +323,13 @@ class Split:
         if shard in self._files:
             self._files.move_to_end(shard)
         else:
-            self._forget_evicted()
             self._files[shard] = self._open(shard)
-            if len(self._files) > MAX_OPEN_FILES:
+            if len(self._files) > (MAX_OPEN_REMOTE if self.store.remote else MAX_OPEN_FILES):
                 os.close(self._files.popitem(last=False)[1])
         data = bytearray(size)
         if os.preadv(self._files[shard], [data], at) != size:
             raise self._mismatch(row)
         return data
-
-    def _forget_evicted(self) -> None:
-        """Close files that the cache has made room of: as long as they are open, their bytes stay on the disk."""
-        for shard, file in list(self._files.items()):
-            if os.fstat(file).st_nlink == 0:
-                os.close(self._files.pop(shard))
 
     def _open(self, shard: int) -> int:
         for _ in range(10):

@@ -78,13 +78,15 @@ def hashed(text: Any) -> int:
     """64 bits of a key or of a patient's ID, as `ID` has them; 0 for none."""
     text = "" if text is None else str(text).strip()
     return (
-        int.from_bytes(hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).digest(), "little")
+        int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
         if text
         else 0
     )
 
 
-def build_index(root: Path, *, dataset: str, classes: Sequence[str] | None = None) -> dict[str, Any]:
+def build_index(
+    root: Path, *, dataset: str, classes: Sequence[str] | None = None, stored: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Index every tar of ``root`` (``<split>/*.tar`` or ``<split>-*.tar``): writes the tables, then ``index.json``.
 
     Tars of other writers need a ``json`` member with ``findings``, or a ``cls`` member with a number into ``classes``.
@@ -108,8 +110,9 @@ def build_index(root: Path, *, dataset: str, classes: Sequence[str] | None = Non
                 parts[split].append(part)
                 bar.update()
     more: dict[str, Any] = {"classes": list(classes)} if classes else {}
-    if deep:
-        more["stored"] = {"scales": [list(scale) for scale in choose_scales(deep)]}
+    if stored or deep:
+        scales = {"scales": [list(scale) for scale in choose_scales(deep)]} if deep else {}
+        more["stored"] = dict(stored or {}) | scales
     return write_index(root, dataset, [], shards, parts, more)
 
 
@@ -200,13 +203,16 @@ def write_index(
 
 def _boxes(parts: Sequence[Indexed], boxed: dict[str, int]) -> np.ndarray:
     """`BOX` of all parts of a split; ``boxed`` numbers the findings."""
-    start, lines = 0, []
+    start, tables = 0, [np.zeros(0, BOX)]
     for part in parts:
-        lines += [
+        lines = [
             (start + row, boxed.setdefault(finding, len(boxed)), tuple(xyxy)) for row, finding, *xyxy in part.boxes
         ]
+        if len(boxed) > np.iinfo(BOX["finding"]).max:
+            raise InputError(f"lesion boxes of {len(boxed)} different findings; are these names of findings?")
+        tables.append(np.array(lines, BOX))
         start += len(part.rows)
-    return np.array(lines, BOX)
+    return np.concatenate(tables)
 
 
 def index_tar(
@@ -324,6 +330,10 @@ def _class_name(raw: Any, member: tarfile.TarInfo, classes: Sequence[str] | None
     return classes[int(text)]
 
 
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
 def parse_index(text: str | bytes, where: str, remedy: str) -> dict[str, Any]:
     """``index.json``, checked for its version, its types, and names that would leave the folder."""
     try:
@@ -332,9 +342,11 @@ def parse_index(text: str | bytes, where: str, remedy: str) -> dict[str, Any]:
             raise InputError(f"{where}: version {index['version']}, expected {VERSION}; {remedy}")
         if not (
             isinstance(index["splits"], dict)
-            and isinstance(index["findings"], list)
+            and _are_names(index["findings"])
             and isinstance(index["dataset"], str)
-            and all(isinstance(name, str) for name in index.get("boxed", []))
+            and _are_names(index.get("boxed", []))
+            and isinstance(index["labels"], list)
+            and all(map(_are_names, index["labels"]))
         ):
             raise ValueError("wrong types")
         for entry in index["splits"].values():

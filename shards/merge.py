@@ -11,7 +11,7 @@ from typing import Any
 
 from shards.atomic import sync
 from shards.errors import InputError, listed, read_json
-from shards.index import Indexed, write_index
+from shards.index import Indexed, index_tar, write_index
 
 SHARDS, NOTES = "shards", "notes"  # in the working folder
 
@@ -79,7 +79,8 @@ def merge(out: Path) -> dict[str, Any]:
         shards[split].append(
             {"name": name, "bytes": note["bytes"], "sha256": note["sha256"], "samples": len(note["rows"])}
         )
-        parts[split].append(Indexed.of(note))
+        # A part of an earlier version has no boxes and ids in its note: its shard does.
+        parts[split].append(Indexed.of(note) if "ids" in note else index_tar(tar)[0])
         for content in note["contents"]:
             splits_of[content].add(split)
     if not shards:

@@ -1,6 +1,7 @@
 """Small phantoms and a small segmenter, made once; threads limited so that processes do not fight for two cores."""
 
 import os
+import shutil
 from pathlib import Path
 
 # Before torch is there: two workers of pytest, or two processes of a test, share two cores
@@ -54,3 +55,22 @@ def golden() -> dict:
 def flags(shards, segmenter, tmp_path):
     """Flags of a small run into tmp_path/run."""
     return ["--shards", str(shards), "--out", str(tmp_path / "run"), "--lungs.weights", str(segmenter), *SMALL]
+
+
+@pytest.fixture(scope="session")
+def one_epoch(shards, segmenter, tmp_path_factory) -> Path:
+    """A finished run of one epoch; made once, for all who look at it."""
+    from trainer import train
+
+    out = tmp_path_factory.mktemp("finished") / "run"
+    train.main(["--shards", str(shards), "--out", str(out), "--lungs.weights", str(segmenter), *SMALL, "--epochs", "1"])
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    return out
+
+
+@pytest.fixture
+def trained(one_epoch, tmp_path) -> Path:
+    """That run as tmp_path/run: as ``train.main([*flags, "--epochs", "1"])`` leaves it."""
+    shutil.copytree(one_epoch, tmp_path / "run")
+    return tmp_path / "run"

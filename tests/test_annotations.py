@@ -9,6 +9,7 @@ import torch
 from shards.__main__ import main
 from shards.dataset import Split
 from shards.errors import InputError
+from shards.index import parse_index
 from shards.loader import Loader
 from shards.plan import EpochPlan
 from trainer.augment import draw, lung_masks
@@ -102,7 +103,18 @@ def test_boxes_are_read_from_the_table_or_from_the_samples(shards, tmp_path):
         assert a.dtype == b.dtype
         assert np.array_equal(a, b)
     assert np.array_equal(new.ids(), old.ids())
+    lazily = Split(tmp_path / "old", "train", task)
+    for position in range(len(new)):
+        assert lazily.lesion_boxes(position, 1) == new.lesion_boxes(position, 1) == old.lesion_boxes(position, 1)
+    assert lazily._lesions is None, "a sample is asked when its boxes are wanted, not all of them"
     assert main(["verify", str(tmp_path / "old")]) is None
+    # Indexed again they have the tables, and say of themselves what they said.
+    main(["index", str(tmp_path / "old")])
+    again = json.loads((tmp_path / "old" / "index.json").read_text())
+    assert {name: again[name] for name in ("dataset", "stored")} == {
+        name: index[name] for name in ("dataset", "stored")
+    }
+    assert Split(tmp_path / "old", "train", task).lesions().xyxy.tolist() == new.lesions().xyxy.tolist()
 
 
 @pytest.mark.parametrize("region", ["anatomy", "annotation", "both"])
@@ -182,6 +194,7 @@ def test_annotations_without_any_box_in_the_shards(flags, tmp_path):
         (lambda boxes: boxes["finding"].fill(9), "names samples or findings that index.json does not have"),
         (lambda boxes: boxes["xyxy"].fill(np.nan), "has a box of no numbers"),
     ],
+    ids=["row", "finding", "nan"],
 )
 def test_a_table_of_boxes_that_does_not_fit_is_one_line(shards, tmp_path, change, words, capsys):
     shutil.copytree(shards, tmp_path / "other")
@@ -193,3 +206,10 @@ def test_a_table_of_boxes_that_does_not_fit_is_one_line(shards, tmp_path, change
         Split(tmp_path / "other", "train", ("No Finding", "Effusion")).lesions()
     with pytest.raises((InputError, SystemExit)):
         main(["verify", str(tmp_path / "other")])
+
+
+@pytest.mark.parametrize("value", [None, 5, {}, "abc", [1], [["Effusion"]]])
+def test_names_of_boxes_are_checked(shards, tmp_path, value):
+    index = json.loads((shards / "index.json").read_text()) | {"boxed": value}
+    with pytest.raises(InputError, match="is not an index"):
+        parse_index(json.dumps(index), "index.json", "index it again")

@@ -110,6 +110,16 @@ def test_values_of_the_wrong_kind(flags, words):
         parse(Config, ["--shards", "s", "--out", "o", *flags])
 
 
+def test_lists_are_no_reason_to_complain():
+    lungs = ["--shards", "x", "--out", "y", "--channels", "[24,48,96]"]
+    with pytest.raises(InputError, match=r"^--batch abc: expected a whole number; see --help$"):
+        parse(LungsTrainConfig, [*lungs, "--batch", "abc"])
+    with pytest.raises(InputError, match=r"^--channels 8,x: expected whole numbers, such as \[16,32\]; see --help$"):
+        parse(LungsTrainConfig, [*lungs[:4], "--channels", "8,x"])
+    with pytest.raises(InputError, match=r"^--seed 9+: expected a whole number"):
+        parse(LungsTrainConfig, [*lungs, "--seed", "9" * 400, "--batch", "abc"])
+
+
 def test_what_is_missing_is_named_as_a_flag():
     with pytest.raises(InputError, match=r"^missing: --shards, --out; see --help$"):
         parse(Config, [])

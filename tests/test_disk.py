@@ -39,7 +39,7 @@ def test_a_full_disk_is_one_line_and_what_was_there_stays(tmp_path, monkeypatch)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a small disk can be mounted on Linux only")
-@pytest.mark.parametrize("size", ["2m", "50m", "90m"])
+@pytest.mark.parametrize("size", ["50m", *(pytest.param(size, marks=pytest.mark.slow) for size in ("2m", "90m"))])
 def test_a_run_on_a_full_disk_is_one_line(flags, tmp_path, size):
     (tmp_path / "disk").mkdir()
     flags[flags.index("--out") + 1] = str(tmp_path / "disk/run")

@@ -56,9 +56,8 @@ def test_the_probes_of_a_run_are_reported(flags, tmp_path):
         assert figure in page
 
 
-def test_images_that_the_run_was_trained_on_are_counted(flags, tmp_path, shards, capsys):
+def test_images_that_the_run_was_trained_on_are_counted(trained, flags, tmp_path, shards, capsys):
     """Shards whose test images are another's training images: evaluating there is no test."""
-    loop.main([*flags, "--epochs", "1"])
     other = tmp_path / "other"
     shutil.copytree(shards, other)
     index = json.loads((other / "index.json").read_text())
@@ -156,8 +155,7 @@ def test_a_report_of_an_unfinished_run_does_not_finish_it(flags, tmp_path, shard
 
 
 @pytest.mark.parametrize("damage", [b"", b"[1, 2", b'"text"', b"[" * 100_000, b"\xff\xfe"])
-def test_a_damaged_report_is_one_line_and_is_written_again(flags, tmp_path, shards, damage):
-    loop.main([*flags, "--epochs", "1"])
+def test_a_damaged_report_is_one_line_and_is_written_again(trained, flags, tmp_path, shards, damage):
     path = tmp_path / "run/report.json"
     path.write_bytes(damage)
     for main, argv in (
@@ -172,8 +170,7 @@ def test_a_damaged_report_is_one_line_and_is_written_again(flags, tmp_path, shar
     assert content_of(tmp_path / "run")["training"]["epochs"] == 1
 
 
-def test_evaluate_leaves_what_it_does_not_measure(flags, tmp_path, shards):
-    loop.main([*flags, "--epochs", "1"])
+def test_evaluate_leaves_what_it_does_not_measure(trained, flags, tmp_path, shards):
     before = content_of(tmp_path / "run")
     evaluate.main(["--run", str(tmp_path / "run"), "--shards", str(shards), "--workers", "1", "--batch", "3"])
     after = content_of(tmp_path / "run")
@@ -205,8 +202,7 @@ def test_evaluate_takes_the_run_s_own_precision(flags, tmp_path, shards, monkeyp
     assert content_of(tmp_path / "run")["test"] == before
 
 
-def test_every_operating_point_says_its_threshold(flags, tmp_path):
-    loop.main([*flags, "--epochs", "1"])
+def test_every_operating_point_says_its_threshold(trained, flags, tmp_path):
     content = content_of(tmp_path / "run")
     point = content["threshold"]
     assert content["test"]["at_threshold"]["threshold"] == point == content["val"]["at_threshold"]["threshold"]
@@ -249,8 +245,7 @@ def test_a_cam_that_is_zero_everywhere_lies_nowhere(flags, tmp_path, shards, cap
     assert "the CAM of Effusion is zero everywhere" in captured.err
 
 
-def test_another_run_s_report_is_never_overwritten(flags, tmp_path, shards):
-    loop.main([*flags, "--epochs", "1"])
+def test_another_run_s_report_is_never_overwritten(trained, flags, tmp_path, shards):
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs/config.yaml").write_text("")
     with pytest.raises(InputError, match="is another run's folder"):

@@ -14,6 +14,7 @@ from trainer.metrics import (
     auc_interval,
     best_threshold,
     binary_report,
+    bootstrap,
     classification_report,
     localize,
     measured,
@@ -74,6 +75,16 @@ def test_localize_by_hand():
 )
 def test_wilson_interval(share, n, low, high):
     assert wilson(share, n) == pytest.approx([low, high], abs=1e-4)
+
+
+def test_the_bootstrap_of_a_mean_is_as_wide_as_its_standard_error():
+    values = np.random.default_rng(0).normal(3, 2, 400)
+    low, high = bootstrap(values)
+    assert (low + high) / 2 == pytest.approx(values.mean(), abs=0.02)
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
+    assert bootstrap(values) == [low, high]
+    assert bootstrap(np.array([0.5])) == [0.5, 0.5]
+    assert bootstrap(np.ones(3)) == [1, 1]
 
 
 def test_the_bootstrap_of_the_auc_is_centred_and_as_wide_as_hanley_and_mcneil_say():

@@ -62,7 +62,8 @@ def test_lossless_formats_are_lossless(pictures, tmp_path):
     assert all((one.image(i) == two.image(i)).all() for i in range(len(one)))
 
 
-def test_killed_at_any_moment_and_run_again_it_ends_with_the_same_bytes(pictures, tmp_path):
+@pytest.mark.parametrize("attempts", [[3, 4], pytest.param(range(20), marks=pytest.mark.slow)], ids=["two", "twenty"])
+def test_killed_at_any_moment_and_run_again_it_ends_with_the_same_bytes(pictures, tmp_path, attempts):
     main(command(pictures, tmp_path / "whole" / "out"))
     expected, random_ = files(tmp_path / "whole"), random.Random(0)
     code = (
@@ -72,7 +73,7 @@ def test_killed_at_any_moment_and_run_again_it_ends_with_the_same_bytes(pictures
     )
     kept = 0
     out = tmp_path / "killed" / "out"
-    for attempt in range(20):
+    for attempt in attempts:
         shutil.rmtree(out, ignore_errors=True)
         more = ("--workers", "2") if attempt % 5 == 4 else ()
         for _ in range(1 + attempt % 2):  # killed once or twice
@@ -92,7 +93,7 @@ def test_killed_at_any_moment_and_run_again_it_ends_with_the_same_bytes(pictures
         if not out.exists():
             main(command(pictures, out))
         assert files(tmp_path / "killed") == expected
-    assert kept > 20, "nothing was ever kept: the kills came too early to test anything"
+    assert kept > len(attempts), "hardly anything was ever kept: the kills came too early to test anything"
 
 
 def test_workers_end_with_their_parent(pictures, tmp_path):
@@ -425,3 +426,26 @@ def test_damaged_notes_are_made_again(tmp_path):
     (tmp_path / "out.partial/notes/train-000000.tar.json").write_text("[" * 100_000)
     Image.new("L", (8, 8), 60).save(tmp_path / "3.png")
     assert pack(source, tmp_path / "out", dataset="x", per_shard=1)["splits"]["train"]["samples"] == 4
+
+
+def test_parts_of_an_earlier_version_are_merged(tmp_path):
+    """Their notes say nothing of boxes and ids; their shards do."""
+
+    def parts(name):
+        for part in ("1/2", "2/2"):
+            command = ["phantom", "--count", "40", "--size", "32", "--per-shard", "5", "--out", str(tmp_path / name)]
+            main([*command, "--part", part])
+
+    for name in ("new", "old"):
+        parts(name)
+    notes = list((tmp_path / "old.partial").rglob("notes/*.json"))
+    assert notes
+    for path in notes:
+        note = json.loads(path.read_text())
+        del note["ids"], note["boxes"]
+        path.write_text(json.dumps(note))
+    for name in ("new", "old"):
+        main(["index", "--merge", str(tmp_path / name)])
+    for path in (tmp_path / "new").glob("*.npy"):
+        assert path.read_bytes() == (tmp_path / "old" / path.name).read_bytes()
+    assert Split(tmp_path / "old", "train", ("No Finding", "Effusion")).lesions().xyxy.any()

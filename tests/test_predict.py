@@ -51,8 +51,7 @@ def padded(tmp_path_factory):
     return root
 
 
-def test_prediction_goes_on_after_a_bad_file_and_says_so(flags, tmp_path, capsys):
-    loop.main([*flags, "--epochs", "1"])
+def test_prediction_goes_on_after_a_bad_file_and_says_so(trained, flags, tmp_path, capsys):
     Image.fromarray(np.full((70, 90), 99, np.uint8)).save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_text("x")
     with pytest.raises(
@@ -160,8 +159,7 @@ def test_predict_brightens_deep_images_as_the_shards_did(tmp_path, segmenter, ca
         assert line["probability"] == pytest.approx(reference["probability"], abs=1e-5)
 
 
-def test_files_whose_names_are_no_text_get_their_line(flags, tmp_path):
-    loop.main([*flags, "--epochs", "1"])
+def test_files_whose_names_are_no_text_get_their_line(trained, flags, tmp_path):
     folder = os.fsencode(tmp_path) + b"/caf\xe9"
     os.makedirs(folder)
     buffer = np.random.default_rng(0).integers(0, 255, (70, 90), dtype=np.uint8)

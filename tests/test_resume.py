@@ -118,9 +118,8 @@ def test_a_run_without_a_checkpoint_starts_from_the_beginning(flags, tmp_path, c
     assert steps == sorted(set(steps))
 
 
-def test_a_finished_run_is_left_as_it_is(flags, tmp_path, capsys):
+def test_a_finished_run_is_left_as_it_is(trained, flags, tmp_path, capsys):
     out = str(tmp_path / "run")
-    loop.main([*flags, "--epochs", "1"])
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     loop.main(["--resume", "--out", out])
     assert "nothing is left to train" in capsys.readouterr().out

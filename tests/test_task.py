@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -5,6 +7,8 @@ from torch.nn import functional as F
 from shards.dataset import Split
 from trainer.build import build
 from trainer.command import resolve
+from trainer.metrics import measured as measured_rows
+from trainer.report.write import _predictions
 from trainer.task import OneOf, Pairs
 
 FINDINGS = ("No Finding", "Effusion", "Pneumothorax")
@@ -93,5 +97,11 @@ def test_figures_are_by_pair_however_many_an_image_has(shards, segmenter, tmp_pa
         for kind, table in seen.tables().items():
             assert torch.allclose(table[pair], each[finding].tables()[kind][image], equal_nan=True, atol=1e-6), kind
         assert torch.allclose(seen.term[pair], each[finding].term[image], equal_nan=True, atol=1e-6)
+    blurred = job.evaluator.measure("val", cams=False, blur="inside")
+    assert len(blurred.logits) == len(seen.logits)
+    lines = [json.loads(line) for line in _predictions(seen, job.splits["val"]).splitlines()]
+    written = [set(line.get("lesion", {})) for line in lines]
+    assert set.union(*written) <= set(FINDINGS[1:])
+    assert sum(map(len, written)) == int(measured_rows(seen.lesion).sum())
     figures = seen.report()["localization"]["expected"]
     assert figures["Effusion"]["images"] + figures["Pneumothorax"]["images"] == figures["all"]["images"]

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import re
 import sys
 import types
 import typing
@@ -108,12 +109,14 @@ def _alternatives(of: Any) -> tuple[Any, ...]:
 
 def _fits(of: Any, value: Any) -> bool:
     text = str(value)
+    if typing.get_origin(of) is list:
+        return of == list[int] and bool(re.fullmatch(r"\[?\s*\d+(\s*,\s*\d+)*\s*\]?", text))
     if typing.get_origin(of) is Literal:
         return text in map(str, typing.get_args(of))
     if of in (int, float):
         try:
             return not math.isnan(of(text)) and not isinstance(value, bool)
-        except ValueError:
+        except (ValueError, OverflowError):
             return False
     if of is bool:
         return text.lower() in ("true", "false")
@@ -123,6 +126,8 @@ def _fits(of: Any, value: Any) -> bool:
 def _in_words(of: Any) -> str:
     if typing.get_origin(of) is Literal:
         return f"one of {', '.join(map(str, typing.get_args(of)))}"
+    if typing.get_origin(of) is list:
+        return "whole numbers, such as [16,32]"
     return {int: "a whole number", float: "a number", bool: "true or false"}.get(of, "text")
 
 

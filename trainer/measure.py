@@ -194,7 +194,7 @@ class Evaluator:
                 # pair of those that have one, ...
                 first, count = (torch.searchsorted(pairs.image, index + after) for after in (0, 1))
                 count -= first
-                for turn in range(max(1, int(count.max()))):
+                for turn in range(max(1, int(count.max())) if cams else 1):
                     if turn:
                         further = count > turn
                         index, own, raw, first, count = (

@@ -93,6 +93,11 @@ def open_run(path: Path) -> Run:
         raise InputError(
             f"{path / MODEL}: does not fit the run's config.yaml ({why}); was one of the two changed?"
         ) from error
+    trained = json.loads(metadata.get("findings", "[]"))
+    if trained and tuple(trained) != task_findings(config.task):
+        raise InputError(
+            f"{path / MODEL}: was trained for {', '.join(trained)}, config.yaml says {config.task}; was it changed?"
+        )
     segmenter = load_segmenter(path / LUNGS) if (path / LUNGS).is_file() else None
     return Run(config, model.eval(), segmenter, run_findings(path, config), metadata)
 

@@ -50,7 +50,7 @@ def components(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _labelled_by_scipy(masks: torch.Tensor) -> torch.Tensor:
-    """For the CPU, where it takes a hundredth of the other's time."""
+    """For the CPU, where the other takes ten times as long."""
     labels = [ndimage.label(mask, EIGHT)[0] for mask in masks.numpy()]
     return (
         torch.from_numpy(np.stack(labels).astype(np.int64)) if labels else torch.zeros(masks.shape, dtype=torch.int64)

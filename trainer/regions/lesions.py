@@ -12,19 +12,22 @@ import torch
 from shards.dataset import Split
 from trainer.upload import upload
 
-Box = tuple[float, float, float, float]
+Box = tuple[float, ...]  # x0 y0 x1 y1
 
 
 class LesionRegions:
     """The lesion boxes of a split, drawn when they are asked for.
 
     Args:
-        share: of the images with boxes; which, ``seed`` decides, and a smaller share is part of a larger one.
+        share: of the images with boxes; which, ``seed`` decides, and a smaller share is part of a larger one. None: all
+            of them, and nobody counts them.
     """
 
-    def __init__(self, split: Split, share: float = 1.0, seed: int = 0) -> None:
-        self._all = split.lesions()
-        position = self._all.position
+    def __init__(self, split: Split, share: float | None = None, seed: int = 0) -> None:
+        self.split, self.limited = split, share is not None
+        if share is None:
+            return
+        position = split.lesions().position
         with_boxes = position[np.diff(position, prepend=-1) > 0]  # in order; np.unique takes seconds for millions
         self.known = len(with_boxes)  # images with boxes
         self.used = with_boxes  # positions of those that are used
@@ -36,15 +39,11 @@ class LesionRegions:
         """The boxes of a finding in an image, x0 y0 x1 y1 in pixels of the stored image; none where the image is not
         used.
         """
-        at = np.searchsorted(self.used, position)
-        if at == len(self.used) or self.used[at] != position:
-            return []
-        first, last = np.searchsorted(self._all.position, [position, position + 1])
-        of_image = slice(int(first), int(last))
-        return [
-            (x0, y0, x1, y1)
-            for x0, y0, x1, y1 in self._all.xyxy[of_image][self._all.finding[of_image] == finding].tolist()
-        ]
+        if self.limited:
+            at = np.searchsorted(self.used, position)
+            if at == len(self.used) or self.used[at] != position:
+                return []
+        return self.split.lesion_boxes(position, finding)
 
     def regions(
         self,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from shards import atomic
 from shards.dataset import Split
@@ -60,11 +61,13 @@ def _predictions(outcome: Outcome, split: Split) -> str:
     for i, target in enumerate(outcome.target):
         of_finding = {name: round(p, 6) for name, p in zip(outcome.task.findings, probability[i], strict=True)}
         lines.append({"key": split.key(i), **outcome.task.described(target), "probability": of_finding})
+    one_each = torch.equal(outcome.pairs.image, torch.arange(len(lines)))  # or figures stand under their finding
     for kind, table in outcome.tables().items():
         for pair in measured(table).nonzero().flatten().tolist():  # an energy that is null: the CAM is zero everywhere
             # The rest: IoU by threshold
             figures = {n: round(v, 6) for n, v in zip(LOCALIZATION, table[pair].tolist(), strict=False)}
-            lines[int(outcome.pairs.image[pair])][kind] = figures
+            line, finding = lines[int(outcome.pairs.image[pair])], outcome.task.findings[outcome.pairs.finding[pair]]
+            line[kind] = figures if one_each else line.get(kind, {}) | {finding: figures}
     return "".join(json.dumps(finite(line)) + "\n" for line in lines)
 
 
