@@ -37,14 +37,12 @@ class Balance:
         policy: ``fixed``: ``lam``; ``published``: `published_lambda`;
             ``ratio``: A / (CE + A) of running means, clamped, so that both terms pull with the same weight;
             ``balanced``: |dA| / (|dCE| + |dA|), the norms of both terms' gradients at the feature map that the CAM is
-                of, by running
-            means, clamped: both pull equally hard (kin to GradNorm, Chen et al., ICML 2018, at the one place where they
-                meet);
+                of, by running means, clamped: both pull equally hard (kin to GradNorm, Chen et al., ICML 2018, at the
+                one place where they meet);
             ``constrained``: attention as strong as validation allows. After an epoch whose validation cross-entropy is
-                within
-            ``epsilon`` of the best so far, attention's weight (1 - lambda) / lambda grows by 1.5, otherwise it is
-            divided by 3 (kin to Rezende & Viola, "Taming VAEs", 2018: a constraint met by moving a multiplier). It
-            begins at ``high``.
+                within ``epsilon`` of the best so far, attention's weight (1 - lambda) / lambda grows by 1.5, otherwise
+                it is divided by 3 (kin to Rezende & Viola, "Taming VAEs", 2018: a constraint met by moving a
+                multiplier). It begins at ``high``.
         lam: for ``fixed``.
         low, high: clamp of the adaptive ones.
         epsilon: for ``constrained``, in nats.
