@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from trainer import __version__
 from trainer.classifier import evaluating
 from trainer.command import parse
 from trainer.config import Config
+from trainer.content import Content, Measured, Training
 from trainer.launching import close, on_main, set_threads, start
 from trainer.look import look
 from trainer.lungs import LungFinder
@@ -38,7 +39,7 @@ from trainer.measure import Evaluator, Outcome
 from trainer.options import EvaluateConfig
 from trainer.regions.lesions import LesionRegions
 from trainer.report.figures import TILES, Tile
-from trainer.report.words import file_name, short, table
+from trainer.report.words import MEASURED, file_name, short, table
 from trainer.report.write import write_run
 from trainer.rules import Finding, to_yaml
 from trainer.run import evaluator_of, open_run, read_report, task_of
@@ -96,10 +97,10 @@ def finish(
     evaluator: Evaluator,
     config: Config,
     findings: Mapping[str, Finding],
-    training: dict[str, Any],
+    training: Training,
     out: Path,
-    known: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+    known: Content | None = None,
+) -> Content:
     """Evaluate val and test, probe the model, and write the run's reports. Returns the content of report.json.
 
     ``known``: what a report.json of the run says already. What is not measured now stays as it is there, and where
@@ -108,13 +109,13 @@ def finish(
     InputError: the report could not be written; the run is as it was.
     """
     accelerator, splits, lungs = evaluator.accelerator, evaluator.splits, evaluator.lungs
-    known = dict(known or {})
+    known = known or {}
     outcomes: dict[str, Outcome] = {name: evaluator.measure(name) for name in ("val", "test") if name in splits}
     for name in outcomes:
         if name in lungs:
             lungs[name].share(accelerator)
     lost = {name: finder.memory.not_found().tolist() for name, finder in lungs.items()}
-    content: dict[str, Any] = {
+    content: Content = {
         "findings": evaluator.task.findings,
         "dataset": next(iter(splits.values())).dataset,
         "training": training,
@@ -129,12 +130,13 @@ def finish(
     thresholds = outcomes["val"].thresholds() if "val" in outcomes else known.get("iou_threshold")
     point = outcomes["val"].operating_point() if "val" in outcomes else known.get("threshold")
     content["iou_threshold"], content["threshold"] = thresholds, point
-    content |= {split: known[split] for split in ("val", "test") if split in known and split not in outcomes}
-    content |= {
-        name: outcome.report(intervals=True, chosen=thresholds, threshold=point) for name, outcome in outcomes.items()
-    }
+    for split in MEASURED:
+        if split in outcomes:
+            content[split] = outcomes[split].report(intervals=True, chosen=thresholds, threshold=point)
+        elif split in known:
+            content[split] = known[split]
     content["config"] = known.get("config") or asdict(config)
-    shown = "test" if "test" in splits else "val"
+    shown: Measured = "test" if "test" in splits else "val"
     content[shown]["probe"] = evaluator.probe(shown, outcomes[shown])
 
     def write() -> None:
@@ -244,7 +246,8 @@ def main(argv: list[str] | None = None) -> None:
     if out.resolve() != path.resolve():
         refuse_to_overwrite(out, path, splits)
     out.mkdir(parents=True, exist_ok=True)
-    training = old.get("training", {"unfinished": True, "best_epoch": int(opened.metadata["epoch"]) + 1})
+    so_far: Training = {"unfinished": True, "best_epoch": int(opened.metadata["epoch"]) + 1}
+    training = old.get("training", so_far)
     if training.get("unfinished") and accelerator.is_main_process:
         print(f"{path} has not finished: these are figures of its best model so far, of epoch {training['best_epoch']}")
     if not own and accelerator.is_main_process:
@@ -254,12 +257,8 @@ def main(argv: list[str] | None = None) -> None:
     if segmenter is not None and model.has_map:
         segmenter.to(accelerator.device)
         lungs = {n: LungFinder(segmenter, config.size, len(s), s.fingerprint) for n, s in splits.items()}
-    known: dict[str, Any] = (
-        {"config": asdict(config)} | old
-        if own
-        else {"config": asdict(config)}
-        | {name: old[name] for name in ("iou_threshold", "threshold", "config") if name in old}
-    )
+    kept = old if own else {name: old.get(name) for name in ("iou_threshold", "threshold", "config") if name in old}
+    known = cast(Content, {"config": asdict(config)} | dict(kept))
     evaluator = evaluator_of(
         accelerator,
         model,

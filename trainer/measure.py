@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -13,6 +13,7 @@ from shards.loader import Batch, Loader
 from shards.plan import EpochPlan
 from trainer.classifier import FocusClassifier, evaluating, normalize_cam
 from trainer.config import AttentionConfig
+from trainer.content import Figures, Probe
 from trainer.gather import Table
 from trainer.launching import loader_of
 from trainer.look import Located, Seen, look
@@ -78,11 +79,11 @@ class Outcome:
 
     def report(
         self, *, intervals: bool = False, chosen: dict[str, int | None] | None = None, threshold: float | None = None
-    ) -> dict[str, Any]:
+    ) -> Figures:
         """Classification and localization figures; from validation ``chosen``, thresholds of the IoU, and
         ``threshold``, of the probability.
         """
-        figures = self.task.figures(self.logits, self.target, point=threshold, intervals=intervals)
+        figures = cast(Figures, self.task.figures(self.logits, self.target, point=threshold, intervals=intervals))
         figures["localization"] = {}
         for kind, table in self.tables().items():
             at = (chosen or {}).get(kind)
@@ -95,11 +96,10 @@ class Outcome:
             }
             if kind == "expected_box" and not known.any():
                 continue
-            figures["localization"][kind] = {"all": summarize(table[known][:, columns], names)} | {
-                n: f for n, f in each.items() if f
-            }
-            if at is not None and known.any():
-                figures["localization"][kind]["all"]["iou_threshold"] = THRESHOLDS[at]
+            together = summarize(table[known][:, columns], names)
+            figures["localization"][kind] = {"all": together} | {n: f for n, f in each.items() if f}
+            if at is not None and together is not None:
+                together["iou_threshold"] = THRESHOLDS[at]
         return figures
 
 
@@ -304,7 +304,7 @@ class Evaluator:
         assert seen.raw_cam is not None
         return rank_correlation(_grays(seen.raw_cam), _grays(other))[:, None]
 
-    def probe(self, name: str, seen: Outcome) -> dict[str, Any] | None:
+    def probe(self, name: str, seen: Outcome) -> Probe | None:
         """Two tests that a localization figure cannot pass by chance; None where no finding has an expected region.
 
         blur: the drop in AUC when everything outside the expected region is blurred, and when everything inside is,
@@ -317,14 +317,10 @@ class Evaluator:
         """
         if name not in self.lungs or not measured(seen.expected).any():
             return None
-        found: dict[str, Any] = {"auc": seen.auc()}
+        auc, drops = seen.auc(), []
         for where in ("outside", "inside"):
             changed = self.measure(name, cams=False, blur=where)
-            drop = found["auc"] - changed.auc()
-            found[f"drop_{where}"], found[f"drop_{where}_95"] = (
-                drop,
-                self.task.auc_interval(seen.logits, seen.target, changed.logits),
-            )
+            drops.append((auc - changed.auc(), self.task.auc_interval(seen.logits, seen.target, changed.logits)))
         twin = random_twin(self.model, self.seed).to(self.accelerator.device)
         other = replace(self, model=twin)
         other.loaders, other.lesions = self.loaders, self.lesions
@@ -336,12 +332,16 @@ class Evaluator:
         figures = summarize(chance.expected[known][:, : len(LOCALIZATION)])
         similarity = summarize(chance.similarity[known][:, None], ("similarity",))
         names = ("images", "energy", "energy_95", "lift", "lift_95", "similarity", "similarity_95")
-        found["random"] = (
-            {name: value for name, value in {**figures, **similarity}.items() if name in names}
-            if figures and similarity
-            else None
-        )
-        return found
+        compared = {name: value for name, value in {**(figures or {}), **(similarity or {})}.items() if name in names}
+        (outside, outside_95), (inside, inside_95) = drops
+        return {
+            "auc": auc,
+            "drop_outside": outside,
+            "drop_outside_95": outside_95,
+            "drop_inside": inside,
+            "drop_inside_95": inside_95,
+            "random": compared if figures and similarity else None,
+        }
 
 
 def _grays(cam: torch.Tensor) -> torch.Tensor:
@@ -355,7 +355,11 @@ def _grays(cam: torch.Tensor) -> torch.Tensor:
 def validation_figures(outcome: Outcome, lam: float, attention: AttentionConfig) -> dict[str, Any]:
     """Accuracy, AUC, cross-entropy; with attention also its term, the weighted loss and the energy in the region."""
     report = outcome.report()
-    figures = {"val_accuracy": report["accuracy"], "val_auc": report["auc"], "val_loss": report["loss"]}
+    figures: dict[str, Any] = {
+        "val_accuracy": report["accuracy"],
+        "val_auc": report["auc"],
+        "val_loss": report["loss"],
+    }
     known = ~outcome.term.isnan()
     if known.any():
         term = outcome.term[known].sum() / (len(outcome.logits) if attention.form == "published" else known.sum())

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
@@ -16,6 +16,7 @@ from trainer.checkpoint import save_weights
 from trainer.classifier import FocusClassifier
 from trainer.command import from_yaml
 from trainer.config import Config
+from trainer.content import Content
 from trainer.lungs.load import load_segmenter
 from trainer.lungs.memory import LungFinder
 from trainer.lungs.segmenter import LungSegmenter
@@ -114,7 +115,7 @@ def task_of(config: Config, findings: Mapping[str, Finding]) -> Task:
     return OneOf(task_findings(config.task), [name for name, finding in findings.items() if finding.images == "any"])
 
 
-def read_report(folder: Path) -> dict[str, Any]:
+def read_report(folder: Path) -> Content:
     """The content of a folder's report.json; nothing where there is none. InputError: it is damaged."""
     path = folder / "report.json"
     if not path.is_file():
@@ -122,7 +123,7 @@ def read_report(folder: Path) -> dict[str, Any]:
     content = read_json(path, f"{path}")
     if not isinstance(content, dict):
         raise InputError(f"{path}: is not a report; remove it, and the run writes it again")
-    return content
+    return cast(Content, content)
 
 
 def evaluator_of(

@@ -20,6 +20,7 @@ from PIL import Image
 from shards.errors import run
 from trainer.build import build
 from trainer.command import resolve
+from trainer.content import Training
 from trainer.evaluate import finish
 from trainer.launching import close, set_threads
 from trainer.loop import Trainer
@@ -55,7 +56,7 @@ def conclude(trainer: Trainer) -> None:
     acc, config, state, out = trainer.accelerator, trainer.config, trainer.state, Path(trainer.config.out)
     acc.wait_for_everyone()
     trainer.model.load_state_dict(open_run(out).model.state_dict())
-    training = {
+    training: Training = {
         "minutes": state.seconds / 60,
         "epochs": state.epoch,
         "step": state.step,

@@ -13,10 +13,12 @@ if __name__ == "__main__":  # what is wrong with the flags is said before torch 
 
 
 from pathlib import Path
+from typing import cast
 
 from shards import atomic
 from shards.errors import InputError, read_json, run
 from trainer.command import parse, positionals
+from trainer.content import Content
 from trainer.options import ReportConfig
 from trainer.report.page import page
 from trainer.report.words import table
@@ -28,7 +30,8 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(ReportConfig, flags, prog="trainer.report")
     if not folders:
         raise InputError("no runs named: python -m trainer.report --out FILE.html RUN [RUN ...]")
-    runs, pictures = {}, {}
+    runs: dict[str, Content] = {}
+    pictures: dict[str, dict[str, bytes]] = {}
     for folder in map(Path, folders):
         if not (folder / "report.json").is_file():
             raise InputError(f"{folder}: has no report.json; is it the folder of a finished run of trainer.train?")
@@ -40,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
                 f"{folder}: a second run of that name; the columns could not be told apart, rename one folder"
             )
         name = folder.resolve().name
-        runs[name] = content
+        runs[name] = cast(Content, content)
         pictures[name] = {
             kind: (folder / f"{kind}.png").read_bytes()
             for kind in ("panel", "curves", "no_lungs")

@@ -87,7 +87,7 @@ def draw(ax: Any, tile: Tile) -> None:
     ax.set_title(tile.title, fontsize=8)
 
 
-def curves(history: list[dict[str, Any]], outcomes: dict[str, Outcome], findings: list[str]) -> Figure:
+def curves(history: list[dict[str, Any]], outcomes: dict[str, Outcome], findings: Sequence[str]) -> Figure:
     """Losses, lambda and validation figures by epoch, and the ROC of each split; ``findings`` names the classes, class
     0 first.
     """

@@ -2,10 +2,11 @@
 
 import json
 import math
-from typing import Any
+from collections.abc import Sequence
 
 from markupsafe import Markup
 
+from trainer.content import Content, Figures, Found, Measured
 from trainer.report.template import render, small
 from trainer.report.words import (
     CAUTION,
@@ -29,7 +30,7 @@ Cell = str | Markup
 Rows = tuple[list[str], list[list[Cell]]]  # a table: its head and its rows
 
 
-def page(title: str, runs: dict[str, dict[str, Any]], pictures: dict[str, dict[str, bytes]], text: str = "") -> str:
+def page(title: str, runs: dict[str, Content], pictures: dict[str, dict[str, bytes]], text: str = "") -> str:
     """The page of one run, or of several side by side.
 
     Args:
@@ -78,14 +79,14 @@ def _figure(pair: tuple[float, list[float]] | None) -> Cell:
     )
 
 
-def _localization(found: dict[str, Any], head: str) -> Rows:
+def _localization(found: Found, head: str) -> Rows:
     """All figures of one kind of localization."""
     names = [name for name in LOCALIZATION_WORDS if name in found]
     words = [LOCALIZATION_WORDS[name] + (f" ({found['iou_threshold']:g})" if name == "iou" else "") for name in names]
     return [head, *words], [["", *(_figure((found[name], found[f"{name}_95"])) for name in names)]]
 
 
-def _training(content: dict[str, Any]) -> str:
+def _training(content: Content) -> str:
     """How the model came about, in a line."""
     t, c = content["training"], content["config"]
     lost = ", ".join(f"{len(keys)} in {split}" for split, keys in content["lungs_not_found"].items() if keys)
@@ -117,7 +118,7 @@ def _training(content: dict[str, Any]) -> str:
     return "; ".join(parts) + f". {content.get('written', '')}"
 
 
-def _tables(content: dict[str, Any], split: str) -> list[Rows]:
+def _tables(content: Content, split: Measured) -> list[Rows]:
     """Of each finding, of localization, of the confusion, and of the operating point of a binary task."""
     figures = content[split]
     tables = [_by_finding(content["findings"], figures)]
@@ -140,7 +141,7 @@ def _tables(content: dict[str, Any], split: str) -> list[Rows]:
     return tables
 
 
-def _by_finding(findings: list[str], figures: dict[str, Any]) -> Rows:
+def _by_finding(findings: Sequence[str], figures: Figures) -> Rows:
     """A row a finding; columns without a figure are left out."""
     head = ["finding, at the predicted class", "images", "sensitivity", "precision", "F1"]
     head += ["energy in region", "pointing hit", "energy in lesion", "pointing at lesion"]

@@ -4,10 +4,13 @@ import hashlib
 import json
 import math
 import re
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from trainer.config import Config
+from trainer.content import Content, Figures, Found, Measured, Probe
 
+MEASURED: tuple[Measured, ...] = ("val", "test")
 LONGEST = 200  # bytes of a file name that is made of others' names; file systems take 255
 
 
@@ -45,10 +48,10 @@ def short(name: str) -> str:
     return name if len(name) <= 28 else f"{name[:27]}\u2026"
 
 
-def text_report(content: dict[str, Any]) -> str:
+def text_report(content: Content) -> str:
     """The published text report, then what it lacks."""
     lines = [f"Execution Time: {content['training'].get('minutes', 0):.2f} minutes"]
-    shown = [(split, content[split]) for split in ("val", "test") if split in content]
+    shown = [(split, content[split]) for split in MEASURED if split in content]
     for number, (split, figures) in enumerate(shown):
         if number or split == "test":
             lines += ["-" * 30, "Metrics of unseen test data:"]
@@ -71,16 +74,16 @@ def text_report(content: dict[str, Any]) -> str:
             )
             lines += [f"Sensitivity: {b['sensitivity']:.4f}", f"Positive Predictive Value (PPV): {b['ppv']:.4f}"]
             lines += [f"Youden's Index: {b['youden']:.4f}", f"Discriminant Power: {b['dp']:.4f}"]
-            if at := figures.get("at_threshold"):
+            if point := figures.get("at_threshold"):
                 parts = (
-                    f"{words} {at[name]:.4f}"
+                    f"{words} {point[name]:.4f}"
                     for name, words in (
                         ("sensitivity", "sensitivity"),
                         ("specificity", "specificity"),
                         ("youden", "Youden's index"),
                     )
                 )
-                lines.append(f"At the threshold {at['threshold']:.4f}, chosen on val: {', '.join(parts)}")
+                lines.append(f"At the threshold {point['threshold']:.4f}, chosen on val: {', '.join(parts)}")
         for kind, what in KINDS.items():
             if kind not in figures["localization"]:
                 continue
@@ -94,22 +97,22 @@ def text_report(content: dict[str, Any]) -> str:
                     at = f" at {found['iou_threshold']:g}" if name == "iou" else ""
                     low, high = found[f"{name}_95"]
                     lines.append(f"  {words}{at}: {found[name]:.4f} [{low:.4f}, {high:.4f}]")
-        if figures.get("probe"):
+        if probe := figures.get("probe"):
             lines.append("Probes of the localization:")
-            known = {words: found for words, found in probes(figures["probe"]).items() if found[0] is not None}
+            known = {words: pair for words, pair in probes(probe).items() if pair[0] is not None}
             lines += [
                 f"  {words}: {value:.4f} [{low:.4f}, {high:.4f}]" for words, (value, (low, high)) in known.items()
             ]
-    for split, keys in content["lungs_not_found"].items():
-        lines.append(f"No lungs found, whole image used ({split}): {len(keys)}")
+    for name, keys in content["lungs_not_found"].items():
+        lines.append(f"No lungs found, whole image used ({name}): {len(keys)}")
     lines += [
-        f"Expected regions replaced by their part of the lung box ({split}): {n}"
-        for split, n in content.get("regions_replaced", {}).items()
+        f"Expected regions replaced by their part of the lung box ({name}): {n}"
+        for name, n in content.get("regions_replaced", {}).items()
     ]
     return "\n".join(lines) + "\n"
 
 
-def without_map(found: dict[str, Any]) -> str:
+def without_map(found: Found) -> str:
     """How many CAMs are zero everywhere: they have no energy, and miss."""
     return (
         f", {found['without_map']} of them without a map: no energy, pointing misses"
@@ -135,17 +138,20 @@ LOCALIZATION_WORDS = {
 }
 
 
-def probes(probe: dict[str, Any]) -> dict[str, tuple[float, list[float]]]:
+def probes(probe: Probe) -> dict[str, tuple[float, list[float]]]:
     """The figures of `Evaluator.probe` in words, each with its 95% interval."""
     chance = probe["random"]
-    figures = [(probe[name], probe[f"{name}_95"]) for name in ("drop_outside", "drop_inside")]
+    figures: list[Any] = [
+        (probe["drop_outside"], probe["drop_outside_95"]),
+        (probe["drop_inside"], probe["drop_inside_95"]),
+    ]
     figures += [
         (chance[name], chance[f"{name}_95"]) if chance else (None, [None, None]) for name in ("energy", "similarity")
     ]
     return dict(zip(PROBES, figures, strict=True))
 
 
-def _classification_table(figures: dict[str, Any], findings: list[str]) -> str:
+def _classification_table(figures: Figures, findings: Sequence[str]) -> str:
     """Laid out as scikit-learn's classification_report with 3 digits, which the published code prints."""
     width = max(12, *map(len, findings))
     lines = [f"{'':>{width}} {'precision':>9} {'recall':>9} {'f1-score':>9} {'support':>9}", ""]
@@ -157,7 +163,8 @@ def _classification_table(figures: dict[str, Any], findings: list[str]) -> str:
         )
     lines += ["", f"{'accuracy':>{width}} {'':>9} {'':>9} {figures['accuracy']:>9.3f} {total:>9}"]
     macro = [figures["macro_precision"], figures["macro_recall"], figures["macro_f1"]]
-    weighted = [sum(row[n] * row["support"] for row in rows) / total for n in ("precision", "recall", "f1")]
+    means: tuple[Literal["precision", "recall", "f1"], ...] = ("precision", "recall", "f1")
+    weighted = [sum(row[n] * row["support"] for row in rows) / total for n in means]
     for name, average in (("macro avg", macro), ("weighted avg", weighted)):
         lines.append(f"{name:>{width}} " + " ".join(f"{value:>9.3f}" for value in average) + f" {total:>9}")
     return "\n".join(lines) + "\n"
@@ -213,16 +220,17 @@ CAUTION = (
 )
 
 
-def shown_split(content: dict[str, Any]) -> str:
+def shown_split(content: Content) -> Measured:
     """The split that the summary is of: test, or val where there is no test."""
     return "test" if "test" in content else "val"
 
 
-def summary(content: dict[str, Any]) -> list[tuple[float, list[float]] | None]:
+def summary(content: Content) -> list[tuple[float, list[float]] | None]:
     """The figures of `SUMMARY`, each with its 95% interval; None where there is no ground truth."""
     figures = content[shown_split(content)]
     pairs: list[tuple[float, list[float]] | None] = [
-        (figures[name], figures[f"{name}_95"]) for name in ("accuracy", "auc")
+        (figures["accuracy"], figures["accuracy_95"]),
+        (figures["auc"], figures["auc_95"]),
     ]
     for kind, names in (("expected", ("energy", "lift", "pointing")), ("lesion", ("energy", "pointing"))):
         found = figures["localization"][kind]["all"]
@@ -231,7 +239,7 @@ def summary(content: dict[str, Any]) -> list[tuple[float, list[float]] | None]:
     return pairs + (list(probes(probe).values()) if probe else [None] * len(PROBES))
 
 
-def notes(runs: dict[str, dict[str, Any]]) -> list[str]:
+def notes(runs: dict[str, Content]) -> list[str]:
     """What a reader of runs side by side must know."""
     parts = [
         f"{name} has not finished: its best model so far"
@@ -248,7 +256,7 @@ def notes(runs: dict[str, dict[str, Any]]) -> list[str]:
     return parts
 
 
-def table(runs: dict[str, dict[str, Any]]) -> str:
+def table(runs: dict[str, Content]) -> str:
     """Runs side by side as text."""
     first = next(iter(runs.values()))
     head = f"{shown_split(first)}, {first[shown_split(first)]['images']} images"

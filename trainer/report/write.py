@@ -13,6 +13,7 @@ from shards.dataset import Split
 from shards.errors import InputError, finite
 from trainer.checkpoint import read_lines
 from trainer.config import Config
+from trainer.content import Content
 from trainer.measure import Outcome
 from trainer.metrics import LOCALIZATION, measured
 from trainer.report.figures import TILES, Tile, curves, panel, png, without_lungs
@@ -23,7 +24,7 @@ from trainer.report.words import short, text_name, text_report
 def write_run(
     out: Path,
     config: Config,
-    content: dict[str, Any],
+    content: Content,
     outcomes: dict[str, Outcome],
     shown: list[Tile],
     splits: Mapping[str, Split],

@@ -1,0 +1,86 @@
+"""What report.json says, by name: mypy sees who exchanges two of its parts."""
+
+from typing import Any, Literal, TypedDict
+
+Measured = Literal["val", "test"]
+Interval = list[float]  # the two ends of a 95% interval
+# Localization of some pairs: images, without_map, iou_threshold, and for each name of `metrics.LOCALIZATION` its mean
+# and, under ``<name>_95``, its interval.
+Found = dict[str, Any]
+
+
+class PerClass(TypedDict):
+    """Figures of one class, at the predicted class."""
+
+    precision: float
+    recall: float
+    f1: float
+    support: int
+
+
+class Probe(TypedDict):
+    """See `Evaluator.probe`; random: energy, lift, similarity, their intervals; None where nothing can be compared."""
+
+    auc: float
+    drop_outside: float
+    drop_outside_95: Interval
+    drop_inside: float
+    drop_inside_95: Interval
+    random: Found | None
+
+
+class Figures(TypedDict, total=False):
+    """Of a split: classification (`Task.figures`), localization by kind and finding (``all``: of all), the probe."""
+
+    images: int
+    accuracy: float
+    accuracy_95: Interval
+    auc: float
+    auc_95: Interval
+    loss: float
+    macro_precision: float
+    macro_recall: float
+    macro_f1: float
+    per_class: list[PerClass]
+    confusion: list[list[int]]
+    binary: dict[str, float]
+    at_threshold: dict[str, float]
+    localization: dict[str, dict[str, Found | None]]
+    probe: Probe | None
+
+
+class Training(TypedDict, total=False):
+    """How the model came about; ``unfinished``: the run has not ended, all else but best_epoch is unknown."""
+
+    unfinished: bool
+    minutes: float
+    epochs: int
+    step: int
+    best_epoch: int
+    best: str
+    images_per_s: float
+    processes: int
+    precision: str
+    device: str
+    map: bool
+    changes: list[dict[str, Any]]
+
+
+class Content(TypedDict, total=False):
+    """All of it. By split: images, the fingerprint of those measured or trained on; lungs_not_found, keys;
+    regions_replaced, how many. From val: iou_threshold, numbers of `metrics.THRESHOLDS`; threshold, of the probability.
+    """
+
+    findings: tuple[str, ...] | list[str]
+    dataset: str
+    training: Training
+    images: dict[str, str]
+    regions: str
+    written: str
+    lungs_not_found: dict[str, list[str]]
+    regions_replaced: dict[str, int]
+    iou_threshold: dict[str, int | None] | None
+    threshold: float | None
+    val: Figures
+    test: Figures
+    config: dict[str, Any]
