@@ -17,23 +17,6 @@ from trainer.build import build
 from trainer.command import resolve
 from trainer.regions.lesions import LesionRegions, boxes_to_mask
 
-SMALL = [
-    "--backbone",
-    "resnet18",
-    "--pretrained",
-    "false",
-    "--size",
-    "64",
-    "--batch",
-    "8",
-    "--workers",
-    "0",
-    "--tracker",
-    "none",
-    "--task",
-    "nep",
-]
-
 
 @pytest.fixture
 def split(shards):
@@ -45,8 +28,8 @@ def finding_of(split):
 
 
 @pytest.fixture
-def flags(shards, segmenter, tmp_path):
-    return ["--shards", str(shards), "--out", str(tmp_path / "run"), "--lungs.weights", str(segmenter), *SMALL]
+def flags(flags):
+    return [*flags, "--task", "nep"]
 
 
 def test_boxes_are_drawn_outward_at_any_size():

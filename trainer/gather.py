@@ -16,6 +16,7 @@ class Table:
     """
 
     def __init__(self, count: int, widths: Mapping[str, int]) -> None:
+        self.names = tuple(widths)
         self.widths = {"count": 1} | {
             part: width for name, wide in widths.items() for part, width in ((name, wide), (f"has {name}", 1))
         }
@@ -48,16 +49,8 @@ class Table:
         rows = accelerator.reduce(self.rows.to(accelerator.device), "sum").cpu()
         of = dict(zip(self.widths, rows.split(list(self.widths.values()), 1), strict=True))
         assert (of["count"] == 1).all(), "every row is measured exactly once"
-        return {
-            name: torch.where(of[f"has {name}"] > 0, of[name], torch.nan)
-            for name in self.widths
-            if f"has {name}" in self.widths
-        }
+        return {name: torch.where(of[f"has {name}"] > 0, of[name], torch.nan) for name in self.names}
 
     def nothing(self) -> dict[str, torch.Tensor]:
         """What `gather` gives where nothing was written: NaN."""
-        return {
-            name: torch.full((len(self.rows), width), torch.nan).double()
-            for name, width in self.widths.items()
-            if f"has {name}" in self.widths
-        }
+        return {name: torch.full((len(self.rows), self.widths[name]), torch.nan).double() for name in self.names}

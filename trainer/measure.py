@@ -132,7 +132,6 @@ class Evaluator:
 
     def __post_init__(self) -> None:
         self.loaders: dict[str, Loader] = {}
-        self.lesions: dict[str, LesionRegions] = {}
 
     def loader(self, name: str) -> Loader:
         """Of a split, in its order; made once, so that its processes stay."""
@@ -183,8 +182,7 @@ class Evaluator:
                 "replaced": 1,
             },
         )
-        if cams and name not in self.lesions:
-            self.lesions[name] = LesionRegions(split)
+        drawn = LesionRegions(split)
 
         with evaluating(model):
             for batch in self.loader(name).batches(0):
@@ -218,7 +216,7 @@ class Evaluator:
                             index, own, {"logits": seen.logits}, {"logits": torch.ones(len(raw), dtype=torch.bool)}
                         )
                     if cams:
-                        lesions = self.lesions[name].regions(index, finding, raw.shape[-2:], self.size).to(device)
+                        lesions = drawn.regions(index, finding, raw.shape[-2:], self.size).to(device)
                         part = (
                             boxed(finding, seen.boxes, None).region
                             if regions.uses_lungs and seen.boxes is not None
@@ -323,7 +321,7 @@ class Evaluator:
             drops.append((auc - changed.auc(), self.task.auc_interval(seen.logits, seen.target, changed.logits)))
         twin = random_twin(self.model, self.seed).to(self.accelerator.device)
         other = replace(self, model=twin)
-        other.loaders, other.lesions = self.loaders, self.lesions
+        other.loaders = self.loaders
         with evaluating(self.model):
             chance = other.measure(name, twin=self.model)
         # A map that is zero everywhere, which some networks have before they are trained, is no map to compare with:

@@ -110,8 +110,6 @@ class OneOf:
 
     def __init__(self, findings: Sequence[str], among: Sequence[str] = ()) -> None:
         self.labels = SingleLabel(findings, among)
-        self._none = torch.tensor([name == NO_FINDING for name in findings])
-        self._on: dict[torch.device, torch.Tensor] = {}
 
     @property
     def findings(self) -> tuple[str, ...]:
@@ -136,9 +134,9 @@ class OneOf:
 
     def healthy(self, target: torch.Tensor) -> torch.Tensor:
         """See `Task`: those of No Finding."""
-        if target.device not in self._on:
-            self._on[target.device] = self._none.to(target.device)
-        return self._on[target.device][target.argmax(1)]
+        if NO_FINDING not in self.findings:
+            return torch.zeros_like(target[:, 0], dtype=torch.bool)
+        return target[:, self.findings.index(NO_FINDING)] == 1
 
     def pairs(self, target: torch.Tensor) -> Pairs:
         """See `Task`."""
