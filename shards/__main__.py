@@ -73,6 +73,7 @@ def _csv(a: argparse.Namespace) -> None:
         seed=a.seed,
         shares=_shares(a),
         skip_missing=a.on_bad == "skip",
+        unlisted=a.unlisted,
     )
     if not a.patient_column:
         print("no --patient-column: every image counts as a patient of its own, so one patient may be in two splits")
@@ -103,6 +104,7 @@ def _dicom(a: argparse.Namespace) -> None:
         seed=a.seed,
         shares=_shares(a),
         skip_bad=a.on_bad == "skip",
+        unlisted=a.unlisted,
     )
     _pack(a, source, a.path.resolve().name)
 
@@ -234,8 +236,8 @@ def _odd_names(index: dict[str, Any]) -> None:
 
 
 def _index(a: argparse.Namespace) -> None:
-    from shards.index import build_index
     from shards.merge import merge
+    from shards.tars import build_index
 
     if a.merge:
         _made(merge(a.dir), a.dir)
@@ -245,7 +247,8 @@ def _index(a: argparse.Namespace) -> None:
     old = _old_index(a.dir)
     dataset = old.get("dataset", a.dir.resolve().name)
     classes = _names(a.findings) if a.findings else old.get("classes")
-    index = build_index(a.dir, dataset=dataset, classes=classes, stored=old.get("stored"))
+    said = {"asked": old.get("asked", []), "unlisted": a.unlisted or old.get("unlisted", "absent")}
+    index = build_index(a.dir, dataset=dataset, classes=classes, stored=old.get("stored"), **said)
     _table(index)
     _odd_names(index)
 
@@ -257,7 +260,7 @@ def _old_index(folder: Path) -> dict[str, Any]:
         old = read_json(path) if path.is_file() else {}
     except InputError:
         return {}
-    kinds = {"dataset": str, "classes": list, "stored": dict}
+    kinds = {"dataset": str, "classes": list, "stored": dict, "asked": list, "unlisted": str}
     if not isinstance(old, dict):
         return {}
     return {name: old[name] for name, kind in kinds.items() if isinstance(old.get(name), kind)}

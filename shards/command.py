@@ -5,6 +5,7 @@ from pathlib import Path
 
 from shards.deal import SHARES
 from shards.errors import CommandParser, InputError
+from shards.index import UNLISTED
 from shards.pixels import ASPECTS, FORMATS
 from shards.sample import FINDINGS
 
@@ -112,6 +113,14 @@ def parser() -> tuple[CommandParser, dict[str, CommandParser]]:
             "--findings", help="the findings that may occur, separated by commas (without it: all that occur)"
         )
 
+        command.add_argument(
+            "--unlisted",
+            choices=UNLISTED,
+            default="",
+            help="what a finding is that a row does not list (without it: unknown where a cell of 0 and 1 is empty, "
+            "absent where it is not among the names)",
+        )
+
     masks = commands.add_parser("masks", help="images and lung masks, to train a lung segmenter")
     masks.add_argument("--images", type=Path, required=True, help="folder of radiographs")
     masks.add_argument(
@@ -170,6 +179,12 @@ def parser() -> tuple[CommandParser, dict[str, CommandParser]]:
     index = commands.add_parser("index", help="index WebDataset tars: DIR/{train,val,test}/*.tar or DIR/train-*.tar")
     index.add_argument("dir", type=Path, metavar="DIR")
     index.add_argument("--findings", help="names of the classes, for tars with a number in a .cls member")
+    index.add_argument(
+        "--unlisted",
+        choices=UNLISTED,
+        default="",
+        help="what a finding is that a sample does not list (without it: what the index said, else absent)",
+    )
     index.add_argument(
         "--merge", action="store_true", help="put together the parts that were made with --out DIR --part I/N"
     )

@@ -9,24 +9,22 @@ import os
 import tarfile
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from shards.errors import InputError, nearest
-from shards.gray import MAX_PIXELS, Scale
-from shards.index import BOX, ID, ROW, Indexed, hashed
+from shards.index import BOX, ID, ROW, Indexed, asked_in, hashed, labels_in
+from shards.jpeg import decode
+from shards.names import known_as
 from shards.pixels import decode_image
-from shards.sample import parse_meta
+from shards.sample import NO_FINDING, Labels, parse_meta
 from shards.store import Folder, Remote, open_store
-from shards.targets import SingleLabel, Targets, Unlabelled
+from shards.targets import ABSENT, PRESENT, UNKNOWN, SingleLabel, Targets, Unlabelled
 
 MAX_OPEN_FILES = 64
 # Of the cache: this window of the plan and the next. The bytes of a file that the cache made room of stay on the disk
@@ -132,29 +130,36 @@ class Split:
             return np.arange(entry["samples"]), np.zeros(entry["samples"], np.uint8), np.zeros((1, 0), np.int8)
         if not index["findings"]:
             raise InputError(f"{self.store.name}: its images have no findings; are these shards of lung masks?")
+        asked = asked_in(index)
         for name in self.classes:
-            if name not in index["findings"]:
+            implied = name == NO_FINDING and asked.absent  # where nothing is listed
+            if not implied and known_as(name, (*index["findings"], *index["asked"]), self.store.name) is None:
                 raise InputError(
                     f"{self.store.name}: has no images with finding {name!r}; {nearest(name, index['findings'])}"
                 )
-        codes, sets = self._codes(index, entry), index["labels"]
-        targets = [self.labels.of(found) for found in sets]
-        of_set = np.array([target or (0,) * len(self.classes) for target in targets], np.int8).reshape(
-            len(sets), len(self.classes)
+        codes, rows = self._codes(index, entry), labels_in(index)
+        training = self.split == "train"
+        names = dict.fromkeys((*index["findings"], *index["asked"]))
+        read = self.labels.reader(tuple(names), asked, training, self.store.name)
+        targets = [read(said) for said in rows]
+        of_row = np.array([target or (ABSENT,) * len(self.classes) for target in targets], np.int8).reshape(
+            len(rows), len(self.classes)
         )
         belongs = np.array([target is not None for target in targets], bool)
-        rows = np.flatnonzero(belongs[codes])
-        own = np.ascontiguousarray(codes[rows])
-        lacking = self.labels.lacking(sets, codes, np.bincount(own, minlength=len(sets)) @ of_set.astype(np.int64))
+        chosen = np.flatnonzero(belongs[codes])
+        own = np.ascontiguousarray(codes[chosen])
+        images = np.bincount(codes, minlength=len(rows))
+        lacking = self.labels.lacking(rows, images, np.where(belongs[:, None], of_row, UNKNOWN), training)
         if lacking:
             raise InputError(
                 f"{self.store.name}: the {self.split} split has {lacking}; pack images of it into every split, or "
                 "train a task without it"
             )
-        return rows, own, of_set
+        return chosen, own, of_row
 
     def _codes(self, index: dict[str, Any], entry: dict[str, Any]) -> np.ndarray:
-        codes = self._table(f"{self.split}.labels.npy", np.dtype("<u2"), entry, entry["samples"])
+        wide = len(index["labels"]) > 2**16
+        codes = self._table(f"{self.split}.labels.npy", np.dtype("<u4" if wide else "<u2"), entry, entry["samples"])
         if len(codes) and codes.max() >= len(index["labels"]):
             raise InputError(
                 f"{self.store.name}: {self.split}.labels.npy names labels that index.json does not have; "
@@ -162,10 +167,15 @@ class Split:
             )
         return codes
 
-    def findings(self) -> list[tuple[str, ...]]:
-        """Findings of every sample of the split, of the task or not, in the order of the shards."""
+    def said(self) -> list[Labels]:
+        """The labels of every sample of the split, of the task or not, in the order of the shards."""
         index = self.store.index()
-        return [tuple(index["labels"][code]) for code in self._codes(index, index["splits"][self.split])]
+        rows = labels_in(index)
+        return [rows[code] for code in self._codes(index, index["splits"][self.split])]
+
+    def findings(self) -> list[tuple[str, ...]]:
+        """Findings that are present in every sample of the split, of the task or not, in the order of the shards."""
+        return [said.present for said in self.said()]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -176,7 +186,7 @@ class Split:
         return self.store.name
 
     def targets(self, positions: np.ndarray | slice = slice(None)) -> np.ndarray:
-        """What each sample, or each of ``positions``, shows of the task's findings: int8 [n,K]."""
+        """What each sample, or each of ``positions``, has of the task's findings: int8 [n,K], see `shards.targets`."""
         return self._of_set[self._set[positions]]
 
     def ids(self) -> np.ndarray:
@@ -198,8 +208,9 @@ class Split:
     def lesion_boxes(self, position: int, finding: int) -> list[tuple[float, ...]]:
         """The boxes of a finding, by its number in the task, that a sample shows: x0 y0 x1 y1 as `Lesions`."""
         if self._lesions is None and f"{self.split}.boxes.npy" not in self._entry["tables"]:
-            name = self.classes[finding]
-            return [box.xyxy for box in self.meta(position)["boxes"] if box.finding == name]
+            boxes = self.meta(position)["boxes"]
+            name = known_as(self.classes[finding], (box.finding for box in boxes), self.where)
+            return [box.xyxy for box in boxes if box.finding == name]
         every = self.lesions()
         of_sample = slice(*np.searchsorted(every.position, [position, position + 1]).tolist())
         return [tuple(xyxy) for xyxy in every.xyxy[of_sample][every.finding[of_sample] == finding].tolist()]
@@ -233,29 +244,34 @@ class Split:
             position = np.array([p for p, _, _ in boxes], np.int64)
             xyxy = np.array([edges for _, _, edges in boxes], np.float64).reshape(-1, 4)
             of_task = np.ones(len(boxes), bool)
-        place = np.array([self.classes.index(name) if name in self.classes else -1 for name in names] or [-1], np.int64)
+        numbers = {known_as(name, names, self.where): k for k, name in enumerate(self.classes)}
+        place = np.array([numbers.get(name, -1) for name in names] or [-1], np.int64)
         finding = place[number.astype(np.int64)]
         kept = np.flatnonzero(of_task & (finding >= 0))
         if self.classes:
-            kept = kept[self._of_set[self._set[position[kept]], finding[kept]] == 1]
+            kept = kept[self._of_set[self._set[position[kept]], finding[kept]] == PRESENT]
         if len(kept) < len(xyxy):  # all of a mapped table stay where they are
             position, finding, xyxy = position[kept], finding[kept], xyxy[kept]
         return Lesions(position, finding, xyxy)
 
     def indexed(self) -> Iterator[Indexed]:
         """What the index says of each shard, of the task or not; where it has no ids or boxes, there are none."""
-        findings, ids, boxes = self.findings(), self._later_table("ids", ID, len(self.table)), self._boxes()
+        said, ids, boxes = self.said(), self._later_table("ids", ID, len(self.table)), self._boxes()
         ends = np.searchsorted(boxes["row"], self.starts).tolist() if boxes is not None else [0] * len(self.starts)
         for (start, stop), (first, last) in zip(pairwise(self.starts), pairwise(ends), strict=True):
             own = boxes[first:last] if boxes is not None else ()
             known = [(int(box["row"]) - start, self._boxed[box["finding"]], *box["xyxy"].tolist()) for box in own]
             of_shard = np.array(ids[start:stop] if ids is not None else [], ID)
-            yield Indexed(np.array(self.table[start:stop]), findings[start:stop], of_shard, known)
+            yield Indexed(np.array(self.table[start:stop]), said[start:stop], of_shard, known)
 
     def counts(self) -> dict[str, int]:
         """Images with each finding."""
-        of_set = np.bincount(self._set, minlength=len(self._of_set)) @ self._of_set.astype(np.int64)
-        return dict(zip(self.classes, of_set.tolist(), strict=True))
+        return dict(zip(self.classes, self.tally(PRESENT).tolist(), strict=True))
+
+    def tally(self, target: int) -> np.ndarray:
+        """How many samples have that target, by finding: int64 [K]."""
+        of_row = np.bincount(self._set, minlength=len(self._of_set))
+        return np.asarray(of_row @ (self._of_set == target))
 
     def shard_sizes(self) -> np.ndarray:
         """Samples of each shard that belong to the task: int64 [shards]."""
@@ -265,7 +281,7 @@ class Split:
 
     def image(self, position: int) -> np.ndarray:
         """Radiograph: uint8 [H, W]."""
-        return _decode(self._member(position, "image"), lambda: self.name(position), self.scales)
+        return decode(self._member(position, "image"), lambda: self.name(position), self.scales)
 
     def image_lengths(self) -> np.ndarray:
         """Bytes of each radiograph as stored: int [n]."""
@@ -283,7 +299,7 @@ class Split:
     def meta(self, position: int) -> dict[str, Any]:
         """The JSON member: findings, boxes (LesionBox, pixels of the stored image) and whatever else was stored."""
         data = bytes(self._member(position, "json"))
-        return parse_meta(data, self.name(position)) if data else {"findings": [], "boxes": []}
+        return parse_meta(data, self.name(position)) if data else parse_meta(b"{}", "")
 
     def key(self, position: int) -> str:
         """The sample's key, read from its tar header."""
@@ -361,29 +377,3 @@ class Split:
     def __reduce__(self) -> Any:
         # A loader's process that is spawned opens the index itself: rows and tables of ten million samples are 360 MB.
         return partial(Split, masks=self.masks), (self.store, self.split, self.labels)
-
-
-def _decode(data: bytearray, name: Callable[[], str], scales: Sequence[Scale] = ()) -> np.ndarray:
-    """uint8 [H, W]. A gray JPEG by torchvision, which is faster and gives the same grays; the rest, and what fails, by
-    Pillow.
-    """
-    if data[:2] == b"\xff\xd8" and 0 < _gray_jpeg_pixels(data) <= MAX_PIXELS:
-        with suppress(RuntimeError):
-            image: np.ndarray = decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), ImageReadMode.GRAY)[0].numpy()
-            return image
-    return decode_image(data, name(), scales)
-
-
-def _gray_jpeg_pixels(data: bytearray) -> int:
-    """Width times height as the frame header says (ITU-T T.81, B.2.2); 0 where there is none, more than one component,
-    or EXIF data that may turn it.
-    """
-    at = 2
-    while at + 10 <= len(data) and data[at] == 0xFF:
-        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4])
-        if marker == 0xE1 and data[at + 4 : at + 8] == b"Exif":
-            return 0
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return int.from_bytes(data[at + 5 : at + 7]) * int.from_bytes(data[at + 7 : at + 9]) * (data[at + 9] == 1)
-        at += 2 + length
-    return 0

@@ -1,38 +1,39 @@
-"""THE format of packed shards: what ``index.json`` and its tables say, reading and writing them, and indexing tars of
-other writers.
+"""THE format of packed shards: what ``index.json`` and its tables say, reading and writing them.
 
 DIR/index.json           what is here: findings, counts, shards with their sizes and checksums
 DIR/<split>/000000.tar   ordinary WebDataset shards
 DIR/<split>.npy          one row a sample: where its members lie
-DIR/<split>.labels.npy   one number a sample: its set of findings, as in ``labels`` of index.json
+DIR/<split>.labels.npy   one number a sample: its row of ``labels`` in index.json, where each different one stands once
 DIR/<split>.boxes.npy    one row a lesion box, in the order of the samples
 DIR/<split>.ids.npy      one row a sample: hashes of its key and its patient
 
 The last two say what the samples' JSON says, so that nobody has to read ten million of them. Shards from before they
 were written lack them.
+
+A row of ``labels`` has the names of findings, absent, uncertain, as far as there are any. ``asked`` are the findings
+that the source was asked for, ``unlisted`` is what one of them is that a sample does not list: absent or unknown. In
+version 2 a row is the list of findings, and all others are absent.
 """
 
 import hashlib
 import json
-import re
-import sys
-import tarfile
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from shards import atomic
-from shards.errors import InputError, listed
-from shards.files import SHA256, file_sha256, hidden
-from shards.gray import Extent, choose_scales
-from shards.pixels import IMAGE_SUFFIXES, extent_of
-from shards.sample import SPLITS, check_key, parse_meta, split_of_folder
+from shards.errors import InputError
+from shards.files import SHA256, file_sha256
+from shards.sample import SPLITS, Asked, Labels
 
-VERSION = 2
+VERSION = 3
+READABLE = (2, 3)
+MOST_LABELS = 2**20  # different rows of labels; an archive of 200 findings and 160,000 images has 50,000
+UNLISTED = ("absent", "unknown")
+LABELS = ("findings", "absent", "uncertain")  # of a sample's JSON, and of a row of ``labels``
 
 # One row a sample. Members are (offset of the data in the tar, bytes); a length of 0 says that there is none.
 ROW = np.dtype(
@@ -54,24 +55,25 @@ ID = np.dtype([("key", "<u8"), ("patient", "<u8")])  # `hashed`
 class Indexed(NamedTuple):
     """What an index says of some samples, n of them.
 
-    rows: `ROW` [n]; findings: of each sample; ids: `ID` [n]; boxes: of lesions, each with the sample's number here, its
+    rows: `ROW` [n]; labels: of each sample; ids: `ID` [n]; boxes: of lesions, each with the sample's number here, its
     finding, x0, y0, x1, y1.
     """
 
     rows: np.ndarray
-    findings: list[tuple[str, ...]]
+    labels: list[Labels]
     ids: np.ndarray
     boxes: list[tuple[int, str, float, float, float, float]]
 
     def note(self) -> dict[str, Any]:
         """As JSON."""
-        return {"rows": self.rows.tolist(), "findings": self.findings, "ids": self.ids.tolist(), "boxes": self.boxes}
+        return {"rows": self.rows.tolist(), "labels": self.labels, "ids": self.ids.tolist(), "boxes": self.boxes}
 
     @classmethod
     def of(cls, note: Mapping[str, Any]) -> "Indexed":
         """From the JSON."""
         rows, ids = (np.array([tuple(row) for row in note[name]], kind) for name, kind in (("rows", ROW), ("ids", ID)))
-        return cls(rows, [tuple(found) for found in note["findings"]], ids, [tuple(box) for box in note["boxes"]])
+        labels = [Labels(*map(tuple, said)) for said in note["labels"]]
+        return cls(rows, labels, ids, [tuple(box) for box in note["boxes"]])
 
 
 def hashed(text: Any) -> int:
@@ -82,60 +84,6 @@ def hashed(text: Any) -> int:
         if text
         else 0
     )
-
-
-def build_index(
-    root: Path, *, dataset: str, classes: Sequence[str] | None = None, stored: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """Index every tar of ``root`` (``<split>/*.tar`` or ``<split>-*.tar``): writes the tables, then ``index.json``.
-
-    Tars of other writers need a ``json`` member with ``findings``, or a ``cls`` member with a number into ``classes``.
-    """
-    tars = _tars(root)
-    if not any(tars.values()):
-        raise InputError(f"{root}: has no shards; expected {{train,val,test}}/*.tar or {{train,val,test}}-*.tar")
-    shards: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    parts: dict[str, list[Indexed]] = defaultdict(list)
-    deep: list[Extent] = []
-    with tqdm(total=sum(map(len, tars.values())), desc=f"indexing {root.name}", unit="tar", mininterval=0.5) as bar:
-        for split, paths in tars.items():
-            keys: dict[bytes, Path] = {}
-            for path in paths:
-                part, _ = index_tar(path, classes, keys)
-                deep += _extents(path, part.rows)
-                name = path.relative_to(root).as_posix()
-                shards[split].append(
-                    {"name": name, "bytes": path.stat().st_size, "sha256": file_sha256(path), "samples": len(part.rows)}
-                )
-                parts[split].append(part)
-                bar.update()
-    more: dict[str, Any] = {"classes": list(classes)} if classes else {}
-    if stored or deep:
-        scales = {"scales": [list(scale) for scale in choose_scales(deep)]} if deep else {}
-        more["stored"] = dict(stored or {}) | scales
-    return write_index(root, dataset, [], shards, parts, more)
-
-
-def _extents(path: Path, rows: np.ndarray) -> list[Extent]:
-    """Of the images of a tar that have more than 8 bits."""
-    with path.open("rb") as raw:
-
-        def member(row: Any) -> bytes:
-            raw.seek(int(row["image_at"]))
-            return raw.read(int(row["image_len"]))
-
-        return [e for row in rows if (e := extent_of(member(row), str(path))) is not None]
-
-
-def _tars(root: Path) -> dict[str, list[Path]]:
-    """The tars of each split: in a folder of its name, or with it before the first ``-`` or ``_`` of their own."""
-    tars: dict[str, list[Path]] = {split: [] for split in SPLITS}
-    for path in sorted(root.iterdir()):
-        if path.is_dir() and (split := split_of_folder(path.name)):
-            tars[split] += sorted(p for p in path.glob("*.tar") if not hidden(p.name))
-        elif path.suffix == ".tar" and (split := split_of_folder(re.split("[-_.]", path.name)[0])):
-            tars[split].append(path)
-    return tars
 
 
 def write_index(
@@ -151,22 +99,21 @@ def write_index(
     Args:
         shards, parts: by split: its shards as they stand in the index, and what is in each.
         classes: findings in the order of the index; others follow.
-        more: what else the index says.
+        more: what else the index says, ``asked`` and ``unlisted`` among it; without these all findings were asked for,
+            and what is not listed is absent.
     """
-    number: dict[tuple[str, ...], int] = {}
+    number: dict[Labels, int] = {}
     boxed: dict[str, int] = {}
     splits: dict[str, Any] = {}
     names = dict.fromkeys(classes)
     for split in (s for s in SPLITS if shards[s]):
         table = np.concatenate([part.rows for part in parts[split]])
-        findings = [found for part in parts[split] for found in part.findings]
-        labels = np.array([number.setdefault(found, len(number)) for found in findings])
+        said = [labels for part in parts[split] for labels in part.labels]
+        codes = np.array([number.setdefault(labels, len(number)) for labels in said])
         boxes = _boxes(parts[split], boxed)
-        if len(number) > np.iinfo(np.uint16).max:
-            raise InputError(
-                f"{root}: more than {np.iinfo(np.uint16).max} different sets of findings; are these class names?"
-            )
-        counts = Counter(name for found in findings for name in found)
+        if len(number) > MOST_LABELS:
+            raise InputError(f"{root}: more than {MOST_LABELS} different sets of findings; are these class names?")
+        counts = Counter(name for labels in said for name in labels.present)
         names.update(dict.fromkeys(counts))
         splits[split] = {
             "samples": len(table),
@@ -176,7 +123,7 @@ def write_index(
         }
         of_split = {
             "": table,
-            ".labels": labels.astype("<u2"),
+            ".labels": codes.astype("<u2" if len(number) <= 2**16 else "<u4"),
             ".boxes": boxes,
             ".ids": np.concatenate([part.ids for part in parts[split]]),
         }
@@ -187,16 +134,22 @@ def write_index(
                 "bytes": (root / file).stat().st_size,
                 "sha256": file_sha256(root / file),
             }
+    names.update(dict.fromkeys(name for labels in number for name in (*labels.absent, *labels.uncertain)))
     for entry in splits.values():
         entry["findings"] = {name: entry["findings"][name] for name in names}
     known = {
         "version": VERSION,
         "dataset": dataset,
         "findings": list(names),
-        "labels": [list(found) for found in number],
+        "asked": [],
+        "unlisted": UNLISTED[0],
+        "labels": [
+            {name: list(found) for name, found in zip(LABELS, labels, strict=True) if found} for labels in number
+        ],
         "boxed": list(boxed),
     }
     index = {**known, **more, "splits": splits}
+    index["asked"] = index["asked"] or list(names)
     atomic.write(root / "index.json", json.dumps(index, indent=1))
     return index
 
@@ -215,119 +168,14 @@ def _boxes(parts: Sequence[Indexed], boxed: dict[str, int]) -> np.ndarray:
     return np.concatenate(tables)
 
 
-def index_tar(
-    path: Path, classes: Sequence[str] | None = None, keys: dict[bytes, Path] | None = None
-) -> tuple[Indexed, list[str]]:
-    """What is in one tar, and the key of each sample; ``keys`` remembers the keys of other tars of the split.
-
-    InputError: not a whole tar, a member that is not a plain file, a key that could leave a folder, two samples of one
-    key, a sample without an image.
-    """
-    rows: dict[str, dict[str, int]] = {}
-    found: dict[str, tuple[str, ...]] = {}
-    metas: dict[str, dict[str, Any]] = {}
-    classed: set[str] = set()  # keys with a .cls member
-    named: dict[tuple[str, str], str] = {}  # the suffix of the member that a row has
-    end = 0
-    try:
-        if not path.is_file():  # a pipe would wait for ever
-            raise tarfile.ReadError("not a file")
-        with tarfile.open(path, "r:") as tar, path.open("rb") as raw:
-            for member in tar:
-                if member.isdir():
-                    continue
-                if not member.isfile():
-                    raise InputError(f"{path}: {member.name!r} is not a plain file; repack the shard")
-                end = member.offset_data + member.size
-                folder, _, name = member.name.removeprefix("./").rpartition("/")
-                stem, _, suffix = name.partition(".")
-                suffix = suffix.lower()
-                # `._x.png` of macOS, and webdataset's own entries: no reader takes them for samples.
-                if not stem or (stem.startswith("__") and name.endswith("__")):
-                    continue
-                key = check_key(f"{folder}/{stem}" if folder else stem, str(path))
-                field = _field(suffix)
-                if not field:
-                    continue
-                row = rows.setdefault(key, {})
-                if field == "cls":
-                    classed.add(key)
-                    found[key] = found.get(key) or (_class_name(raw, member, classes, path),)
-                    continue
-                if f"{field}_len" in row:
-                    if "." not in suffix and "." in named[key, field]:
-                        pass  # `key.jpg` is the image, `key.overlay.jpg` beside it is not
-                    elif "." in suffix and "." not in named[key, field]:
-                        continue
-                    else:
-                        raise InputError(f"{path}: the key {key!r} has two {field} members; keys must be unique")
-                named[key, field] = suffix
-                row[f"{field}_at"], row[f"{field}_len"] = member.offset_data, member.size
-                if field == "json":
-                    raw.seek(member.offset_data)
-                    meta = parse_meta(raw.read(member.size), f"{path}:{member.name}")
-                    found[key] = tuple(dict.fromkeys(meta["findings"])) or found.get(key, ())
-                    metas[key] = {name: meta.get(name) for name in ("patient", "boxes")}
-            # tarfile takes a broken header for the end of the file: there must be nothing but zeros from here on.
-            raw.seek(tar.offset)
-            rest = raw.read(tarfile.BLOCKSIZE)
-            whole = len(rest) == tarfile.BLOCKSIZE and not any(rest)
-            while whole and (rest := raw.read(2**20)):
-                whole = not any(rest)
-        if end > path.stat().st_size or not whole:
-            raise tarfile.ReadError(f"cut or damaged after {len(rows)} samples")
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise InputError(f"{path}: not a whole tar file ({error}); pack or copy it again") from error
-    alone = [
-        key for key, row in rows.items() if "image_len" not in row and "mask_len" not in row and key not in classed
-    ]
-    if alone and len(alone) < len(rows):  # such as dataset_info.json: of no sample
-        print(f"note: {path}: {len(alone)} files without an image are no samples: {listed(alone)}", file=sys.stderr)
-        for key in alone:
-            del rows[key]
-    table = np.zeros(len(rows), ROW)
-    for i, (key, row) in enumerate(rows.items()):
-        if "image_len" not in row:
-            raise InputError(f"{path}: the key {key!r} has no image member ({', '.join(IMAGE_SUFFIXES)})")
-        if row["image_len"] >= 2**32 or row.get("json_len", 0) >= 2**32:
-            raise InputError(f"{path}: the key {key!r} has a member of 4 GB or more; is it an image?")
-        if keys is not None:
-            digest = hashlib.blake2b(key.encode(), digest_size=12).digest()
-            if digest in keys:
-                raise InputError(
-                    f"{path}: the key {key!r} is in {keys[digest].name}, too; keys must be unique within a split"
-                )
-            keys[digest] = path
-        for field, value in row.items():
-            table[field][i] = value
-    ids = np.array([(hashed(key), hashed(metas.get(key, {}).get("patient"))) for key in rows], ID)
-    boxes = [(i, box.finding, *box.xyxy) for i, key in enumerate(rows) for box in metas.get(key, {}).get("boxes") or ()]
-    return Indexed(table, [found.get(key, ()) for key in rows], ids, boxes), list(rows)
+def labels_in(index: Mapping[str, Any]) -> list[Labels]:
+    """The different rows of labels of an index, by their number."""
+    return [Labels(*(tuple(labels.get(name, ())) for name in LABELS)) for labels in index["labels"]]
 
 
-def _field(suffix: str) -> str:
-    """What a member is by its suffix, as webdataset reads it, by its last part: image, mask, json, cls, or nothing of
-    ours.
-    """
-    if suffix in ("json", "cls"):
-        return suffix
-    if suffix == "mask.png":
-        return "mask"
-    return (
-        "image"
-        if f".{suffix.rpartition('.')[2]}" in IMAGE_SUFFIXES and not suffix.startswith(("mask.", "seg."))
-        else ""
-    )
-
-
-def _class_name(raw: Any, member: tarfile.TarInfo, classes: Sequence[str] | None, path: Path) -> str:
-    raw.seek(member.offset_data)
-    text = raw.read(member.size).decode(errors="replace").strip()
-    if classes is None or not text.isdecimal() or int(text) >= len(classes):
-        raise InputError(
-            f"{path}:{member.name}: class {text!r} has no name; give --findings with one name for each class"
-        )
-    return classes[int(text)]
+def asked_in(index: Mapping[str, Any]) -> Asked:
+    """What the source of an index was asked for."""
+    return Asked(frozenset(index["asked"]), index["unlisted"] == UNLISTED[0])
 
 
 def _are_names(value: Any) -> bool:
@@ -338,15 +186,20 @@ def parse_index(text: str | bytes, where: str, remedy: str) -> dict[str, Any]:
     """``index.json``, checked for its version, its types, and names that would leave the folder."""
     try:
         index = json.loads(text)
-        if index["version"] != VERSION:
+        if index["version"] not in READABLE:
             raise InputError(f"{where}: version {index['version']}, expected {VERSION}; {remedy}")
+        if index["version"] == 2:  # of before there were absent and uncertain findings
+            index["labels"] = [{LABELS[0]: found} for found in index["labels"]]
+            index |= {"asked": index["findings"], "unlisted": UNLISTED[0]}
         if not (
             isinstance(index["splits"], dict)
             and _are_names(index["findings"])
             and isinstance(index["dataset"], str)
             and _are_names(index.get("boxed", []))
+            and _are_names(index["asked"])
+            and index["unlisted"] in UNLISTED
             and isinstance(index["labels"], list)
-            and all(map(_are_names, index["labels"]))
+            and all(_are_names(labels.get(name, [])) for labels in index["labels"] for name in LABELS)
         ):
             raise ValueError("wrong types")
         for entry in index["splits"].values():

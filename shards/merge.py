@@ -11,7 +11,8 @@ from typing import Any
 
 from shards.atomic import sync
 from shards.errors import InputError, listed, read_json
-from shards.index import Indexed, index_tar, write_index
+from shards.index import Indexed, write_index
+from shards.tars import index_tar
 
 SHARDS, NOTES = "shards", "notes"  # in the working folder
 
@@ -80,13 +81,15 @@ def merge(out: Path) -> dict[str, Any]:
             {"name": name, "bytes": note["bytes"], "sha256": note["sha256"], "samples": len(note["rows"])}
         )
         # A part of an earlier version has no boxes and ids in its note: its shard does.
-        parts[split].append(Indexed.of(note) if "ids" in note else index_tar(tar)[0])
+        parts[split].append(Indexed.of(note) if {"ids", "labels"} <= note.keys() else index_tar(tar)[0])
         for content in note["contents"]:
             splits_of[content].add(split)
     if not shards:
         raise InputError(f"{work}: every sample was skipped: {listed(s['key'] + ': ' + s['why'] for s in skipped)}")
     shared = sum(len(splits) > 1 for splits in splits_of.values())
     more = {
+        "asked": plan.get("asked", []),
+        "unlisted": plan.get("unlisted", "absent"),
         "stored": plan["stored"],
         "left_out": plan["left_out"],
         "skipped": skipped,

@@ -31,11 +31,12 @@ from shards.cores import cores
 from shards.errors import InputError, listed, read_json
 from shards.files import file_sha256
 from shards.gray import choose_scales, scale_of
-from shards.index import VERSION, index_tar
+from shards.index import VERSION
 from shards.merge import NOTES, SHARDS, merge, note_of, refuse_existing, work_folder
 from shards.pixels import extent
 from shards.sample import SPLITS, check_key, encode
 from shards.sources.item import Source
+from shards.tars import index_tar
 
 SMALL = 400  # items below which starting processes costs more than it saves
 
@@ -94,6 +95,8 @@ def pack(
         "version": VERSION,
         "dataset": dataset,
         "classes": list(source.classes),
+        "asked": list(source.asked),
+        "unlisted": source.unlisted,
         "stored": source.settings() | {"format": form},
     }
     plan["left_out"] = source.skipped
@@ -133,7 +136,7 @@ def _jobs(source: Source, per_shard: int) -> list[Job]:
         if place in seen:
             same.append(f"{item.image} and {seen[place]} ({item.split}, {item.key!r})")
         seen[place] = item.image
-        for name in item.findings:
+        for name in (*item.findings, *item.absent, *item.uncertain):
             if "," in name:
                 raise InputError(
                     f"{item.image}: the finding {name!r} must not hold a comma, which separates the findings of a "

@@ -3,22 +3,27 @@
 A sample is one WebDataset record, members that share a key:
 
     <key>.jpg | .png | .webp   the radiograph, 8 bit, one channel
-    <key>.json         {"findings": ["Effusion"], "boxes": [{"finding": "Effusion", "xyxy": [x0, y0, x1, y1]}], ...}
+    <key>.json         {"findings": ["Effusion"], "absent": [], "uncertain": ["Edema"],
+                        "boxes": [{"finding": "Effusion", "xyxy": [x0, y0, x1, y1]}],
+                        "lesion_masks": [{"finding": "Effusion", "size": [H, W], "counts": "..."}], ...}
     <key>.mask.png     the lungs, 0 or 255, same size as the radiograph (only where they are known)
 
-Lesion boxes are pixels of the stored radiograph, ends exclusive. Other entries of the JSON are kept and ignored.
+What a source says of a finding is kept as it is: present (``findings``), absent, uncertain, or nothing. What to make of
+that is decided when training. Lesion boxes are pixels of the stored radiograph, ends exclusive; lesion masks are COCO's
+run lengths (`shards.rle`) of its size. Other entries of the JSON are kept and ignored.
 """
 
 import json
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from shards.errors import InputError, read_json
 from shards.pixels import encode_image
+from shards.rle import Runs
 
 NO_FINDING = "No Finding"
 EFFUSION = "Effusion"
@@ -46,12 +51,39 @@ SPLIT_NAMES = (
 )
 
 
+class Labels(NamedTuple):
+    """What a source says of an image: names of findings. Of one that stands in none of the three it says nothing."""
+
+    present: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
+    uncertain: tuple[str, ...] = ()
+
+
+class Asked(NamedTuple):
+    """What a source was asked for, for all of its images.
+
+    names: findings of which it would say that they are there; absent: whether one of them that it does not list is
+    absent (NIH lists what it sees), or unknown (CheXpert leaves the cell empty).
+    """
+
+    names: frozenset[str] = frozenset()
+    absent: bool = True
+
+
 @dataclass
 class LesionBox:
     """A lesion: its finding and its box in pixels of the stored image, ``x0 y0 x1 y1``, ends exclusive."""
 
     finding: str
     xyxy: tuple[float, float, float, float]
+
+
+@dataclass
+class LesionMask:
+    """A lesion: its finding and its outline, filled, as run lengths of the stored image."""
+
+    finding: str
+    runs: Runs
 
 
 @dataclass
@@ -63,6 +95,9 @@ class Sample:
     findings: tuple[str, ...] = ()
     mask: np.ndarray | None = None
     boxes: list[LesionBox] = field(default_factory=list)
+    absent: tuple[str, ...] = ()
+    uncertain: tuple[str, ...] = ()
+    lesion_masks: list[LesionMask] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()  # what is odd about it, to be counted and told
 
@@ -91,8 +126,15 @@ def encode(sample: Sample, form: str = "jpg") -> dict[str, Any]:
     record: dict[str, Any] = {"__key__": check_key(sample.key, "packing"), form: encode_image(sample.image, form)}
     meta = sample.extra | {
         "findings": list(sample.findings),
+        "absent": list(sample.absent),
+        "uncertain": list(sample.uncertain),
         "boxes": [{"finding": box.finding, "xyxy": [float(v) for v in box.xyxy]} for box in sample.boxes],
     }
+    if sample.lesion_masks:
+        meta["lesion_masks"] = [
+            {"finding": mask.finding, "size": list(mask.runs.size), "counts": mask.runs.counts}
+            for mask in sample.lesion_masks
+        ]
     record["json"] = json.dumps(meta, sort_keys=True).encode()
     if sample.mask is not None:
         record["mask.png"] = encode_image(sample.mask, "png")
@@ -100,25 +142,41 @@ def encode(sample: Sample, form: str = "jpg") -> dict[str, Any]:
 
 
 def parse_meta(data: bytes, where: str) -> dict[str, Any]:
-    """The JSON member, checked: ``findings`` is a list of names, ``boxes`` a list of LesionBox."""
+    """The JSON member, checked: ``findings``, ``absent``, ``uncertain`` are lists of names, of which none stands in
+    two, ``boxes`` a list of LesionBox, ``lesion_masks`` one of LesionMask.
+    """
     try:
         meta = read_json(data, where)
-        findings = meta.get("findings", [])
+        labels = {name: meta.get(name) or [] for name in ("findings", "absent", "uncertain")}
         boxes = []
         for box in meta.get("boxes", []):
             x0, y0, x1, y1 = (float(v) for v in box["xyxy"])
             if not all(map(math.isfinite, (x0, y0, x1, y1))):
                 raise ValueError(f"the box {box['xyxy']} of a lesion is none")
             boxes.append(LesionBox(str(box["finding"]), (x0, y0, x1, y1)))
-        if not isinstance(findings, list) or not all(isinstance(f, str) for f in findings):
-            raise ValueError("findings must be a list of names")
+        masks = [
+            LesionMask(str(mask["finding"]), Runs.of(mask["size"], mask["counts"]))
+            for mask in meta.get("lesion_masks") or []
+        ]
+        for name, found in labels.items():
+            if not isinstance(found, list) or not all(isinstance(f, str) for f in found):
+                raise ValueError(f"{name} must be a list of names")
+        every = [name for found in labels.values() for name in dict.fromkeys(found)]
+        if len(set(every)) < len(every):
+            twice = next(name for name in every if every.count(name) > 1)
+            raise ValueError(f"{twice} is said to be two of present, absent and uncertain")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(
             f"{where}: its JSON is not a sample's ({error}); see shards/sample.py for the contract"
         ) from error
-    return meta | {"findings": findings, "boxes": boxes}
+    return meta | labels | {"boxes": boxes, "lesion_masks": masks}
+
+
+def labels_of(meta: dict[str, Any]) -> Labels:
+    """Of the JSON member as `parse_meta` gives it."""
+    return Labels(*(tuple(dict.fromkeys(meta[name])) for name in ("findings", "absent", "uncertain")))
 
 
 def split_of_folder(name: str) -> str:

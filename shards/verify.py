@@ -19,11 +19,12 @@ from shards.cache import Cache
 from shards.cores import cores
 from shards.errors import InputError, listed
 from shards.files import file_sha256
-from shards.index import Indexed, index_tar
+from shards.index import Indexed
 from shards.pack import SMALL
 from shards.pixels import decode_image
 from shards.sample import parse_meta
 from shards.store import Folder, Remote, open_store
+from shards.tars import index_tar
 
 # Store, shard, what the index says of it, names of the classes of .cls members.
 Job = tuple[Folder | Remote, dict[str, Any], Indexed, list[str] | None]
@@ -149,7 +150,7 @@ def _check_shard(store: Folder | Remote, shard: dict[str, Any], known: Indexed, 
     except InputError as error:
         found.problems.append(str(error))
         return found
-    same = np.array_equal(there.rows, known.rows) and there.findings == known.findings
+    same = np.array_equal(there.rows, known.rows) and there.labels == known.labels
     if len(known.ids):  # of shards from before these were in the index nothing is said
         same = same and np.array_equal(there.ids, known.ids) and there.boxes == known.boxes
     if not same:

@@ -24,9 +24,9 @@ from torch.utils.data import get_worker_info
 
 from shards import loader
 from shards.__main__ import main
-from shards.dataset import Split, _decode
+from shards.dataset import Split
+from shards.jpeg import decode
 from shards.errors import InputError, run
-from shards.index import build_index
 from shards.joined import Joined
 from shards.loader import Loader
 from shards.pack import pack
@@ -34,6 +34,7 @@ from shards.pixels import decode_image
 from shards.plan import EpochPlan, Shares
 from shards.sources.item import Item, Source
 from shards.targets import SingleLabel
+from shards.tars import build_index
 
 
 def positions(plan, epoch, start, *, batch, world):
@@ -345,18 +346,18 @@ def test_images_decode_as_pillow_does_it():
     gray, colour = rng.integers(0, 255, (40, 30), np.uint8), rng.integers(0, 255, (40, 30, 3), np.uint8)
     for image in (Image.fromarray(gray), Image.fromarray(colour), Image.fromarray(colour).convert("CMYK")):
         data = jpeg(image)
-        assert (_decode(data, lambda: "x") == decode_image(data, "x")).all()
+        assert (decode(data, lambda: "x") == decode_image(data, "x")).all()
 
 
 def test_images_that_do_not_decode_are_named():
     whole = jpeg(Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64), np.uint8)))
     for data in (whole[: len(whole) // 2], whole[:4], whole[:2], bytearray(b""), bytearray(b"x" * 50)):
         with pytest.raises(InputError, match=r"here.*cannot be decoded"):
-            _decode(data, lambda: "here")
+            decode(data, lambda: "here")
     at = whole.index(b"\xff\xc0")
     whole[at + 5 : at + 9] = b"\xff\xff\xff\xff"  # 65535 x 65535
     with pytest.raises(InputError, match=r"here: 65535 x 65535 pixels is beyond the limit|here: cannot be decoded"):
-        _decode(whole, lambda: "here")
+        decode(whole, lambda: "here")
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "text"])

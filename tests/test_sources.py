@@ -8,6 +8,7 @@ from PIL import Image
 from shards.__main__ import main
 from shards.dataset import Split
 from shards.errors import InputError
+from shards.sample import Labels
 from shards.sources.folders import folder_finding
 from shards.store import open_store
 from shards.targets import SingleLabel
@@ -222,12 +223,15 @@ def test_findings_as_columns_of_0_and_1(listed_images, capsys):
         "--finding-column",
         "Mass,Nodule",
     )
-    assert {found for split in splits.values() for found in split.findings()} == {
-        ("Mass",),
-        ("Nodule",),
-        ("No Finding",),
+    assert {said for split in splits.values() for said in split.said()} == {
+        Labels(("Mass",), ("Nodule",)),
+        Labels(("Nodule",)),
+        Labels((), ("Nodule",), ("Mass",)),
+        Labels((), ("Mass",)),
     }
-    assert "left out 10: uncertain finding (-1)" in capsys.readouterr().out
+    index = splits["train"].store.index()
+    assert (index["asked"], index["unlisted"]) == (["Mass", "Nodule"], "unknown")
+    assert "left out" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -871,15 +875,16 @@ def all_findings(root: Path) -> list[tuple[str, ...]]:
     return [found for name in open_store(root).index()["splits"] for found in Split(root, name).findings()]
 
 
-def test_healthy_is_only_whom_the_table_calls_so(tmp_path, capsys):
+def test_healthy_is_only_whom_the_table_calls_so(tmp_path):
     # No Finding, Effusion, Pneumonia, Support Devices: well; effusion; another disease; well with a device; not said
     kinds = ["1.0,,,", ",1.0,,", ",0.0,1.0,", "1.0,,,1.0", ",,,"]
     rows = [f"{i}.png,{kinds[i % 5]}" for i in range(40)]
     out = packed_table(
         tmp_path, "path,No Finding,Effusion,Pneumonia,Support Devices", rows, "--finding-column", "Effusion"
     )
-    assert sorted(all_findings(out)) == [("Effusion",)] * 8 + [("No Finding",)] * 16
-    assert "left out 16: none of the findings named, and not called No Finding" in capsys.readouterr().out
+    assert sorted(all_findings(out)) == [()] * 16 + [("Effusion",)] * 8 + [("No Finding",)] * 16
+    healthy = [len(Split(out, name, ("No Finding", "Effusion"))) for name in ("train", "val", "test")]
+    assert sum(healthy) == 24, "nobody else is healthy, although no finding that was asked for is there"
 
 
 def test_a_device_is_no_disease(tmp_path):
@@ -902,13 +907,14 @@ def test_a_device_is_no_disease(tmp_path):
 
 
 def test_a_table_without_no_finding_says_who_is_taken_as_healthy(tmp_path, capsys):
-    rows = [f"{i}.png,{('1,0,', '0,1,', '0,0,x')[i % 3]}" for i in range(36)]
-    packed_table(tmp_path, "path,Effusion,Pneumonia,note", rows, "--finding-column", "Effusion")
+    rows = [f"{i}.png,{('1,0,', '0,1,', '0,0,x', ',0,x')[i % 4]}" for i in range(40)]
+    out = packed_table(tmp_path, "path,Effusion,Pneumonia,note", rows, "--finding-column", "Effusion")
     said = capsys.readouterr().out
     assert (
-        "its 24 rows with none of the findings named are taken as healthy (12 of them have a 1 in another column: "
-        "Pneumonia 12)" in said
+        "its 10 rows with a 0 for each of the findings named are taken as healthy; 10 others are not, for they have a "
+        "1 in another column: Pneumonia 10" in said
     )
+    assert sorted(all_findings(out)) == [()] * 20 + [("Effusion",)] * 10 + [("No Finding",)] * 10
 
 
 @pytest.mark.parametrize("word", ["nan", "NaN", "None", "null", "N/A", ""])

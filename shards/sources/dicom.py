@@ -11,11 +11,11 @@ import numpy as np
 from shards import deal
 from shards.errors import InputError
 from shards.files import walk
-from shards.sample import SPLITS, split_of_folder
+from shards.sample import SPLITS, Labels, split_of_folder
 from shards.sources.folders import folder_finding
-from shards.sources.item import Item, Source, mixed, refuse_missing_class, refuse_torn
+from shards.sources.item import Item, Source, labels_of_item, mixed, refuse_missing_class, refuse_torn
 from shards.sources.labels import Columns
-from shards.sources.tables import ANONYMOUS, Listed, _own_boxes, alike_patients, read_listed
+from shards.sources.tables import ANONYMOUS, Listed, _own_boxes, alike_patients, listed_in_cells, read_listed
 
 
 def dicom(
@@ -28,12 +28,13 @@ def dicom(
     seed: int = 0,
     shares: Sequence[float] = deal.SHARES,
     skip_bad: bool = False,
+    unlisted: str = "",
 ) -> Source:
     """DICOM files at any depth. Of the patient only a salted hash of the ID is stored, and the file's name and UID as
     one.
 
     Findings come from ``labels`` (a CSV whose path column names files below ``root``) or from the folders:
-    ``train|val|test/<class>/...`` or ``<class>/...``, which is split by patient.
+    ``train|val|test/<class>/...`` or ``<class>/...``, which is split by patient. ``unlisted``: see `tables.table`.
     """
     from shards.dicom import MISNAMED, UNREADABLE, Header, pseudonym, read_header
 
@@ -86,33 +87,49 @@ def dicom(
     )
     items, patients = [], []
     for path, header in headers.items():
-        findings, part = (
-            of_folder[path] if labels is None else (listed_images[path].findings, listed_images[path].split)
-        )
+        said, part = of_folder[path] if labels is None else (listed_images[path].labels, listed_images[path].split)
         patient = header.patient.strip()
         who = pseudonym((header.study or header.uid) if patient in nobody else patient, salt)
         extra = (("patient", who), *((("view", header.view),) if header.view else ()))
         number = 1 + same[header.uid].index(path)
         key = pseudonym(header.uid, salt) + (f"-{number}" if number > 1 else "")
-        items.append(Item(part, key, findings, str(path), boxes=tuple(lesions.get(path, ())), extra=extra))
+        boxes = tuple(lesions.get(path, ()))
+        items.append(
+            Item(
+                part,
+                key,
+                said.present,
+                str(path),
+                boxes=boxes,
+                extra=extra,
+                absent=said.absent,
+                uncertain=said.uncertain,
+            )
+        )
         patients.append(who)
     if not all(item.split for item in items):
         if len(items) > 1 and len(set(patients)) == 1:
             notes.append(f"warning: all {len(items)} images have one patient ID and one study, so all are in one split")
-        codes = {findings: k for k, findings in enumerate(dict.fromkeys(item.findings for item in items))}
-        part_of = deal.by_patient(np.array([codes[item.findings] for item in items]), np.array(patients), seed, shares)
+        codes = {said: k for k, said in enumerate(dict.fromkeys(map(labels_of_item, items)))}
+        part_of = deal.by_patient(
+            np.array([codes[labels_of_item(item)] for item in items]), np.array(patients), seed, shares
+        )
         items = [replace(item, split=SPLITS[p]) for item, p in zip(items, part_of, strict=True)]
     names = tuple(declared or dict.fromkeys(name for item in items for name in item.findings))
     refuse_torn(items, f"--path {root}")
-    refuse_missing_class(items, declared, f"--path {root}")
-    return Source(mixed(items), dict(skipped), names, notes=notes)
+    cells = labels is not None and listed_in_cells(labels, columns or Columns())
+    if declared or not cells:
+        refuse_missing_class(items, declared, f"--path {root}")
+    asked = tuple(dict.fromkeys((*((columns or Columns()).finding if cells else ()), *names)))
+    either = unlisted or ("unknown" if cells else "absent")
+    return Source(mixed(items), dict(skipped), names, notes=notes, asked=asked, unlisted=either)
 
 
-def _folder_labels(root: Path, paths: Iterable[Path]) -> dict[Path, tuple[tuple[str, ...], str]]:
+def _folder_labels(root: Path, paths: Iterable[Path]) -> dict[Path, tuple[Labels, str]]:
     """Finding and split of each file by its folders: ``<split>/<class>/...`` for all of them, or ``<class>/...`` for
     all of them.
     """
-    found: dict[Path, tuple[tuple[str, ...], str]] = {}
+    found: dict[Path, tuple[Labels, str]] = {}
     first: dict[bool, str] = {}
     for path in paths:
         folders = path.relative_to(root).parts[:-1]
@@ -123,7 +140,7 @@ def _folder_labels(root: Path, paths: Iterable[Path]) -> dict[Path, tuple[tuple[
                 "with --csv"
             )
         first.setdefault(bool(part), folders[0])
-        found[path] = (folder_finding(folders[1] if part else folders[0]),), part
+        found[path] = Labels((folder_finding(folders[1] if part else folders[0]),)), part
     if len(first) > 1:
         raise InputError(
             f"--path {root}: the folder {first[True]} is a split, {first[False]} is none, so it is not said where its "

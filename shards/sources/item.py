@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageDraw
 
 from shards.errors import InputError, listed
 from shards.gray import Scale
 from shards.pixels import Frame, fit, open_gray, open_mask
-from shards.sample import SPLITS, LesionBox, Sample, spelling
+from shards.rle import Runs, relative
+from shards.sample import SPLITS, Labels, LesionBox, LesionMask, Sample, spelling
 
 OUTLINE_LIMIT = 0.6  # share of an image's border above which a mask is one of everything but the lungs
 
@@ -30,6 +32,18 @@ LesionShare = tuple[str, tuple[float, float, float, float]]
 
 
 @dataclass(frozen=True)
+class Outline:
+    """What a lesion mask is drawn of: polygons in shares of the image's sides, or SIIM's runs (`shards.rle.relative`)
+    over an image of ``size`` (height, width), which are united.
+    """
+
+    finding: str
+    polygons: tuple[tuple[tuple[float, float], ...], ...] = ()
+    runs: tuple[str, ...] = ()
+    size: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
 class Item:
     """One sample before it is loaded."""
 
@@ -40,14 +54,22 @@ class Item:
     masks: tuple[str, ...] = ()  # several: their union
     boxes: tuple[LesionShare, ...] = ()
     extra: tuple[tuple[str, Any], ...] = ()
+    absent: tuple[str, ...] = ()
+    uncertain: tuple[str, ...] = ()
+    outlines: tuple[Outline, ...] = ()
+
+
+def labels_of_item(item: Item) -> Labels:
+    """What its source says of it."""
+    return Labels(item.findings, item.absent, item.uncertain)
 
 
 @dataclass
 class Source:
     """Items of image files.
 
-    skipped: what was left out, reason -> how many; classes: findings in the order of the index; notes: what was
-    decided, a line each;
+    skipped: what was left out, reason -> how many; classes: findings in the order of the index; asked, unlisted: as
+    the index has them; notes: what was decided, a line each;
     scales: how values of more than 8 bits become gray, chosen when packing; bits: the depth that the user gave for
     them.
     """
@@ -60,6 +82,8 @@ class Source:
     notes: list[str] = field(default_factory=list)
     bits: int | None = None
     scales: tuple[Scale, ...] = ()
+    asked: tuple[str, ...] = ()
+    unlisted: str = "absent"
 
     def load(self, item: Item) -> Sample:
         """Read, check and resize. InputError: a file that cannot be decoded, a mask that is empty or not its image's
@@ -78,8 +102,35 @@ class Source:
         frame = Frame.of((image.height, image.width), self.size, self.aspect)
         boxes = [LesionBox(finding, frame.box(share)) for finding, share in item.boxes]
         return Sample(
-            item.key, fit(image, self.size, self.aspect), item.findings, mask, boxes, dict(item.extra), tuple(remarks)
+            item.key,
+            fit(image, self.size, self.aspect),
+            item.findings,
+            mask,
+            boxes,
+            item.absent,
+            item.uncertain,
+            [LesionMask(o.finding, self._runs(o, image, item.image)) for o in item.outlines],
+            dict(item.extra),
+            tuple(remarks),
         )
+
+    def _runs(self, outline: Outline, image: Any, where: str) -> Runs:
+        """An outline, filled, at stored size; a pixel that is half covered counts, and so does the most covered one
+        where none is.
+        """
+        if outline.runs:
+            drawn = np.zeros(outline.size, bool)
+            for text in outline.runs:
+                drawn |= relative(text, outline.size, where)
+            whole = Image.fromarray(drawn.astype(np.uint8) * 255).resize(
+                (image.width, image.height), Image.Resampling.NEAREST
+            )
+        else:
+            whole = Image.new("L", (image.width, image.height))
+            for polygon in outline.polygons:
+                ImageDraw.Draw(whole).polygon([(x * image.width, y * image.height) for x, y in polygon], fill=255)
+        soft = fit(np.asarray(whole), self.size, self.aspect)
+        return Runs.drawn(soft >= min(128, max(1, int(soft.max()))))
 
     def settings(self) -> dict[str, Any]:
         """What the bytes of a sample depend on, beside its item."""

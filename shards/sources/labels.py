@@ -1,10 +1,10 @@
-"""The findings of a table's rows: names in a cell, or a column of 0 and 1 for each finding."""
+"""The labels of a table's rows: names in a cell, or a column of 1, 0, -1 and nothing for each finding."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shards.errors import InputError, listed, nearest
-from shards.sample import NO_FINDING, SUPPORT_DEVICES, spelling
+from shards.sample import NO_FINDING, SUPPORT_DEVICES, Labels, spelling
 from shards.sources.cells import Row
 
 NOBODY = ("", "na", "nan", "none", "null", "n/a", "-")  # what stands for nothing in a cell
@@ -32,32 +32,21 @@ def labelled(
     skipped: dict[str, int],
     notes: list[str],
     skip: bool,
-) -> list[tuple[Row, tuple[str, ...]]]:
-    """The rows that can be used, each with its findings. InputError: a finding that is not among ``declared``, and what
+) -> list[tuple[Row, Labels]]:
+    """The rows that can be used, each with its labels. InputError: a finding that is not among ``declared``, and what
     else a cell should not hold.
     """
     healthy = next((name for name in names if spelling(name) == spelling(NO_FINDING)), "")
-    if not _indicators(rows, columns):
+    found: list[Labels | None]
+    if not indicators(rows, columns):
         found = [_named(row, columns, flag, skipped, notes, skip) for row in rows]
     else:
         found = [_indicated(row, columns, healthy, flag, skipped, skip) for row in rows]
-        assumed = [row for row, findings in zip(rows, found, strict=True) if findings == (NO_FINDING,)]
-        if not healthy and assumed:
-            flags = [name for name in names if name not in columns.finding and _only_numbers(rows, name)]
-            ones = {name: sum(row[name] in ("1", "1.0") for row in assumed) for name in flags}
-            ill = sum(any(row[name] in ("1", "1.0") for name in flags) for row in assumed)
-            also = (
-                f" ({ill} of them have a 1 in another column: {listed(f'{name} {n}' for name, n in ones.items() if n)})"
-                if ill
-                else ""
-            )
-            notes.append(
-                f"the table has no column {NO_FINDING!r}: its {len(assumed)} rows with none of the findings named are "
-                f"taken as healthy{also}"
-            )
+        if not healthy:
+            found = _assumed(rows, names, columns, found, notes)
     taken = []
-    for row, findings in zip(rows, found, strict=True):
-        other = [name for name in findings or () if declared and name not in declared]
+    for row, labels in zip(rows, found, strict=True):
+        other = [name for name in (labels or Labels()).present if declared and name not in declared]
         if other and not skip:
             raise InputError(
                 f"{flag}, row {row.line}: the finding {other[0]!r} was not declared; "
@@ -66,9 +55,46 @@ def labelled(
             )
         if other:
             skipped["a finding that was not declared"] += 1
-        elif findings is not None:
-            taken.append((row, findings))
+        elif labels is not None:
+            taken.append((row, labels))
     return taken
+
+
+def _assumed(
+    rows: Sequence[Row],
+    names: Sequence[str],
+    columns: Columns,
+    found: Sequence[Labels | None],
+    notes: list[str],
+) -> list[Labels | None]:
+    """The labels where no column No Finding says who is healthy: who has a 0 in every column that is named, and no 1 in
+    another one.
+    """
+    others = [name for name in names if name not in columns.finding and _only_numbers(rows, name)]
+    done: list[Labels | None] = []
+    ill: list[Row] = []
+    for row, labels in zip(rows, found, strict=True):
+        if labels is not None and len(labels.absent) == len(columns.finding):
+            if any(row[name] in ("1", "1.0") for name in others):
+                ill.append(row)
+            else:
+                labels = labels._replace(present=(NO_FINDING,))
+        done.append(labels)
+    count = sum(labels is not None and labels.present == (NO_FINDING,) for labels in done)
+    ones = {name: sum(row[name] in ("1", "1.0") for row in ill) for name in others}
+    but = (
+        f"; {len(ill)} others are not, for they have a 1 in another column: "
+        f"{listed(f'{name} {n}' for name, n in ones.items() if n)}"
+        if ill
+        else ""
+    )
+    if count or ill:
+        notes.append(
+            f"the table has no column {NO_FINDING!r}: its {count} rows with a 0 for each of the findings named are "
+            "taken "
+            f"as healthy{but}"
+        )
+    return done
 
 
 def _only_numbers(rows: Sequence[Row], name: str) -> bool:
@@ -76,15 +102,15 @@ def _only_numbers(rows: Sequence[Row], name: str) -> bool:
     return {""} != values <= {"0", "1", "-1", "0.0", "1.0", "-1.0", "", "true", "false", "yes", "no"}
 
 
-def _indicators(rows: Sequence[Row], columns: Columns) -> bool:
+def indicators(rows: Sequence[Row], columns: Columns) -> bool:
     """Whether the columns hold 0 and 1, each named after its finding, and not names of findings."""
     return len(columns.finding) > 1 or _only_numbers(rows, columns.finding[0])
 
 
 def _named(
     row: Row, columns: Columns, flag: str, skipped: dict[str, int], notes: list[str], skip: bool
-) -> tuple[str, ...] | None:
-    """Findings of a cell of names."""
+) -> Labels | None:
+    """Labels of a cell of names."""
     cell = columns.finding[0]
     found = tuple(dict.fromkeys(name.strip() for name in row[cell].split(columns.separator) if name.strip()))
     if not found or any(name.lower() in NOBODY for name in found):
@@ -113,36 +139,34 @@ def _named(
         raise InputError(
             f"{flag}, row {row.line}: says {NO_FINDING} and something else ({listed(found)}); correct the row"
         )
-    return found
+    return Labels(found)
 
 
 def _indicated(
     row: Row, columns: Columns, healthy: str, flag: str, skipped: dict[str, int], skip: bool
-) -> tuple[str, ...] | None:
-    """Findings of columns of 1, 0, -1 (uncertain) and nothing; ``healthy``: the table's own column No Finding, which
+) -> Labels | None:
+    """Labels of columns of 1, 0, -1 (uncertain) and nothing; ``healthy``: the table's own column No Finding, which
     alone says that an image is.
     """
     where = f"{flag}, row {row.line}"
-    values = {name: _number(row[name], where, name) for name in columns.finding}
-    if min(values.values()) < 0:
-        skipped["uncertain finding (-1)"] += 1
-        return None
-    found = tuple(name for name, value in values.items() if value > 0 and name != healthy)
-    well = _number(row[healthy], where, healthy) > 0 if healthy else not found
-    if well and set(found) - {SUPPORT_DEVICES}:
+    own = dict.fromkeys((*columns.finding, *filter(None, [healthy])))
+    cells = {NO_FINDING if name == healthy else name: _number(row[name], where, name) for name in own}
+    said = Labels(*(tuple(name for name, cell in cells.items() if cell == state) for state in (1.0, 0.0, -1.0)))
+    if NO_FINDING in said.present and (ill := set(said.present) - {NO_FINDING, SUPPORT_DEVICES}):
         if skip:
             skipped[f"{NO_FINDING} and something else"] += 1
             return None
-        raise InputError(f"{where}: says {NO_FINDING} and something else ({listed(found)}); correct the row")
-    if not well and not found:
-        skipped[f"none of the findings named, and not called {NO_FINDING}"] += 1
+        raise InputError(f"{where}: says {NO_FINDING} and something else ({listed(sorted(ill))}); correct the row")
+    first = [NO_FINDING] if NO_FINDING in said.present else []
+    return said._replace(present=(*first, *(name for name in said.present if name != NO_FINDING)))
+
+
+def _number(value: str, where: str, name: str) -> float | None:
+    """1, 0, -1, or None for nothing."""
+    if not value:
         return None
-    return ((NO_FINDING,) if well else ()) + found
-
-
-def _number(value: str, where: str, name: str) -> float:
     try:
-        number = float(value) if value else 0.0
+        number = float(value)
     except ValueError:
         number = {"true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0}.get(value.lower(), 9.0)
     if number not in (-1.0, 0.0, 1.0):

@@ -6,18 +6,17 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from shards import deal
 from shards.errors import InputError, listed, nearest
 from shards.pixels import image_size
-from shards.sample import NO_FINDING, SPLITS, SUPPORT_DEVICES, clean_key, split_of_folder
+from shards.sample import NO_FINDING, SPLITS, SUPPORT_DEVICES, Labels, clean_key, split_of_folder
 from shards.sources.cells import Row, column, read_table
 from shards.sources.finder import Finder
 from shards.sources.item import Item, LesionShare, Source, mixed, present, refuse_missing_class, refuse_torn, separated
-from shards.sources.labels import NOBODY, Columns, labelled
+from shards.sources.labels import NOBODY, Columns, indicators, labelled
 
 NIH_BOX_NAMES = {"Infiltrate": "Infiltration"}  # the archive's list of boxes has a spelling of its own
 
@@ -45,7 +44,7 @@ class Listed:
     """
 
     path: Path
-    findings: tuple[str, ...]
+    labels: Labels
     split: str
     patient: str
     boxes: list[tuple[Row, str, tuple[float, float, float, float]]]
@@ -78,19 +77,19 @@ def read_listed(
     finder, found = Finder(images), dict[Path, Listed]()
     rows_of: dict[Path, list[Row]] = defaultdict(list)
     torn: set[Path] = set()
-    for row, findings in labelled(rows, names, columns, declared, flag, skipped, notes, skip):
+    for row, labels in labelled(rows, names, columns, declared, flag, skipped, notes, skip):
         image = finder.find(row[columns.path])
         part = _split_name(row[columns.split], f"{flag}, image {row[columns.path]}") if columns.split else ""
         who = row[columns.patient] if columns.patient else ""
         box = box_of(row, corners, flag) if corners and own_boxes else None
+        findings = labels.present
         boxes = [(row, findings[0], box)] if box and len(findings) == 1 and findings[0] != NO_FINDING else []
-        other = found.setdefault(image, Listed(image, (), part, who, []))
+        other = found.setdefault(image, Listed(image, Labels(), part, who, []))
         rows_of[image].append(row)
-        both = tuple(dict.fromkeys((*other.findings, *findings)))
-        if (other.split, other.patient) != (part, who) or (
-            NO_FINDING in both and set(both) - {NO_FINDING, SUPPORT_DEVICES}
-        ):
-            what = listed(both) if (other.split, other.patient) == (part, who) else "different splits or patients"
+        both = Labels(*(tuple(dict.fromkeys(pair)) for pair in map(lambda a, b: (*a, *b), other.labels, labels)))
+        if (other.split, other.patient) != (part, who) or contradicts(both):
+            same = (other.split, other.patient) == (part, who)
+            what = listed(both.present) if same else "different splits or patients"
             if skip:
                 torn.add(image)
                 continue
@@ -98,7 +97,7 @@ def read_listed(
                 f"{flag}, rows {rows_of[image][0].line} and {row.line}: say {what} of one image, {row[columns.path]}; "
                 "correct one"
             )
-        other.findings = both
+        other.labels = both
         other.boxes += boxes
     if torn:
         skipped["rows of one image that disagree"] += len(torn)
@@ -125,6 +124,13 @@ def read_listed(
     if corners and own_boxes and (count := sum(len(image.boxes) for image in listed_)):
         notes.append(f"lesion boxes are taken from the table's own columns {', '.join(corners)}: {count}")
     return listed_
+
+
+def contradicts(said: Labels) -> bool:
+    """Whether a finding is said to be two things, or No Finding beside a finding that is no device."""
+    every = [name for names in said for name in names]
+    ill = set(said.present) - {NO_FINDING, SUPPORT_DEVICES}
+    return len(set(every)) < len(every) or (NO_FINDING in said.present and bool(ill))
 
 
 def box_columns(names: Sequence[str]) -> tuple[str, str, str, str] | None:
@@ -182,14 +188,15 @@ def table(
     seed: int = 0,
     shares: Sequence[float] = deal.SHARES,
     skip_missing: bool = False,
-    pseudonym: Any = None,
+    unlisted: str = "",
 ) -> Source:
     """Rows of a CSV that name images, findings and, where they are known, splits and patients; ``boxes``: a CSV of
     lesions.
 
     Without a split column patients are dealt to the splits by ``seed`` and ``shares``; without a patient column every
-    image
-    counts as a patient. InputError: as `read_listed`, and a patient in two splits.
+    image counts as a patient. ``unlisted``: what a finding is that a row does not list, absent or unknown; empty:
+    unknown in a table with a column for each finding, absent in one that names those that are there. InputError: as
+    `read_listed`, and a patient in two splits.
     """
     flag = f"--csv {path}"
     skipped: dict[str, int] = defaultdict(int)
@@ -213,10 +220,10 @@ def table(
     if columns.split:
         parts = [image.split for image in taken]
     else:
-        codes = {findings: k for k, findings in enumerate(dict.fromkeys(image.findings for image in taken))}
-        part = deal.by_patient(np.array([codes[image.findings] for image in taken], np.int64), patient, seed, shares)
+        codes = {findings: k for k, findings in enumerate(dict.fromkeys(image.labels for image in taken))}
+        part = deal.by_patient(np.array([codes[image.labels] for image in taken], np.int64), patient, seed, shares)
         parts = [SPLITS[p] for p in part]
-    findings = tuple(declared or dict.fromkeys(name for image in taken for name in image.findings))
+    findings = tuple(declared or dict.fromkeys(name for image in taken for name in image.labels.present))
     lesions = (
         _table_boxes(boxes, images, taken, columns, findings, skipped, skip_missing)
         if boxes
@@ -226,25 +233,42 @@ def table(
     for image, p, who in zip(taken, parts, patient, strict=True):
         extra = [("source", image.path.name)]
         if columns.patient:
-            extra.append(("patient", pseudonym(who) if pseudonym else str(who)))
+            extra.append(("patient", str(who)))
         sources.append(str(image.path.relative_to(images)))
         theirs = lesions.get(image.path, ())
-        if other := sum(name not in image.findings for name, _ in theirs):
+        if other := sum(name not in image.labels.present for name, _ in theirs):
             skipped["boxes of findings that their image is not labelled with"] += other
-        kept = tuple(box for box in theirs if box[0] in image.findings)
+        kept = tuple(box for box in theirs if box[0] in image.labels.present)
         items.append(
             Item(
                 p,
                 clean_key(os.path.splitext(sources[-1])[0]),
-                image.findings,
+                image.labels.present,
                 str(image.path),
                 boxes=kept,
                 extra=tuple(extra),
+                absent=image.labels.absent,
+                uncertain=image.labels.uncertain,
             )
         )
     refuse_torn(items, flag)
-    refuse_missing_class(items, declared, flag)
-    return Source(mixed(separated(items, sources)), dict(skipped), findings, notes=notes)
+    cells = listed_in_cells(path, columns)
+    if declared or not cells:  # what has a column of its own need not be everywhere
+        refuse_missing_class(items, declared, flag)
+    asked = tuple(dict.fromkeys((*(columns.finding if cells else ()), *findings)))
+    return Source(
+        mixed(separated(items, sources)),
+        dict(skipped),
+        findings,
+        notes=notes,
+        asked=asked,
+        unlisted=unlisted or ("unknown" if cells else "absent"),
+    )
+
+
+def listed_in_cells(path: Path, columns: Columns) -> bool:
+    """Whether a table has a column of 1, 0, -1 and nothing for each finding: then an empty cell says nothing of it."""
+    return indicators(read_table(path, "--csv")[1], columns)
 
 
 def alike_patients(patients: Iterable[str]) -> list[str]:
