@@ -20,9 +20,10 @@ from shards.pack import pack
 from shards.phantom import Phantoms
 from shards.plan import EpochPlan
 from trainer.build import build
-from trainer.config import AttentionConfig, Config
+from trainer.config import Config
 from trainer.loop import Trainer
 from trainer.regions import PUBLISHED, Regions
+from trainer.sections import AttentionConfig
 
 
 def processor() -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from shards.command import parser
 from shards.errors import InputError, command_line, listed, read_json, run
-from shards.sample import NO_FINDING, spelling
+from shards.sample import FINDINGS, NO_FINDING, spelling
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -19,8 +19,18 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _phantom(a: argparse.Namespace) -> None:
-    from shards.phantom import Phantoms
+    from shards.phantom import SEVERAL, Phantoms, SeveralPhantoms
 
+    if a.several is not None:
+        if a.shortcut_kind != "marker":
+            raise InputError(f"--shortcut-kind {a.shortcut_kind}: with --several the shortcut is a mark in the corner")
+        names = SEVERAL if a.findings == ",".join(FINDINGS) else _names(a.findings)
+        shares = {"share": a.several, "unknown": a.unknown, "uncertain": a.uncertain}
+        of_mark = {"shortcut": a.shortcut, "shortcut_test": a.shortcut_test}
+        _pack(a, SeveralPhantoms(a.count, a.seed, size=a.size, findings=names, **shares, **of_mark), "phantom")
+        return
+    if a.unknown or a.uncertain:
+        raise InputError("--unknown and --uncertain are of --several: one finding an image is always known")
     shortcut = {"shortcut": a.shortcut, "shortcut_test": a.shortcut_test, "kind": a.shortcut_kind}
     _pack(a, Phantoms(a.count, a.seed, size=a.size, findings=_names(a.findings), **shortcut), "phantom")
 

@@ -29,6 +29,18 @@ def parser() -> tuple[CommandParser, dict[str, CommandParser]]:
         help="a mark in the corner, or a tube inside a lung",
     )
 
+    phantom.add_argument(
+        "--several",
+        type=float,
+        metavar="P",
+        help="any number of findings an image, each with probability P; six kinds, and the shortcut is of the first "
+        "one",
+    )
+    phantom.add_argument(
+        "--unknown", type=float, default=0.0, help="with --several: share of cells that no label tells"
+    )
+    phantom.add_argument("--uncertain", type=float, default=0.0, help="with --several: share that is called uncertain")
+
     nih = commands.add_parser("nih", help="NIH ChestX-ray14 as downloaded")
     nih.add_argument(
         "--images", type=Path, required=True, help="folder with the images at any depth (images_001/images/*.png ...)"

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch.utils.data import Sampler
 
+AHEAD = 256  # samples of a balanced epoch whose shards are fetched ahead
+
 
 class EpochPlan:
     """The order of samples in each epoch, a pure function of (seed, epoch), computed window by window.
@@ -78,6 +80,42 @@ class EpochPlan:
             positions = np.concatenate([np.arange(self.starts[s], self.starts[s + 1]) for s in members])
             self._last = (epoch, w), np.random.default_rng([self.seed, epoch, w]).permutation(positions)
         return self._last[1]
+
+
+class BalancedPlan(EpochPlan):
+    """An epoch of as many samples as there are, equally many of each group: those of a large one are a random part of
+    it, those of a small one come several times, each of them equally often (but for one). A pure function of (seed,
+    epoch), too, computed whole for an epoch, and read from all over the shards.
+
+    Args:
+        groups: positions int64 of each; a sample may be in several. Empty ones have no share.
+    """
+
+    def __init__(self, shard_sizes: Sequence[int] | np.ndarray, groups: Sequence[np.ndarray], seed: int = 0) -> None:
+        super().__init__(shard_sizes, seed)
+        self.groups = [group for group in groups if len(group)]
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def order(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        """See `EpochPlan`."""
+        return self._whole(epoch)[start : max(start, stop)]
+
+    def shards_ahead(self, epoch: int, start: int) -> list[int]:
+        """See `EpochPlan`: those of the next samples, in their order."""
+        shards = np.searchsorted(self.starts, self._whole(epoch)[start : start + AHEAD], side="right") - 1
+        return list(dict.fromkeys(shards.tolist()))
+
+    def _whole(self, epoch: int) -> np.ndarray:
+        if self._order is None or self._order[0] != epoch:
+            rng = np.random.default_rng([self.seed, epoch])
+            shares = [len(part) for part in np.array_split(np.arange(len(self)), len(self.groups))]
+            parts = [
+                np.concatenate([rng.permutation(group) for _ in range(-(-share // len(group)))])[:share]
+                for group, share in zip(self.groups, shares, strict=True)
+                if share
+            ]
+            self._order = epoch, rng.permutation(np.concatenate(parts))
+        return self._order[1]
 
 
 def cut(remaining: int, most: int) -> int:

@@ -25,9 +25,9 @@ from torch.utils.data import get_worker_info
 from shards import loader
 from shards.__main__ import main
 from shards.dataset import Split
-from shards.jpeg import decode
 from shards.errors import InputError, run
 from shards.joined import Joined
+from shards.jpeg import decode
 from shards.loader import Loader
 from shards.pack import pack
 from shards.pixels import decode_image

@@ -18,18 +18,19 @@ TARGET = torch.eye(3, dtype=torch.int8)[[0, 1, 2, 1]]
 def test_one_finding_an_image_is_cross_entropy():
     task, logits = OneOf(FINDINGS), torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     weight = torch.tensor([1.0, 1.0, 0.0, 1.0])
-    loss, count = task.loss(logits, TARGET, weight), task.counted(TARGET, weight)
+    loss, count = task.loss(logits, TARGET, weight, torch.zeros(4)), task.counted(TARGET, weight)
     expected = F.cross_entropy(logits[[0, 1, 3]], torch.tensor([0, 1, 1]), reduction="sum")
     assert (loss / count).item() == pytest.approx(expected.item() / 3)
     (gradient,) = torch.autograd.grad(loss, logits)
     assert (gradient[2] == 0).all()
-    assert task.loss(logits.half(), TARGET, weight).dtype == torch.float32
+    assert task.loss(logits.half(), TARGET, weight, torch.zeros(4)).dtype == torch.float32
 
 
 def test_one_finding_an_image_is_one_pair_an_image():
     task = OneOf(FINDINGS)
     assert [part.tolist() for part in task.pairs(TARGET)] == [[0, 1, 2, 3], [0, 1, 2, 1]]
-    assert task.attended(TARGET).tolist() == [0, 1, 2, 1]
+    drawn = task.drawn(TARGET, torch.ones(3, dtype=torch.bool), torch.zeros(4))
+    assert [part.tolist() for part in drawn] == [[0, 1, 2, 1], [1.0] * 4]
     assert task.healthy(TARGET).tolist() == [True, False, False, False]
     assert task.may_show(TARGET).tolist() == (TARGET == 1).tolist()
     assert [task.described(target) for target in TARGET[:2]] == [{"label": "No Finding"}, {"label": "Effusion"}]

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from trainer.config import Strength
+from trainer.sections import Strength
 from trainer.upload import upload
 
-DRAWS = 13  # random numbers that one image uses
+DRAWS = 15  # random numbers that one image uses
 SWAPS = slice(11, 13)  # of these, for the context swap: whether, and with whom
+PAIR, LABELS = 13, 14  # which of its findings is attended to; what uncertain ones become
 # SplitMix64's, as signed numbers
 GOLDEN, *MIX = (x - 2**64 for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
@@ -165,10 +166,21 @@ def _normal(seeds: torch.Tensor, height: int, width: int) -> torch.Tensor:
     The hash is the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014); a generator for each image would be a
     kernel for each.
     """
-    x = seeds[:, None] + (1 + torch.arange(height * width, device=seeds.device)) * GOLDEN
-    for shift, factor in ((30, MIX[0]), (27, MIX[1])):
-        x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor
-    x = x ^ (x >> 31 & (1 << 33) - 1)
+    x = _mixed(seeds, height * width)
     radius, angle = (((half & 2**32 - 1).double() + 0.5) / 2**32 for half in (x >> 32, x))
     normal = torch.sqrt(-2 * torch.log(radius)) * torch.cos(2 * math.pi * angle)
     return normal.float().view(len(seeds), 1, height, width)
+
+
+def _mixed(seeds: torch.Tensor, count: int) -> torch.Tensor:
+    """``count`` hashes of each seed: int64 [B] -> [B,count]."""
+    x = seeds[:, None] + (1 + torch.arange(count, device=seeds.device)) * GOLDEN
+    for shift, factor in ((30, MIX[0]), (27, MIX[1])):
+        x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor
+    return x ^ (x >> 31 & (1 << 33) - 1)
+
+
+def hashed(chance: torch.Tensor, count: int) -> torch.Tensor:
+    """Uniform numbers float32 [B,count] in [0,1) of one such number for each image, float [B], whatever the device."""
+    seeds = (chance.double() * 2**53).long()
+    return (_mixed(seeds, count) >> 11 & (1 << 24) - 1).float() / 2**24

@@ -15,11 +15,12 @@ from shards.errors import InputError, listed
 from shards.plan import EpochPlan, Shares
 from shards.sample import NO_FINDING, SPLITS
 from shards.store import open_store
+from shards.targets import ABSENT, PRESENT
 from trainer import checkpoint
 from trainer.balance import Balance
 from trainer.classifier import FocusClassifier
 from trainer.command import flat, from_yaml, to_yaml
-from trainer.config import Config, OptimConfig
+from trainer.config import Config
 from trainer.launching import on_main, seen_by_all, start
 from trainer.loop import Trainer
 from trainer.lungs.load import load_segmenter
@@ -27,10 +28,11 @@ from trainer.lungs.memory import LungFinder
 from trainer.lungs.segmenter import LungSegmenter
 from trainer.regions.lesions import LesionRegions
 from trainer.report.write import rehearse
-from trainer.rules import Finding, read_findings, rules_of, task_findings, without_rule
+from trainer.rules import Finding, of_task, read_findings, rules_of, without_rule
 from trainer.rules import to_yaml as findings_to_yaml
 from trainer.run import FINDINGS, LUNGS, evaluator_of, run_findings, task_of
 from trainer.schedule import Schedule
+from trainer.sections import OptimConfig
 from trainer.task import Task
 from trainer.tracking import Tracking
 
@@ -117,6 +119,7 @@ def check(config: Config) -> Parts:
     store, out, findings = open_store(config.shards), Path(config.out), findings_of(config)
     task, index = task_of(config, findings), store.index()
     splits = {n: Split(store, n, task.labels) for n in SPLITS if n in index["splits"] or n != "test"}
+    task = task.weighted(splits["train"].tally(PRESENT), splits["train"].tally(ABSENT))
     total, world = len(splits["train"]), accelerator.num_processes
     per_step = config.batch * world * config.accumulate
     if per_step > total:
@@ -208,9 +211,7 @@ def announce(config: Config, parts: Parts) -> None:
             "raise --size"
         )
     for name, split in parts.splits.items():
-        left = f"; {split.left_out} others left out (of none of the task's classes, or of several)"
-        counts = ", ".join(f"{n} {finding}" for finding, n in split.counts().items())
-        say(f"{name}: {counts}{left if split.left_out else ''}")
+        say(f"{name}: {parts.task.told(split)}")
     if config.resume and findings_changed(config, parts.findings):
         say(
             f"note: the run keeps the rules of its own {FINDINGS}; {config.findings or 'the ready-made findings'} now "
@@ -282,19 +283,14 @@ def findings_of(config: Config) -> dict[str, Finding]:
     own = Path(config.out) / FINDINGS
     if config.resume and own.is_file() and from_yaml(Config, own.with_name("config.yaml")).findings == config.findings:
         return run_findings(Path(config.out), config)
-    return {
-        name: finding for name, finding in read_findings(config.findings).items() if name in task_findings(config.task)
-    }
+    return of_task(read_findings(config.findings), config.classes)
 
 
 def findings_changed(config: Config, findings: dict[str, Finding]) -> bool:
     """Whether --findings, as it reads now, gives other rules than the run has."""
     with contextlib.suppress(InputError):  # the file is gone
-        return any(
-            finding != findings.get(name)
-            for name, finding in read_findings(config.findings).items()
-            if name in task_findings(config.task)
-        )
+        now = of_task(read_findings(config.findings), config.classes)
+        return any(finding != findings.get(name) for name, finding in now.items())
     return False
 
 

@@ -9,7 +9,7 @@ network runs in the launcher's precision, so it costs the gradient of the head a
 
 import contextlib
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +24,9 @@ from trainer.losses import TINY, at_least_float32
 
 
 class Prediction(NamedTuple):
-    """logits [B,K]; cam [B,h,w] before normalisation, or None where none was asked for."""
+    """logits [B,K]; cam [B,h,w] before normalisation (of M classes an image [B,M,h,w]), or None where none was asked
+    for.
+    """
 
     logits: torch.Tensor
     cam: torch.Tensor | None
@@ -246,7 +248,8 @@ class FocusClassifier(nn.Module):
         mode: str = "train",
         differentiable: bool = True,
     ) -> Prediction:
-        """Logits, and with ``cam`` the Grad-CAM of ``classes`` (int64 [B]; None: the predicted ones).
+        """Logits, and with ``cam`` the Grad-CAM of ``classes`` (int64 [B], or M of each image [B,M]; None: the
+        predicted ones).
 
         Args:
             images: float [B,1,S,S] in [0,1].
@@ -299,16 +302,31 @@ class FocusClassifier(nn.Module):
                 )
             if classes is None:
                 classes = logits.argmax(1)
-            score = logits.gather(1, classes[:, None]).sum()
-            gradients = torch.autograd.grad(
-                score, kept, create_graph=differentiable, retain_graph=True, allow_unused=True
-            )
-            if any(gradient is None for gradient in gradients):
+            several = classes.ndim == 2
+            # Of each class the gradients at A: the head runs backward once for each.
+            gradients = [
+                torch.autograd.grad(
+                    logits.gather(1, column[:, None]).sum(),
+                    kept,
+                    create_graph=differentiable,
+                    retain_graph=True,
+                    allow_unused=True,
+                )
+                for column in (classes.unbind(1) if several else [classes])
+            ]
+            if any(gradient is None for of_class in gradients for gradient in of_class):
                 raise InputError(
                     f"--backbone {self.backbone}: its prediction does not depend on "
                     f"{','.join(self.layers) or 'its features'}; choose another layer"
                 )
         self.kept = kept if self.keeps and differentiable else []
+        maps = [self._map(kept, of_class, differentiable) for of_class in gradients]
+        return (logits if had_graph else logits.detach()), torch.stack(maps, 1) if several else maps[0]
+
+    def _map(
+        self, kept: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], differentiable: bool
+    ) -> torch.Tensor:
+        """The map of a class, of feature maps and the gradients there: [B,h,w]."""
         maps = []
         for features, gradient in zip(kept, gradients, strict=True):
             if self.layers == [INPUT]:
@@ -318,7 +336,7 @@ class FocusClassifier(nn.Module):
                 continue
             features = features if differentiable else features.detach()
             maps.append(grad_cam(to_maps(features, self.net), to_maps(gradient, self.net)))
-        return (logits if had_graph else logits.detach()), maps[0] if len(maps) == 1 else _mean_map(maps)
+        return maps[0] if len(maps) == 1 else _mean_map(maps)
 
     def _run(self, x: torch.Tensor, at_map: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """Logits; ``at_map`` is given each feature map on its way, and gives what the network goes on with."""

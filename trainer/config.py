@@ -6,155 +6,28 @@ Precision is the launcher's
 kornia is imported, so that what is wrong with a command is said at once.
 """
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from shards.errors import InputError
+from shards.errors import InputError, nearest
+from shards.names import known_as, policy
 from trainer.rules import task_findings
+from trainer.sections import (
+    AttentionConfig,
+    BalanceConfig,
+    LabelsConfig,
+    LossConfig,
+    LungsConfig,
+    OptimConfig,
+    Strength,
+    Swap,
+)
 
-Form = Literal["published", "coverage", "energy", "lift"]
-Policy = Literal["fixed", "published", "ratio", "balanced", "constrained"]
 CLAMPED = ("ratio", "balanced", "constrained")  # policies of lambda that have bounds
+# LibAUC, jfhealthcare and EVA-X agree on it
+CHEXPERT = "Edema: ones, Atelectasis: ones, zeros"
 SWAPPED = 0.75  # share of the images whose surroundings are swapped where attention is trained
-
-
-@dataclass
-class AttentionConfig:
-    """What the attention loss asks of the CAM."""
-
-    form: Form = "energy"
-    """energy: the CAM's share in the region; lift: that, area-corrected; coverage: a soft count of its hot pixels;
-    published: the hard one, gradient zero.
-    """
-    region: Literal["anatomy", "annotation", "both"] = "anatomy"
-    """anatomy: where the finding is expected; annotation: an image's own lesion boxes, where it has some; both: these,
-    else where it is expected.
-    """
-    annotated: float = 1.0
-    """Share of the images with lesion boxes whose boxes are used, for annotation and both: 0.01 tells what 1% annotated
-    would give.
-    """
-    threshold: float = 0.5
-    """CAM values above it are hot, in [0, 1]: for the forms published and coverage, and for the coverage that is
-    reported.
-    """
-    layer: str = ""
-    """Module whose output gives the CAM, such as stages.3; several, with commas: their mean; input: the input's
-    gradient; empty: the last feature map.
-    """
-    mode: Literal["train", "eval"] = "train"
-    """train: the CAM of the training forward, which costs nothing; eval: of a second forward in eval mode, as
-    published.
-    """
-
-
-@dataclass
-class BalanceConfig:
-    """Lambda, the weight of cross-entropy; attention gets 1 - lambda."""
-
-    policy: Policy = "fixed"
-    """fixed: lam; published: max(0.2, 1 - 0.023 epoch); ratio: A / (CE + A); balanced: equal gradients at the CAM's
-    layer; constrained: see epsilon.
-    """
-    lam: float = 0.5
-    """Lambda of the policy fixed, in [0, 1]; 1 is plain cross-entropy and pays nothing for attention."""
-    low: float = 0.2
-    """Lower clamp of ratio, balanced and constrained."""
-    high: float = 0.95
-    """Upper clamp of these."""
-    epsilon: float = 0.05
-    """constrained: attention grows as long as validation cross-entropy stays within so many nats of its best."""
-
-
-@dataclass
-class OptimConfig:
-    """Optimizer and schedule; the defaults are the published ones."""
-
-    name: Literal["adam", "adamw"] = "adam"
-    """Optimizer."""
-    lr: float = 1e-5
-    """Learning rate."""
-    weight_decay: float = 0.0
-    """Weight decay (adamw: decoupled)."""
-    schedule: Literal["plateau", "cosine"] = "plateau"
-    """plateau: times 0.1 after 10 epochs without a better validation loss, down to 1e-10; cosine: to 0 over the run."""
-    warmup: int = 0
-    """Steps of linear warm-up, for cosine; a resume counts them in the images that they had."""
-    watch: Literal["classification", "weighted"] = "classification"
-    """What plateau watches: validation cross-entropy, or (published) lambda-weighted with attention."""
-    clip: float = 1.0
-    """Largest norm of the gradient; 0: no clipping, as published."""
-
-
-@dataclass(frozen=True)
-class Swap:
-    """Context swap."""
-
-    probability: float | None = None
-    """Share of the images whose surroundings come from another image of the batch; empty: 0.75 with attention, 0
-    without.
-    """
-    dilate: float = 0.05
-    """How far the kept box reaches beyond the lung box, in shares of its sides."""
-    feather: float = 0.04
-    """Width of the seam, in shares of the image's side."""
-
-
-@dataclass(frozen=True)
-class Strength:
-    """How far each part of the transform may go; 0 leaves it out."""
-
-    rotate: float = 0.0
-    """Degrees to either side."""
-    scale: float = 0.0
-    """Relative change of size, 0.1 for 0.9 to 1.1 times."""
-    shift: float = 0.0
-    """Share of the image's side."""
-    flip: float = 0.0
-    """Probability of a left-right flip. A flipped chest has its heart on the wrong side."""
-    contrast: float = 0.0
-    """Relative change of contrast about the mean."""
-    brightness: float = 0.0
-    """Absolute change of brightness, in units of the full range."""
-    gamma: float = 0.0
-    """Exponent from 1 / (1 + gamma) to 1 + gamma."""
-    noise: float = 0.0
-    """Largest standard deviation of Gaussian noise, in units of the full range."""
-    invert: float = 0.0
-    """Probability of black for white."""
-
-
-@dataclass(frozen=True)
-class Painting:
-    """How often each thing is painted: probabilities in [0, 1]; 0 leaves it out."""
-
-    opacity: float = 0.0
-    """Effusion with a meniscus, half and whole white-outs, consolidations, haze: one or two of them, at any strength.
-    """
-    gas: float = 0.0
-    """Air where there is no lung: under the diaphragm, in the stomach, in the bowel, in the neck."""
-    collapse: float = 0.0
-    """Air without vessels in a part of a lung, darker than lung."""
-    devices: float = 0.0
-    """Tubes, leads, clips and boxes of metal, and letters."""
-    tone: float = 0.0
-    """Another tone curve, uneven exposure, another sharpness."""
-    warp: float = 0.0
-    """A smooth bend of image and mask, and another aspect."""
-    frame: float = 0.0
-    """A collimator's border around the lungs, black or white."""
-    negative: float = 0.0
-    """An image that is no frontal chest, with an empty mask: turned, a part, from the side, another limb, nothing."""
-
-
-@dataclass
-class LungsConfig:
-    """The lung segmenter."""
-
-    weights: str = ""
-    """File of trainer.train_lungs (or its run folder), or the published U-Net; empty: the segmenter that ships with the
-    package.
-    """
 
 
 @dataclass
@@ -166,7 +39,9 @@ class Config:
     out: str
     """Run folder to make."""
     task: str = "ne"
-    """ne, np, ns, nc, nep, neps, or names of findings separated by commas; the first is class 0."""
+    """ne, np, ns, nc, nep, neps, nih14, chexpert5, chexpert14, mimic, vindr, padchest, or names of findings separated
+    by commas; of classes the first is class 0.
+    """
     findings: str = ""
     """YAML file of findings and their regions, on top of the ready-made ones (nih); published: only the three of the
     paper.
@@ -189,10 +64,16 @@ class Config:
     """Of weights, order and augmentation."""
     patience: int = 30
     """Stop after so many epochs in a row without a better model."""
-    best: Literal["accuracy", "auc", "loss", "last"] = "accuracy"
+    best: Literal["accuracy", "auc", "loss", "last"] | None = None
     """What the model that is kept is best in, on val (loss: validation cross-entropy); last: the last epoch's, where
-    val is too small to choose by.
+    val is too small to choose by; empty: accuracy, or with several findings an image auc.
     """
+    sampler: Literal["shuffled", "balanced"] = "shuffled"
+    """shuffled: every image once an epoch; balanced: as many draws an epoch, equally many for each finding and for
+    none.
+    """
+    labels: LabelsConfig = field(default_factory=LabelsConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -266,9 +147,52 @@ class Config:
         if not 0 <= self.augment.scale < 1:
             found.append(f"--augment.scale {self.augment.scale}: must lie in [0, 1)")
         try:
-            task_findings(self.task)
+            names = self.classes
         except InputError as error:
-            found.append(str(error))
+            return [*found, str(error)]
+        return found + self._label_problems(names)
+
+    def _label_problems(self, names: tuple[str, ...]) -> list[str]:
+        """What is wrong with the settings of labels and their loss."""
+        labels, loss, found = self.labels, self.loss, []
+        for flag, text, read in (
+            ("--labels.uncertain", labels.uncertain, lambda: self.uncertain),
+            ("--loss.pos_weight", loss.pos_weight, lambda: self.pos_weight),
+        ):
+            try:
+                for name in read() or ():
+                    if name and known_as(name, names, flag) is None:
+                        found.append(
+                            f"{flag} {text}: {name} is no finding of --task {self.task}; {nearest(name, names)}"
+                        )
+            except InputError as error:
+                found.append(str(error))
+        if not re.fullmatch(r"youden|f1|(sensitivity|specificity)=(0?\.\d+|1|1\.0)", labels.operating_point):
+            found.append(
+                f"--labels.operating_point {labels.operating_point}: expected youden, f1, sensitivity=S or "
+                "specificity=S with S "
+                "from 0 "
+                "to 1, such as sensitivity=0.9"
+            )
+        if labels.kind == "any":
+            if self.best == "accuracy":
+                found.append("--best accuracy: is of one finding an image; take auc, loss or last")
+            if self.attention.form == "published":
+                found.append(
+                    "--attention.form published: is of one finding an image; take another with --labels.kind any"
+                )
+            return found
+        of_any = [("labels", name) for name in ("uncertain", "unmentioned", "operating_point")] + [("loss", "mean")]
+        for section, name in of_any:
+            if getattr(getattr(self, section), name) != getattr(type(getattr(self, section)), name):
+                value = getattr(getattr(self, section), name)
+                found.append(f"--{section}.{name} {value}: is of --labels.kind any")
+        if loss.kind == "asymmetric":
+            found.append("--loss.kind asymmetric: is of --labels.kind any; take bce or focal")
+        if loss.pos_weight != "none" and self.attention.form == "published":
+            found.append(
+                "--loss.pos_weight: the form published is a mean over images that all count alike; leave one out"
+            )
         return found
 
     def idle(self) -> list[str]:
@@ -314,6 +238,35 @@ class Config:
                 if getattr(self.swap, n) != getattr(Swap, n)
             ]
         return found
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The findings of the task. InputError: --task names none."""
+        return task_findings(self.task, self.labels.kind)
+
+    @property
+    def uncertain(self) -> dict[str, str]:
+        """What training makes of uncertain cells, by finding, "" for all others. InputError: no policy."""
+        text = CHEXPERT if self.labels.uncertain == "chexpert" else self.labels.uncertain
+        said = policy(text, "ignore|ones|zeros|smooth|smooth-zeros|drop", "--labels.uncertain")
+        if self.labels.uncertain == "chexpert":  # a preset: of findings that are in the task
+            said = {n: what for n, what in said.items() if not n or known_as(n, self.classes, "--task")}
+        return said
+
+    @property
+    def pos_weight(self) -> dict[str, float] | None:
+        """Weights of present cells by finding, "" for all others; None: balanced. InputError: neither."""
+        if self.loss.pos_weight in ("none", "balanced"):
+            return {} if self.loss.pos_weight == "none" else None
+        numbers = policy(self.loss.pos_weight, r"\d+(\.\d+)?|none|balanced", "--loss.pos_weight")
+        if {"none", "balanced"} & set(numbers.values()):
+            raise InputError(f"--loss.pos_weight {self.loss.pos_weight}: none and balanced are for all findings alike")
+        return {name: float(number) for name, number in numbers.items()}
+
+    @property
+    def chosen_by(self) -> str:
+        """See ``best``."""
+        return self.best or ("accuracy" if self.labels.kind == "one" else "auc")
 
     @property
     def plain(self) -> bool:

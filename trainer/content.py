@@ -18,6 +18,25 @@ class PerClass(TypedDict):
     support: int
 
 
+class OfFinding(TypedDict, total=False):
+    """Figures of one finding over its known cells (`trainer.multilabel.Cells`); those at the threshold only where there
+    is one.
+    """
+
+    positive: int
+    negative: int
+    unknown: int
+    auc: float
+    auc_95: Interval
+    auprc: float
+    threshold: float | None
+    sensitivity: float
+    specificity: float
+    ppv: float
+    npv: float
+    f1: float
+
+
 class Probe(TypedDict):
     """See `Evaluator.probe`; random: energy, lift, similarity, their intervals; None where nothing can be compared."""
 
@@ -30,9 +49,21 @@ class Probe(TypedDict):
 
 
 class Figures(TypedDict, total=False):
-    """Of a split: classification (`Task.figures`), localization by kind and finding (``all``: of all), the probe."""
+    """Of a split: classification (`Task.figures`), localization by kind and finding (``all``: of all), the probe.
+
+    Of several findings an image: auc, auprc and macro are means over the ``defined`` findings that have both present
+    and absent cells, micro is of all cells together, ``resampled`` says over what intervals are: patients or images.
+    """
 
     images: int
+    cells: int
+    auprc: float
+    defined: int
+    per_finding: dict[str, OfFinding]
+    macro: dict[str, float]
+    micro: dict[str, float]
+    chexpert5: float
+    resampled: str
     accuracy: float
     accuracy_95: Interval
     auc: float
@@ -68,7 +99,8 @@ class Training(TypedDict, total=False):
 
 class Content(TypedDict, total=False):
     """All of it. By split: images, the fingerprint of those measured or trained on; lungs_not_found, keys;
-    regions_replaced, how many. From val: iou_threshold, numbers of `metrics.THRESHOLDS`; threshold, of the probability.
+    regions_replaced, how many. From val: iou_threshold, numbers of `metrics.THRESHOLDS`; threshold, of the probability,
+    one or by finding.
     """
 
     findings: tuple[str, ...] | list[str]
@@ -80,7 +112,7 @@ class Content(TypedDict, total=False):
     lungs_not_found: dict[str, list[str]]
     regions_replaced: dict[str, int]
     iou_threshold: dict[str, int | None] | None
-    threshold: float | None
+    threshold: float | dict[str, float | None] | None
     val: Figures
     test: Figures
     config: dict[str, Any]

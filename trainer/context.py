@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from trainer.config import Swap
+from trainer.sections import Swap
 
 # Share of its sides by which the edges of a lung box may differ from another's, for a lesion to be in its place there.
 ALIKE = 0.2

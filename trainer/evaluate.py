@@ -32,6 +32,7 @@ from trainer.classifier import evaluating
 from trainer.command import parse
 from trainer.config import Config
 from trainer.content import Content, Measured, Training
+from trainer.drawing import short
 from trainer.launching import close, on_main, set_threads, start
 from trainer.look import look
 from trainer.lungs import LungFinder
@@ -39,7 +40,7 @@ from trainer.measure import Evaluator, Outcome
 from trainer.options import EvaluateConfig
 from trainer.regions.lesions import LesionRegions
 from trainer.report.figures import TILES, Tile
-from trainer.report.words import MEASURED, file_name, short, table
+from trainer.report.words import MEASURED, file_name, table
 from trainer.report.write import write_run
 from trainer.rules import Finding, to_yaml
 from trainer.run import evaluator_of, open_run, read_report, task_of
@@ -75,10 +76,10 @@ def tiles(evaluator: Evaluator, name: str) -> list[Tile]:
         for part in (seen.cam if seen.cam is not None else blank, seen.lungs if seen.lungs is not None else blank)
     )
     lesions = LesionRegions(split).regions(index, finding, raw.shape[-2:], evaluator.size).numpy()
-    probability, predicted = (of(seen.logits).cpu() for of in (task.probabilities, task.predicted))
+    probability = task.probabilities(seen.logits).cpu()
     result = []
-    for b, (k, guess) in enumerate(zip(finding.tolist(), predicted.tolist(), strict=True)):
-        title = f"{short(task.findings[k])}\npredicted {short(task.findings[guess])} {probability[b, guess]:.2f}"
+    for b, k in enumerate(finding.tolist()):
+        title = f"{short(task.findings[k])}\n{task.caption(probability[b], k)}"
         title += "" if cams[b].any() else ", no map"
         result.append(
             Tile(

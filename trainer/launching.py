@@ -16,10 +16,12 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list, gather_object, set_seed
 
 from shards.cores import cores
+from shards.dataset import Split
 from shards.errors import InputError
 from shards.joined import Samples
 from shards.loader import Loader
-from shards.plan import EpochPlan
+from shards.plan import BalancedPlan, EpochPlan
+from shards.targets import PRESENT
 
 __all__ = ["Accelerator", "start"]
 
@@ -201,6 +203,17 @@ def seen_by_all(accelerator: Accelerator, out: Path) -> None:
             f"--out {out}: {', '.join(blind)} does not see the main process's folder; give all machines one file "
             "system and put --out there"
         )
+
+
+def plan_of(sampler: str, split: Split, seed: int) -> EpochPlan:
+    """The epochs of training by ``--sampler``; groups that are balanced are the images of each finding, and those of
+    none.
+    """
+    if sampler == "shuffled":
+        return EpochPlan(split.shard_sizes(), seed)
+    there = split.targets() == PRESENT
+    groups = [np.flatnonzero(column) for column in (*there.T, ~there.any(1))]
+    return BalancedPlan(split.shard_sizes(), groups, seed)
 
 
 def loader_of(accelerator: Accelerator, samples: Samples, plan: EpochPlan, *, batch: int, workers: int) -> Loader:

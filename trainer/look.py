@@ -86,10 +86,11 @@ def look(
 
     Args:
         raw: on the device; index: see `locate`.
-        classes: int64 [B], whose CAM is taken; None: the predicted ones.
+        classes: int64 [B], whose CAM is taken, or M of each image [B,M]: then cam is [B,M,S,S]; None: the predicted
+            ones.
         finder: None: nothing is known of a region.
         regions: where findings are expected.
-        expect: int64 [B], the finding of ``regions`` that is expected; None: that whose CAM is taken.
+        expect: int64 [B], the finding of ``regions`` that is expected; None: that whose CAM is taken, of one an image.
         cam: take CAMs, where the model has a map.
         change: what becomes of the images before the model sees them.
     """
@@ -101,5 +102,8 @@ def look(
     if located.boxes is not None:
         expect = expect if expect is not None else classes if classes is not None else logits.argmax(1)
         expected = regions(expect, located.boxes, located.lungs if regions.uses_lungs else None)
-    seen_cam = None if raw_cam is None else normalize_cam(raw_cam, regions.size)
+    seen_cam = None
+    if raw_cam is not None:
+        side = (regions.size, regions.size)
+        seen_cam = normalize_cam(raw_cam.flatten(0, -3), regions.size).reshape(*raw_cam.shape[:-2], *side)
     return Seen(images, located.boxes, located.outlines, located.found, expected, logits, seen_cam, raw_cam)

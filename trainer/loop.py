@@ -1,4 +1,5 @@
 """The training loop: L = lambda * cross-entropy / images + (1 - lambda) * attention / positives, over all processes.
+With several findings an image, binary cross-entropy is divided by the number of known cells in place of images.
 
 Legend: B images of a process and micro-batch, W processes, K classes, S pixels of a side, h x w positions of the CAM.
 A step is `accumulate` micro-batches; its losses are divided by the counts of the whole step over all processes, so W
@@ -21,13 +22,12 @@ from tqdm import tqdm
 from shards import atomic
 from shards.errors import InputError, finite
 from shards.loader import Batch
-from shards.plan import EpochPlan
 from shards.sample import NO_FINDING
-from trainer.augment import SWAPS, augment, draw
+from trainer.augment import LABELS, PAIR, SWAPS, augment, draw
 from trainer.balance import StepSums
 from trainer.classifier import normalize_cam
 from trainer.context import swap_context
-from trainer.launching import loader_of, on_main, seed_step, share_buffers
+from trainer.launching import loader_of, on_main, plan_of, seed_step, share_buffers
 from trainer.look import locate
 from trainer.losses import attention_term
 from trainer.measure import validation_figures
@@ -42,7 +42,7 @@ from trainer.upload import Download, upload
 @dataclass
 class Prepared:
     """A micro-batch on the device: images float [B,1,S,S]; target int8 [B,K]; region float [B,S,S] in [0,1]; weight,
-    has_region float [B].
+    chance, has_region float [B].
     """
 
     images: torch.Tensor
@@ -50,7 +50,8 @@ class Prepared:
     attended: torch.Tensor  # int64 [B], the finding whose CAM is taken
     region: torch.Tensor  # where it is expected
     weight: torch.Tensor
-    has_region: torch.Tensor  # 1 where attention counts
+    chance: torch.Tensor  # the images' random numbers for their labels
+    has_region: torch.Tensor  # how many pairs attention counts, 0 or 1 with one finding an image
     swapped: torch.Tensor  # how many images got other surroundings, and how many there are: [2]
 
 
@@ -61,7 +62,7 @@ class Trainer(Training):
         super().__post_init__()
         config, device = self.config, self.accelerator.device
         split = self.splits["train"]
-        self.plan = EpochPlan(split.shard_sizes(), config.seed)
+        self.plan = plan_of(config.sampler, split, config.seed)
         self.loader = loader_of(self.accelerator, split, self.plan, batch=config.batch, workers=config.workers)
         self.rules: dict[str, Rule] = rules_of(self.findings)
         self.regions = Regions(split.classes, self.rules, config.size, device)
@@ -73,6 +74,7 @@ class Trainer(Training):
         if self.inside:
             self.inside.add(NO_FINDING)
         self.swaps = bool(self.inside or self.annotations) and config.swap_probability > 0
+        self.has_rule = torch.tensor([name in self.rules for name in split.classes])
         self.shows_outside = torch.tensor([name not in self.inside for name in split.classes], device=device)
 
     def train(self) -> None:
@@ -137,9 +139,14 @@ class Trainer(Training):
 
         # How many images and positives the whole step has, over all processes.
         own = torch.stack(
-            [torch.stack([self.task.counted(batch.target, batch.weight), batch.has_region.sum()]) for batch in batches]
+            [
+                torch.cat([self.task.counted(batch.target, batch.weight), batch.has_region.sum()[None]])
+                for batch in batches
+            ]
         ).sum(0)
-        images, positives = accelerator.reduce(own, "sum").clamp(min=1)
+        counts = accelerator.reduce(own, "sum")
+        shares = self.task.shares(counts[:-1])
+        images, positives = counts[:-1].sum().clamp(min=1), counts[-1].clamp(min=1)
 
         # One forward gives logits and CAM; the CAM's gradient goes through the head into the backbone.
         losses, norms = torch.zeros(2, 2, dtype=torch.float64, device=accelerator.device)
@@ -152,7 +159,7 @@ class Trainer(Training):
                     mode=config.attention.mode,
                     differentiable=not hard,
                 )
-                ce = self.task.loss(logits, batch.target, batch.weight)
+                ce = (self.task.loss(logits, batch.target, batch.weight, batch.chance) * shares).sum()
                 loss, term = lam * ce / images, torch.zeros_like(ce)
                 if attend:
                     per_image = attention_term(
@@ -174,7 +181,8 @@ class Trainer(Training):
         self.optimizer.step()
         self.optimizer.zero_grad()
         swapped = torch.stack([batch.swapped for batch in batches]).sum(0)
-        return torch.cat([losses, own.double(), norms, swapped.double()])
+        terms = torch.stack([own[:-1].sum(), own[-1]])
+        return torch.cat([losses, terms.double(), norms, swapped.double()])
 
     def prepare(self, batch: Batch, attend: bool) -> Prepared:
         """A batch on the device: resized, augmented together with its lung box, surroundings swapped, with the region
@@ -182,17 +190,19 @@ class Trainer(Training):
         """
         config, device = self.config, self.accelerator.device
         raw, target, weight = upload(batch.image, device), upload(batch.target, device), upload(batch.weight, device)
-        attended = self.task.attended(batch.target)  # the host knows it: lesion boxes are looked up by it
+        chances = draw(config.seed, self.state.epoch, batch.index)
+        # The host knows whose CAM is taken: lesion boxes are looked up by it.
+        pair = self.task.drawn(batch.target, self.places(batch.index), chances[:, PAIR])
         located = locate(
             self.accelerator, raw, batch.index, self.lungs["train"] if attend or self.swaps else None, config.size
         )
         lesions = (
-            self.annotations.regions(batch.index, attended, raw.shape[-2:], config.size, device)
+            self.annotations.regions(batch.index, pair.finding, raw.shape[-2:], config.size, device)
             if self.annotations
             else None
         )
-        attended = upload(attended, device)
-        draws = upload(draw(config.seed, self.state.epoch, batch.index), device)
+        attended, pairs, draws = (upload(x, device) for x in (*pair, chances))
+        chance = draws[:, LABELS]
         outlines = located.outlines if attend and self.regions.uses_lungs else None
         images, boxes, lesions, lungs = augment(
             located.images, draws, config.augment, boxes=located.boxes, masks=lesions, outlines=outlines
@@ -200,7 +210,14 @@ class Trainer(Training):
         if boxes is None:
             nothing = torch.zeros(len(images), 1, 1, device=device)
             return Prepared(
-                images, target, attended, nothing, weight, torch.zeros_like(weight), torch.zeros(2, device=device)
+                images,
+                target,
+                attended,
+                nothing,
+                weight,
+                chance,
+                torch.zeros_like(weight),
+                torch.zeros(2, device=device),
             )
         region = self.regions(attended, boxes, lungs).weight
         if lesions is not None:
@@ -210,12 +227,21 @@ class Trainer(Training):
             found = upload(located.found, device)
             inside = found & ~(self.task.may_show(target) & self.shows_outside).any(1)
             healthy = found & self.task.healthy(target)
+            if lesions is not None:  # what else an image may show must stay where it is
+                lesions = lesions & (self.task.may_show(target).sum(1) == 1)[:, None, None]
             images, lenders = swap_context(
                 images, boxes, inside, draws[:, SWAPS], self.swap, lesions=lesions, healthy=healthy, reach=self.reach
             )
             others = lenders != torch.arange(len(lenders), device=device)
             swapped = torch.stack([others.sum(), torch.ones_like(lenders).sum()]).float()
-        return Prepared(images, target, attended, region, weight, weight * has_region(region), swapped)
+        return Prepared(images, target, attended, region, weight, chance, weight * pairs * has_region(region), swapped)
+
+    def places(self, index: torch.Tensor) -> torch.Tensor:
+        """In which images it is known where which finding is: bool [B,K], or [K] where the images do not matter."""
+        if self.annotations is None:
+            return self.has_rule
+        drawn = self.annotations.has(index)
+        return drawn if self.config.attention.region == "annotation" else drawn | self.has_rule
 
     def tell_balance(self, sums: torch.Tensor) -> None:
         """Give lambda the sums of the step before, which have arrived on the host, and send those of this step on their
@@ -274,7 +300,7 @@ class Trainer(Training):
         self.balance.validated(figures["val_loss"])
         self.schedule.validated(figures["val_weighted" if config.optim.watch == "weighted" else "val_loss"])
         state.since_best += 1
-        score = score_of(figures, config.best, state.epoch)
+        score = score_of(figures, config.chosen_by, state.epoch)
         if score > state.best or state.best_epoch < 0:  # the first in any case: what its figures lack, weights have
             state.best, state.best_epoch, state.since_best = score, state.epoch, 0
             stored, precision = stored_as(self.splits["train"]), accelerator.mixed_precision
@@ -294,7 +320,7 @@ class Trainer(Training):
 def score_of(figures: dict[str, Any], best: str, epoch: int) -> float:
     """By what ``--best`` chooses: the larger, the better; an undefined figure is the worst."""
     kinds = {
-        "accuracy": figures["val_accuracy"],
+        "accuracy": figures.get("val_accuracy", math.nan),
         "auc": figures["val_auc"],
         "loss": -figures["val_loss"],
         "last": epoch,

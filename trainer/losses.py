@@ -4,6 +4,8 @@ divides, over all processes.
 Legend: cam float [B,S,S] in [0,1]; region bool, or weights float in [0,1], [B,S,S].
 """
 
+from functools import lru_cache
+
 import torch
 
 SHARPNESS = 0.1  # width of the sigmoid that softens "cam > threshold" in `coverage`
@@ -13,6 +15,12 @@ TINY = 1e-6  # a map whose total is below this is no map
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     """Half precision becomes float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+@lru_cache(maxsize=64)
+def constant(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """Numbers on a device, float32; copied there once, so that no step waits for them."""
+    return torch.tensor(values, device=device)
 
 
 def attention_term(cam: torch.Tensor, region: torch.Tensor, threshold: float, form: str) -> torch.Tensor:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch.nn import functional as F
@@ -12,7 +13,6 @@ from shards.dataset import Split
 from shards.loader import Batch, Loader
 from shards.plan import EpochPlan
 from trainer.classifier import FocusClassifier, evaluating, normalize_cam
-from trainer.config import AttentionConfig
 from trainer.content import Figures, Probe
 from trainer.gather import Table
 from trainer.launching import loader_of
@@ -33,7 +33,8 @@ from trainer.probe import blurred, probed, random_twin
 from trainer.regions.lesions import LesionRegions, attended_regions
 from trainer.regions.place import PUBLISHED, Regions, has_region
 from trainer.rules import Rule
-from trainer.task import Pairs, Task
+from trainer.sections import AttentionConfig
+from trainer.task import Pairs, Point, Task
 
 
 @dataclass
@@ -45,9 +46,10 @@ class Outcome:
     against the expected region (where its weight is a half or more), against what it was as a part of the lung box (the
     published region, else the rule's own part), and against lesion boxes, NaN where there is no such ground truth;
     replaced bool [P], whether that part stands in for the region; similarity float [P], rank correlation with the CAM
-    of a twin, NaN without one.
+    of a twin, NaN without one; split: whose images they are.
     """
 
+    split: Split
     task: Task
     logits: torch.Tensor
     target: torch.Tensor
@@ -69,7 +71,17 @@ class Outcome:
         """For each kind which of `metrics.THRESHOLDS` gives the best mean IoU here."""
         return {kind: best_threshold(table[measured(table)]) for kind, table in self.tables().items()}
 
-    def operating_point(self) -> float | None:
+    def patients(self) -> np.ndarray | None:
+        """A number of the patient of each image, int64 [N]; one of whom nobody knows is a patient of its own. None: of
+        no image it is known.
+        """
+        ids = self.split.ids()
+        if not ids["patient"].any():
+            return None
+        own = np.where(ids["patient"] == 0, ids["key"], ids["patient"])
+        return np.unique(own, return_inverse=True)[1]
+
+    def operating_point(self) -> Point:
         """See `Task.operating_point`."""
         return self.task.operating_point(self.logits, self.target)
 
@@ -78,12 +90,15 @@ class Outcome:
         return self.task.auc(self.logits, self.target)
 
     def report(
-        self, *, intervals: bool = False, chosen: dict[str, int | None] | None = None, threshold: float | None = None
+        self, *, intervals: bool = False, chosen: dict[str, int | None] | None = None, threshold: Point = None
     ) -> Figures:
         """Classification and localization figures; from validation ``chosen``, thresholds of the IoU, and
         ``threshold``, of the probability.
         """
-        figures = cast(Figures, self.task.figures(self.logits, self.target, point=threshold, intervals=intervals))
+        of_labels = self.task.figures(
+            self.logits, self.target, point=threshold, intervals=intervals, groups=self.patients
+        )
+        figures = cast(Figures, of_labels)
         figures["localization"] = {}
         for kind, table in self.tables().items():
             at = (chosen or {}).get(kind)
@@ -231,6 +246,7 @@ class Evaluator:
                         of_pairs.write(pair, own & has_pair, figures, known)
         of = of_pairs.gather(self.accelerator) if cams else of_pairs.nothing()
         return Outcome(
+            split=split,
             task=self.task,
             logits=images.gather(self.accelerator)["logits"].float(),
             target=target,
@@ -318,7 +334,9 @@ class Evaluator:
         auc, drops = seen.auc(), []
         for where in ("outside", "inside"):
             changed = self.measure(name, cams=False, blur=where)
-            drops.append((auc - changed.auc(), self.task.auc_interval(seen.logits, seen.target, changed.logits)))
+            drops.append(
+                (auc - changed.auc(), self.task.auc_interval(seen.logits, seen.target, changed.logits, seen.patients))
+            )
         twin = random_twin(self.model, self.seed).to(self.accelerator.device)
         other = replace(self, model=twin)
         other.loaders = self.loaders
@@ -353,11 +371,7 @@ def _grays(cam: torch.Tensor) -> torch.Tensor:
 def validation_figures(outcome: Outcome, lam: float, attention: AttentionConfig) -> dict[str, Any]:
     """Accuracy, AUC, cross-entropy; with attention also its term, the weighted loss and the energy in the region."""
     report = outcome.report()
-    figures: dict[str, Any] = {
-        "val_accuracy": report["accuracy"],
-        "val_auc": report["auc"],
-        "val_loss": report["loss"],
-    }
+    figures: dict[str, Any] = {f"val_{name}": report[name] for name in ("accuracy", "auc", "loss") if name in report}
     known = ~outcome.term.isnan()
     if known.any():
         term = outcome.term[known].sum() / (len(outcome.logits) if attention.form == "published" else known.sum())

@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass, field
 
-from trainer.config import Painting, Strength
+from trainer.sections import Painting, Strength
 
 
 @dataclass

@@ -28,6 +28,7 @@ from shards.files import walk
 from shards.pixels import IMAGE_SUFFIXES, Frame, fit, is_dicom, load_image
 from shards.sample import clean_key
 from trainer.command import parse, positionals
+from trainer.drawing import short
 from trainer.launching import set_threads, start
 from trainer.look import look
 from trainer.lungs import LungFinder
@@ -41,6 +42,9 @@ from trainer.run import open_run, read_report, task_of
 
 def main(argv: list[str] | None = None) -> None:
     """One JSON line on standard output for each image, in order; messages go to standard error.
+
+    Of several findings an image ``predicted`` are those from their thresholds on, which val chose, ``cam_of`` the same
+    (the most probable one where there is none), and ``energy_in_region`` is by finding.
 
     ``lung_box`` is x0 y0 x1 y1 in pixels of the image file, ends exclusive; it and ``energy_in_region`` are null where
     no lungs were found, the energy also where the CAM is zero everywhere.
@@ -66,7 +70,12 @@ def main(argv: list[str] | None = None) -> None:
     findings = task.findings
     if options.look_at and options.look_at not in findings:
         raise InputError(f"--look_at {options.look_at}: is no finding of the run; {nearest(options.look_at, findings)}")
-    images = named(names)
+    images = named_files(names)
+    point = read_report(Path(options.run)).get("threshold")
+    if task.several and not point:
+        print(
+            f"{options.run} has no thresholds yet, which its report chooses: nothing is called present", file=sys.stderr
+        )
     set_threads()
     accelerator = start(config.seed, opened.precision)
     device = accelerator.device
@@ -92,18 +101,25 @@ def main(argv: list[str] | None = None) -> None:
             continue
         raw = torch.from_numpy(fit(image, side, aspect).copy())[None, None].to(device)  # as packed for training
         index = torch.tensor([number])
-        wanted = torch.tensor([findings.index(options.look_at)], device=device) if options.look_at else None
-        seen = look(accelerator, model, raw, index, wanted, finder, regions, None)
+        # One forward, and the map of every finding.
+        every = torch.arange(len(findings), device=device)[None]
+        seen = look(accelerator, model, raw, index, every, finder, regions, index * 0)
         probability = task.probabilities(seen.logits)[0].tolist()
-        predicted = findings[int(task.predicted(seen.logits)[0])]
-        shown = options.look_at or predicted
+        named = task.named(seen.logits, point)[0]
+        shown = [options.look_at] if options.look_at else named or [findings[int(task.predicted(seen.logits)[0])]]
         found, outlined = bool(seen.found[0]), seen.lungs
         box = seen.boxes[0] if seen.boxes is not None and found else None
-        region = seen.region[0].cpu() if found else torch.zeros(size, size, dtype=torch.bool)
-        cam = seen.cam[0].float().cpu() if seen.cam is not None else torch.zeros(size, size)
-        line: dict[str, Any] = {"image": str(path), "predicted": predicted}
+        nothing = torch.zeros(size, size)
+        cams = {n: seen.cam[0, findings.index(n)].float().cpu() if seen.cam is not None else nothing for n in shown}
+        places = dict.fromkeys(shown, nothing > 0)
+        if found and seen.boxes is not None:
+            places = {
+                name: regions(torch.tensor([findings.index(name)]), seen.boxes, outlined).region[0].cpu()
+                for name in shown
+            }
+        line: dict[str, Any] = {"image": str(path), "predicted": named if task.several else named[0]}
         line["probability"] = {name: round(p, 6) for name, p in zip(findings, probability, strict=True)}
-        line["cam_of"] = shown if seen.cam is not None else None
+        line["cam_of"] = _one(shown, task.several) if seen.cam is not None else None
         if finder is not None:
             # In pixels of the file, so that it can be drawn on the original.
             share = (
@@ -112,38 +128,56 @@ def main(argv: list[str] | None = None) -> None:
             line["lung_box"] = (
                 [round(v * s) for v, s in zip(share, image.shape[::-1] * 2, strict=True)] if share is not None else None
             )
-            if shown in rules:
-                energy = (
-                    float((cam * region).sum()) / float(cam.sum())
-                    if cam.sum() > 0 and has_region(region[None])
-                    else None
-                )
-                line["energy_in_region"] = round(energy, 6) if energy is not None else None
+            energies = {name: energy_in(cams[name], places[name]) for name in shown if name in rules}
+            if task.several:
+                line["energy_in_region"] = energies
+            elif energies:
+                line["energy_in_region"] = energies[shown[0]]
         lost = finder is not None and not found
         if lost:
             print(
                 f"warning: no lungs were found in {path}: is it a frontal chest radiograph? Its figures mean little",
                 file=sys.stderr,
             )
-        if seen.cam is not None and not cam.any():
-            print(f"warning: the CAM of {shown} is zero everywhere in {path}: it lies nowhere", file=sys.stderr)
+        for name in shown:
+            if seen.cam is not None and not cams[name].any():
+                print(f"warning: the CAM of {name} is zero everywhere in {path}: it lies nowhere", file=sys.stderr)
         name = file_name(clean_key(path.stem))
         while name in taken:
             name += "_"
         taken.add(name)
         overlay = out / f"{name}.png"
-        title = (
-            f"{printable(path.name)}\n{predicted} {max(probability):.2f}, CAM of "
-            f"{shown}{', no lungs found' if lost else ''}"
-        )
         pixels = seen.images[0, 0].float().cpu().numpy()
         lungs = outlined[0].cpu().numpy() if found and outlined is not None else np.zeros((size, size), bool)
-        tile = Tile(title, pixels, cam.numpy(), region.numpy(), np.zeros((size, size), bool), lungs)
-        atomic.write(overlay, png(panel([tile], cam_of=shown), dpi=150))
+        tiles = []
+        for one in shown:
+            title = f"{printable(path.name)}\n"
+            title += (
+                f"{short(one)} {probability[findings.index(one)]:.2f}{'' if named else ', none above its threshold'}"
+                if task.several
+                else f"{named[0]} {max(probability):.2f}, CAM of {one}"
+            )
+            title += ", no lungs found" if lost else ""
+            tiles.append(
+                Tile(title, pixels, cams[one].numpy(), places[one].numpy(), np.zeros((size, size), bool), lungs)
+            )
+        atomic.write(overlay, png(panel(tiles, cam_of="each finding" if task.several else shown[0]), dpi=150))
         line["overlay"] = str(overlay)
         print(json.dumps(line), flush=True)
     if bad:
         raise InputError(f"{len(bad)} of {len(images)} images could not be used: {'; '.join(bad)}")
+
+
+def _one(names: list[str], several: bool) -> list[str] | str:
+    """As it is written: a list, or with one finding an image its one name."""
+    return names if several else names[0]
+
+
+def energy_in(cam: torch.Tensor, region: torch.Tensor) -> float | None:
+    """The share of a CAM [S,S] in a region bool [S,S]; None where there is neither."""
+    if not (cam.sum() > 0 and has_region(region[None])):
+        return None
+    return round(float((cam * region).sum()) / float(cam.sum()), 6)
 
 
 def unfinished(folder: Path) -> bool:
@@ -153,7 +187,7 @@ def unfinished(folder: Path) -> bool:
     return True
 
 
-def named(names: Sequence[str]) -> list[Path]:
+def named_files(names: Sequence[str]) -> list[Path]:
     """Image files by name, by folder (all images in it, sorted) and by pattern. InputError: there are none."""
     images: list[Path] = []
     missing = []

@@ -22,7 +22,8 @@ from typing import Any
 import yaml
 
 from shards.errors import InputError, listed, nearest, read_yaml
-from shards.sample import NO_FINDING, TASKS
+from shards.names import known_as, lists, same_as
+from shards.sample import NO_FINDING
 
 READY = Path(__file__).with_name("findings")  # ready-made files
 DEFAULT = "nih"
@@ -259,19 +260,26 @@ def rules_of(findings: Findings) -> dict[str, Rule]:
     return {name: finding.rule for name, finding in findings.items() if finding.rule is not None}
 
 
-def task_findings(task: str) -> tuple[str, ...]:
-    """The finding of each class of a task: one of `TASKS`, or at least two names separated by commas."""
-    if task in TASKS:
-        return TASKS[task]
-    names = tuple(name.strip() for name in task.split(","))
-    if len(names) < 2:
-        raise InputError(
-            f"--task {task}: unknown; {nearest(task, TASKS)}; or name two findings or more: --task 'No "
-            "Finding,Cardiomegaly'"
-        )
-    if len(set(names)) < len(names) or not all(names):
+def of_task(findings: Findings, names: Iterable[str]) -> dict[str, Finding]:
+    """Those of the names that are known, under one name or another of the same finding."""
+    known = {name: name if name in findings else known_as(name, findings, "--findings") for name in names}
+    return {name: findings[other] for name, other in known.items() if other is not None}
+
+
+def task_findings(task: str, kind: str = "one") -> tuple[str, ...]:
+    """The findings of a task: a ready-made list (`shards.names.lists`), or names separated by commas.
+
+    Args:
+        kind: ``one``: the findings are classes, at least two, as they stand; ``any``: No Finding is left out.
+    """
+    ready = lists()
+    names = ready.get(task) or tuple(name.strip() for name in task.split(","))
+    if task not in ready and len(names) < 2 and (kind == "one" or names[0] in ("", NO_FINDING)):
+        more = "'No Finding,Cardiomegaly'" + ("" if kind == "one" else ", or one finding at least")
+        raise InputError(f"--task {task}: unknown; {nearest(task, ready)}; or name two findings or more: --task {more}")
+    if not all(names) or len({same_as(name) for name in names}) < len(names):
         raise InputError(f"--task {task}: expected different names of findings, separated by commas")
-    return names
+    return names if kind == "one" else tuple(name for name in names if name != NO_FINDING)
 
 
 def without_rule(names: Sequence[str], rules: Iterable[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """A run folder: the names of its files, writing its model, opening it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from shards.dataset import Split
 from shards.errors import InputError, read_json
+from shards.names import known_as
 from trainer.checkpoint import save_weights
 from trainer.classifier import FocusClassifier
 from trainer.command import from_yaml
@@ -21,8 +22,9 @@ from trainer.lungs.load import load_segmenter
 from trainer.lungs.memory import LungFinder
 from trainer.lungs.segmenter import LungSegmenter
 from trainer.measure import Evaluator
-from trainer.rules import Finding, read_file, read_findings, rules_of, task_findings
-from trainer.task import OneOf, Task
+from trainer.rules import Finding, of_task, read_file, read_findings, rules_of
+from trainer.task import AnyOf, OneOf, Task
+from trainer.task.any_of import by_finding
 
 MODEL, LUNGS, FINDINGS = "model.safetensors", "lungs.safetensors", "findings.yaml"
 
@@ -38,7 +40,8 @@ def save_model(
     """
     metadata = {
         "backbone": config.backbone,
-        "findings": json.dumps(task_findings(config.task)),
+        "findings": json.dumps(config.classes),
+        "labels": config.labels.kind,
         "layer": config.attention.layer,
         "size": str(config.size),
         "stored_size": str(stored["size"]),
@@ -87,7 +90,7 @@ def open_run(path: Path) -> Run:
             "layer": config.attention.layer,
             "needs_map": False,
         }
-        model = FocusClassifier(config.backbone, len(task_findings(config.task)), **options)
+        model = FocusClassifier(config.backbone, len(config.classes), **options)
         model.load_state_dict(load_file(path / MODEL))
     except (SafetensorError, OSError, RuntimeError) as error:
         why = " ".join(str(error).split())[:200]
@@ -95,7 +98,7 @@ def open_run(path: Path) -> Run:
             f"{path / MODEL}: does not fit the run's config.yaml ({why}); was one of the two changed?"
         ) from error
     trained = json.loads(metadata.get("findings", "[]"))
-    if trained and tuple(trained) != task_findings(config.task):
+    if trained and tuple(trained) != config.classes:
         raise InputError(
             f"{path / MODEL}: was trained for {', '.join(trained)}, config.yaml says {config.task}; was it changed?"
         )
@@ -107,12 +110,33 @@ def run_findings(path: Path, config: Config) -> dict[str, Finding]:
     """The findings of a run: its own copy, or, for a run from before there were such copies, the published ones."""
     own = path / FINDINGS
     known = read_file(own) if own.is_file() else read_findings("published")
-    return {name: known[name] for name in task_findings(config.task) if name in known}
+    return of_task(known, config.classes)
 
 
 def task_of(config: Config, findings: Mapping[str, Finding]) -> Task:
     """What labels are to a run."""
-    return OneOf(task_findings(config.task), [name for name, finding in findings.items() if finding.images == "any"])
+    names, weights = config.classes, config.pos_weight
+    if config.labels.kind == "any":
+        uncertain = {known_as(name, names, "") or name: what for name, what in config.uncertain.items()}
+        return AnyOf(
+            names,
+            by_finding(uncertain, names),
+            config.labels.unmentioned,
+            config.loss.mean,
+            config.loss.kind,
+            weights and _each(weights, names),
+            config.labels.operating_point,
+        )
+    among = [name for name, finding in findings.items() if finding.images == "any"]
+    if weights and "" in weights:  # of every class but the first
+        weights = {names[0]: 1.0} | weights
+    return OneOf(names, among, weights=weights and _each(weights, names), focal=config.loss.kind == "focal")
+
+
+def _each(weights: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+    """Spelt out for each finding."""
+    own = {known_as(name, names, "") or name: weight for name, weight in weights.items()}
+    return {name: own.get(name, own.get("", 1.0)) for name in names}
 
 
 def read_report(folder: Path) -> Content:

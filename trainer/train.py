@@ -61,7 +61,7 @@ def conclude(trainer: Trainer) -> None:
         "epochs": state.epoch,
         "step": state.step,
         "best_epoch": state.best_epoch + 1,
-        "best": config.best,
+        "best": config.chosen_by,
         "images_per_s": state.images / max(state.seconds, 1e-9),
         "processes": acc.num_processes,
         "precision": acc.mixed_precision,

@@ -16,6 +16,7 @@ from shards.errors import InputError
 from trainer import checkpoint
 from trainer.balance import Balance, StepSums
 from trainer.classifier import FocusClassifier
+from trainer.command import flat
 from trainer.config import Config
 from trainer.launching import on_main
 from trainer.lungs.memory import LungFinder
@@ -187,7 +188,8 @@ class Training:
             "lungs.weights": "another --lungs.weights",
             "findings": "other rules of its findings",
         }
-        checkpoint.refuse_other(out, content["identity"], self.identity, words)
+        before = flat(asdict(Config(shards="", out="")))  # what the run's version had no setting for was as it is now
+        checkpoint.refuse_other(out, before | content["identity"], self.identity, words)
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.schedule.load_state_dict(content["schedule"])

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from trainer.config import Painting
+from trainer.sections import Painting
 
 # How often each is drawn
 NEGATIVES = {

@@ -19,11 +19,11 @@ from shards.errors import CommandParser, InputError, command_line, listed
 from shards.pixels import fit, load_image
 from shards.sample import EFFUSION, NO_FINDING
 from trainer.augment import lung_masks
-from trainer.config import Swap
 from trainer.drawing import LESION, LUNGS, REGION
 from trainer.lungs import load_segmenter
 from trainer.regions.place import Regions, between, wider
 from trainer.rules import BOX, LIMIT, Finding, Rectangle, Rule, read_file, read_findings, to_yaml
+from trainer.sections import Swap
 
 SIZE = 512
 BEYOND = Swap.dilate  # how far beyond the lung box a region may reach, in shares of its sides, to count as inside

@@ -35,15 +35,26 @@ class LesionRegions:
             order = np.random.default_rng([seed, len(split)]).permutation(with_boxes)
             self.used = np.sort(order[: math.ceil(share * len(with_boxes) - 1e-9)])
 
+    def has(self, index: torch.Tensor) -> torch.Tensor:
+        """Which findings have boxes in which images: bool [B,K]; ``index`` int64 [B] on the CPU."""
+        every, found = self.split.lesions(), np.zeros((len(index), len(self.split.classes)), bool)
+        for b, position in enumerate(index.tolist()):
+            if self._used(position):
+                first, last = np.searchsorted(every.position, [position, position + 1]).tolist()
+                found[b, every.finding[first:last]] = True
+        return torch.from_numpy(found)
+
+    def _used(self, position: int) -> bool:
+        if not self.limited:
+            return True
+        at = int(np.searchsorted(self.used, position))
+        return at < len(self.used) and bool(self.used[at] == position)
+
     def boxes(self, position: int, finding: int) -> list[Box]:
         """The boxes of a finding in an image, x0 y0 x1 y1 in pixels of the stored image; none where the image is not
         used.
         """
-        if self.limited:
-            at = np.searchsorted(self.used, position)
-            if at == len(self.used) or self.used[at] != position:
-                return []
-        return self.split.lesion_boxes(position, finding)
+        return self.split.lesion_boxes(position, finding) if self._used(position) else []
 
     def regions(
         self,

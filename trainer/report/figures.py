@@ -10,12 +10,11 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from sklearn.metrics import roc_curve
+from sklearn.metrics import precision_recall_curve, roc_curve
 
 from shards.dataset import Split
-from trainer.drawing import LESION, LUNGS, REGION
+from trainer.drawing import LESION, LUNGS, REGION, short
 from trainer.measure import Outcome
-from trainer.report.words import short
 
 TILES = 12
 
@@ -88,17 +87,18 @@ def draw(ax: Any, tile: Tile) -> None:
 
 
 def curves(history: list[dict[str, Any]], outcomes: dict[str, Outcome], findings: Sequence[str]) -> Figure:
-    """Losses, lambda and validation figures by epoch, and the ROC of each split; ``findings`` names the classes, class
-    0 first.
+    """Losses, lambda and validation figures by epoch, then ROC and precision-recall of each split; ``findings`` names
+    them, of classes class 0 first. Of many findings those of the last split alone.
     """
-    figure = Figure(figsize=(13, 3.2), layout="constrained")
-    axes = figure.subplots(1, 4)
+    figure = Figure(figsize=(16, 3.2), layout="constrained")
+    axes = figure.subplots(1, 5)
     epochs = [line for line in history if "val_loss" in line]
     steps = [line for line in history if "ce" in line]
     axes[0].set_title("cross-entropy")
     axes[1].set_title("attention loss and lambda")
     axes[2].set_title("validation")
     axes[3].set_title("ROC")
+    axes[4].set_title("precision and recall")
     axes[0].plot([line["position"] for line in steps], [line["ce"] for line in steps], lw=0.8, label="train")
     axes[0].plot([line["epoch"] + 1 for line in epochs], [line["val_loss"] for line in epochs], "o-", ms=3, label="val")
     attended = [line for line in steps if line.get("attention") is not None]
@@ -120,13 +120,16 @@ def curves(history: list[dict[str, Any]], outcomes: dict[str, Outcome], findings
             )
     for split, outcome in outcomes.items():
         scored = list(outcome.task.scored(outcome.logits, outcome.target))
+        if len(scored) > 4 and split != list(outcomes)[-1]:
+            continue
         for finding, truth, score in scored:
             if 0 < truth.sum() < len(truth):
-                fpr, tpr, _ = roc_curve(truth.numpy(), score.numpy())
-                axes[3].plot(
-                    fpr, tpr, lw=1, label=split if len(scored) == 1 else f"{split}, {short(findings[finding])}"
-                )
-    for ax, label in zip(axes, ("epoch", "epoch", "epoch", "1 - specificity"), strict=True):
+                false, true, _ = roc_curve(truth.numpy(), score.numpy())
+                precision, recall, _ = precision_recall_curve(truth.numpy(), score.numpy())
+                name = split if len(scored) == 1 else f"{split}, {short(findings[finding])}"
+                axes[3].plot(false, true, lw=1, label=name)
+                axes[4].plot(recall, precision, lw=1)
+    for ax, label in zip(axes, ("epoch", "epoch", "epoch", "1 - specificity", "recall"), strict=True):
         ax.set_xlabel(label)
         ax.grid(alpha=0.3)
         if ax.get_legend_handles_labels()[0]:

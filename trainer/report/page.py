@@ -3,16 +3,19 @@
 import json
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from markupsafe import Markup
 
 from trainer.content import Content, Figures, Found, Measured
+from trainer.multilabel import AT_POINT
 from trainer.report.template import render, small
 from trainer.report.words import (
     CAUTION,
     KINDS,
     LOCALIZATION_WORDS,
     MEANING,
+    NO_INTERVAL,
     SUMMARY,
     notes,
     shown_split,
@@ -64,8 +67,20 @@ def page(title: str, runs: dict[str, Content], pictures: dict[str, dict[str, byt
         summary=rows,
         meanings={name: meaning for name, meaning in MEANING.items() if name in shown},
         caution=CAUTION,
+        cells=_of_what(first[split]) if "per_finding" in first[split] else "",
         runs=each,
         text=text,
+    )
+
+
+def _of_what(figures: Figures) -> str:
+    """What the figures of several findings an image are over."""
+    return (
+        f"Of each finding over the images where it is known, {figures['cells']} cells in all; uncertain ones are "
+        "unknown, "
+        "whatever training made of them. Thresholds are those that val chose. Means are over the "
+        f"{figures['defined']} of {len(figures['per_finding'])} findings of which there are images with and without. "
+        f"Intervals of AUC resample {figures['resampled']}."
     )
 
 
@@ -119,16 +134,18 @@ def _training(content: Content) -> str:
 
 
 def _tables(content: Content, split: Measured) -> list[Rows]:
-    """Of each finding, of localization, of the confusion, and of the operating point of a binary task."""
+    """Of each finding, of localization; of one finding an image also of the confusion and the operating point."""
     figures = content[split]
-    tables = [_by_finding(content["findings"], figures)]
+    several = "per_finding" in figures
+    tables = [_of_cells(figures) if several else _by_finding(content["findings"], figures)]
     for kind, what in KINDS.items():
         if found := figures["localization"].get(kind, {}).get("all"):
             tables.append(_localization(found, f"{what}, {found['images']} images{without_map(found)}"))
-    confusion: list[list[Cell]] = [
-        [name, *map(str, line)] for name, line in zip(content["findings"], figures["confusion"], strict=True)
-    ]
-    tables.append((["is \\ predicted", *content["findings"]], confusion))
+    if not several:
+        confusion: list[list[Cell]] = [
+            [name, *map(str, line)] for name, line in zip(content["findings"], figures["confusion"], strict=True)
+        ]
+        tables.append((["is \\ predicted", *content["findings"]], confusion))
     if "binary" in figures:
         names = {"sensitivity": "sensitivity", "specificity": "specificity", "ppv": "PPV", "youden": "Youden's index"}
         points = [("predicted class, 0.5", figures["binary"])]
@@ -139,6 +156,43 @@ def _tables(content: Content, split: Measured) -> list[Rows]:
         ]
         tables.append(([f"{content['findings'][1]} from a probability of", *names.values()], rows))
     return tables
+
+
+def _of_cells(figures: Figures) -> Rows:
+    """A row a finding, over the images where it is known; then their mean, and all of them together."""
+    places = (("expected", "region"), ("lesion", "lesion"))
+    head = ["finding", "present", "absent", "unknown", "AUC", "AUPRC", "threshold", *map(_upper, AT_POINT)]
+    head += [f"{what} {where}" for _, where in places for what in ("energy in", "pointing at")]
+    rows: list[list[Cell]] = []
+    for name, row in figures["per_finding"].items():
+        cells: list[Cell] = [name, *(str(row[n]) for n in ("positive", "negative", "unknown"))]  # type: ignore[literal-required]
+        cells += [
+            _figure((row["auc"], row.get("auc_95", NO_INTERVAL))),
+            _number(row["auprc"]),
+            _number(row["threshold"]),
+        ]
+        cells += [_number(dict[str, Any](row).get(n)) for n in AT_POINT]
+        for kind, _ in places:
+            found = figures["localization"].get(kind, {}).get(name)
+            cells += [_figure((found[f], found[f"{f}_95"])) if found else NOTHING for f in ("energy", "pointing")]
+        rows.append(cells)
+    macro, micro = figures["macro"], figures["micro"]
+    mean: list[Cell] = [f"mean of {figures['defined']} of {len(rows)}", "", "", ""]
+    mean += [_figure((figures["auc"], figures.get("auc_95", NO_INTERVAL))), _number(figures["auprc"]), ""]
+    together: list[Cell] = ["all cells together", "", "", "", _number(micro["auc"]), _number(micro["auprc"]), ""]
+    for cells, of in ((mean, macro), (together, micro)):
+        cells += [_number(of.get(n)) for n in AT_POINT] + [""] * 4
+    rows += [mean, together]
+    kept = [i for i in range(len(head)) if i < 12 or any(row[i] not in (NOTHING, "") for row in rows)]
+    return [head[i] for i in kept], [[row[i] for i in kept] for row in rows]
+
+
+def _upper(name: str) -> str:
+    return name if len(name) > 3 else name.upper()
+
+
+def _number(value: float | None) -> Cell:
+    return NOTHING if value is None or math.isnan(value) else f"{value:.3f}"
 
 
 def _by_finding(findings: Sequence[str], figures: Figures) -> Rows:

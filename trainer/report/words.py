@@ -43,9 +43,9 @@ def printable(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-def short(name: str) -> str:
-    """A name for a picture, where a long one would leave no room for the rest."""
-    return name if len(name) <= 28 else f"{name[:27]}\u2026"
+def is_published_kind(content: Content) -> bool:
+    """Whether a report is of one finding an image, as the published text report is."""
+    return all("per_class" in content[split] for split in MEASURED if split in content)
 
 
 def text_report(content: Content) -> str:
@@ -180,6 +180,8 @@ PROBES = (
 SUMMARY = (
     "accuracy",
     "AUC",
+    "AUPRC",
+    "AUC, CheXpert's five",
     "energy in region",
     "lift over area",
     "pointing hit",
@@ -188,7 +190,13 @@ SUMMARY = (
     *PROBES,
 )
 
+NO_INTERVAL = [math.nan, math.nan]
+
 MEANING = {
+    "AUPRC": "area under the precision-recall curve, the mean over the findings of which there are both images with "
+    "and "
+    "without; what guessing gets is the share of images with the finding",
+    "AUC, CheXpert's five": "mean over Atelectasis, Cardiomegaly, Consolidation, Edema and Pleural Effusion",
     "energy in region": "share of the CAM's sum that lies in the region where the finding is expected (green; where "
     "its weight is a half or more), "
     "mean over the images of a finding",
@@ -229,8 +237,10 @@ def summary(content: Content) -> list[tuple[float, list[float]] | None]:
     """The figures of `SUMMARY`, each with its 95% interval; None where there is no ground truth."""
     figures = content[shown_split(content)]
     pairs: list[tuple[float, list[float]] | None] = [
-        (figures["accuracy"], figures["accuracy_95"]),
+        (figures["accuracy"], figures["accuracy_95"]) if "accuracy" in figures else None,
         (figures["auc"], figures["auc_95"]),
+        (figures["auprc"], NO_INTERVAL) if "auprc" in figures else None,
+        (figures["chexpert5"], NO_INTERVAL) if "chexpert5" in figures else None,
     ]
     for kind, names in (("expected", ("energy", "lift", "pointing")), ("lesion", ("energy", "pointing"))):
         found = figures["localization"][kind]["all"]

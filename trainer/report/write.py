@@ -14,11 +14,13 @@ from shards.errors import InputError, finite
 from trainer.checkpoint import read_lines
 from trainer.config import Config
 from trainer.content import Content
+from trainer.drawing import short
 from trainer.measure import Outcome
 from trainer.metrics import LOCALIZATION, measured
 from trainer.report.figures import TILES, Tile, curves, panel, png, without_lungs
 from trainer.report.page import page
-from trainer.report.words import short, text_name, text_report
+from trainer.report.words import is_published_kind, text_name, text_report
+from trainer.task import Point
 
 
 def write_run(
@@ -30,8 +32,8 @@ def write_run(
     splits: Mapping[str, Split],
     lost: Mapping[str, Sequence[int]],
 ) -> None:
-    """Write report.json, the text report, predictions, panel.png, curves.png, no_lungs.png and report.html into the run
-    folder.
+    """Write report.json, the text report (of one finding an image), predictions, panel.png, curves.png, no_lungs.png
+    and report.html into the run folder.
 
     Args:
         content: of report.json.
@@ -45,9 +47,14 @@ def write_run(
     for name, data in pictures.items():
         atomic.write(out / f"{name}.png", data)
     for name, outcome in outcomes.items():
-        atomic.write(out / f"predictions_{name}.jsonl", _predictions(outcome, splits[name]))
-    text = text_report(content)
-    atomic.write(out / text_name(config, content["dataset"]), text)
+        figures = content["test" if name == "test" else "val"]
+        resampled = figures.get("resampled") == "patients"  # who was drawn together
+        patients = outcome.patients() if resampled else None
+        lines = _predictions(outcome, splits[name], content["threshold"], patients)
+        atomic.write(out / f"predictions_{name}.jsonl", lines)
+    text = text_report(content) if is_published_kind(content) else ""
+    if text:
+        atomic.write(out / text_name(config, content["dataset"]), text)
     atomic.write(
         out / "report.html",
         page(out.resolve().name, {out.resolve().name: content}, {out.resolve().name: pictures}, text),
@@ -55,13 +62,12 @@ def write_run(
     atomic.write(out / "report.json", json.dumps(finite(content), indent=1))
 
 
-def _predictions(outcome: Outcome, split: Split) -> str:
-    """One JSON line an image: key, label, probabilities, localization."""
-    probability = outcome.task.probabilities(outcome.logits).tolist()
-    lines: list[dict[str, Any]] = []
-    for i, target in enumerate(outcome.target):
-        of_finding = {name: round(p, 6) for name, p in zip(outcome.task.findings, probability[i], strict=True)}
-        lines.append({"key": split.key(i), **outcome.task.described(target), "probability": of_finding})
+def _predictions(outcome: Outcome, split: Split, point: Point = None, patients: np.ndarray | None = None) -> str:
+    """One JSON line an image: key, labels, probabilities, localization, and the number of its patient in this file."""
+    said = outcome.task.lines(outcome.logits, outcome.target, point)
+    lines: list[dict[str, Any]] = [{"key": split.key(i), **line} for i, line in enumerate(said)]
+    if patients is not None:
+        lines = [line | {"patient": int(who)} for line, who in zip(lines, patients, strict=True)]
     one_each = torch.equal(outcome.pairs.image, torch.arange(len(lines)))  # or figures stand under their finding
     for kind, table in outcome.tables().items():
         for pair in measured(table).nonzero().flatten().tolist():  # an energy that is null: the CAM is zero everywhere

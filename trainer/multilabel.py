@@ -1,0 +1,218 @@
+"""Figures of several findings an image, over the cells that are known.
+
+Legend: N images, K findings, n known cells of one of them; probability float [N,K]; target int8 [N,K], 1 present, 0
+absent, below 0 unknown. AUROC and AUPRC (average precision) are scikit-learn's; they are NaN where all known cells are
+alike, and such findings are left out of means.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
+
+from shards.names import lists, same_as
+
+RESAMPLES = 1000
+CHEXPERT5 = "chexpert5"
+
+
+def choose(truth: np.ndarray, score: np.ndarray, how: str) -> float | None:
+    """The threshold, a score from which on a finding is said to be there.
+
+    Args:
+        truth: bool [n]; score: float [n].
+        how: ``youden``: sensitivity + specificity is largest; ``f1``: F1 is; ``sensitivity=S``: the largest with at
+            least that sensitivity; ``specificity=S``: the smallest with at least that specificity.
+
+    Returns:
+        None where truth is all alike, or no score will do.
+    """
+    if not 0 < truth.sum() < len(truth):
+        return None
+    if how == "f1":
+        precision, recall, thresholds = precision_recall_curve(truth, score)
+        f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+        return float(thresholds[np.argmax(f1[:-1])])
+    false, true, thresholds = roc_curve(truth, score, drop_intermediate=False)
+    kind, _, least = how.partition("=")
+    if kind == "sensitivity":
+        at = int(np.argmax(true >= float(least) - 1e-12))
+    elif kind == "specificity":
+        at = int(np.flatnonzero(1 - false >= float(least) - 1e-12)[-1])
+    else:
+        at = int(np.argmax(true - false))
+    return float(thresholds[at]) if math.isfinite(thresholds[at]) else None
+
+
+def at_point(truth: np.ndarray, positive: np.ndarray) -> dict[str, float]:
+    """sensitivity, specificity, ppv, npv, f1 of bool [n]; NaN where undefined."""
+    tp, fp = float((positive & truth).sum()), float((positive & ~truth).sum())
+    fn, tn = float((~positive & truth).sum()), float((~positive & ~truth).sum())
+
+    def ratio(part: float, whole: float) -> float:
+        return part / whole if whole else math.nan
+
+    return {
+        "sensitivity": ratio(tp, tp + fn),
+        "specificity": ratio(tn, tn + fp),
+        "ppv": ratio(tp, tp + fp),
+        "npv": ratio(tn, tn + fn),
+        "f1": ratio(2 * tp, 2 * tp + fp + fn),
+    }
+
+
+AT_POINT = ("sensitivity", "specificity", "ppv", "npv", "f1")
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Images and findings, with probability and target [N,K]."""
+
+    findings: Sequence[str]
+    probability: np.ndarray
+    target: np.ndarray
+
+    def of(self, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Truth bool [n] and probability [n] of the known cells of a finding."""
+        known = self.target[:, k] >= 0
+        return self.target[known, k] == 1, self.probability[known, k]
+
+    def aucs(self) -> list[float]:
+        """AUROC of each finding."""
+        return [_of_both(roc_auc_score, *self.of(k)) for k in range(len(self.findings))]
+
+    def macro_auc(self) -> float:
+        """Mean AUROC over the findings where it is defined; NaN where there is none."""
+        return _mean(self.aucs())
+
+    def figures(
+        self, points: Mapping[str, float | None], *, groups: np.ndarray | None = None, intervals: bool = False
+    ) -> dict[str, Any]:
+        """All figures.
+
+        Args:
+            points: threshold by finding; without one it has no figures at it.
+            groups: int64 [N], patients, for the intervals; None: images.
+        """
+        names, aucs = self.findings, self.aucs()
+        each: dict[str, dict[str, Any]] = {}
+        for k, name in enumerate(names):
+            truth, score = self.of(k)
+            point = points.get(name)
+            each[name] = {
+                "positive": int(truth.sum()),
+                "negative": int((~truth).sum()),
+                "unknown": len(self.target) - len(truth),
+                "auc": aucs[k],
+                "auprc": _of_both(average_precision_score, truth, score),
+                "threshold": point,
+            } | ({} if point is None else at_point(truth, score >= point))
+        defined = [name for name, auc in zip(names, aucs, strict=True) if not math.isnan(auc)]
+        figures: dict[str, Any] = {
+            "images": len(self.target),
+            "cells": int((self.target >= 0).sum()),
+            "auc": _mean(aucs),
+            "auprc": _mean([each[name]["auprc"] for name in names]),
+            "defined": len(defined),
+            "per_finding": each,
+            "macro": {f: _mean([each[name].get(f, math.nan) for name in defined]) for f in AT_POINT},
+            "micro": self._micro(points),
+        }
+        five = {same_as(name) for name in lists()[CHEXPERT5]}
+        of_five = [auc for name, auc in zip(names, aucs, strict=True) if same_as(name) in five]
+        if len(of_five) == len(five):
+            figures[CHEXPERT5] = float(np.mean(of_five))  # NaN, too, where one of them is undefined
+        if intervals:
+            figures["resampled"] = "images" if groups is None else "patients"
+            drawn = np.array(list(self._resampled(groups, [self.probability])))[:, 0]
+            figures["auc_95"] = _percentiles(_row_means(drawn))
+            for k, name in enumerate(names):
+                each[name]["auc_95"] = _percentiles(drawn[:, k])
+        return figures
+
+    def _micro(self, points: Mapping[str, float | None]) -> dict[str, float]:
+        """Of all known cells together."""
+        known = self.target >= 0
+        truth, score = self.target[known] == 1, self.probability[known]
+        micro = {name: _of_both(of, truth, score) for name, of in _AREAS.items()}
+        limit = np.array([points.get(name) if points.get(name) is not None else math.nan for name in self.findings])
+        has_point = known & ~np.isnan(limit)
+        if has_point.any():
+            micro |= at_point(self.target[has_point] == 1, (self.probability >= limit)[has_point])
+        return micro
+
+    def macro_interval(self, groups: np.ndarray | None, other: np.ndarray | None = None) -> list[float]:
+        """95% interval of `macro_auc`; with the ``other`` probabilities of the same images, of the difference."""
+        scores = [self.probability] if other is None else [self.probability, other]
+        drawn = np.array(list(self._resampled(groups, scores)))
+        means = [_row_means(drawn[:, i]) for i in range(len(scores))]
+        return _percentiles(means[0] if other is None else means[0] - means[1])
+
+    def _resampled(self, groups: np.ndarray | None, scores: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+        """AUROC [scores,K] of each of 1000 resamples of the patients, or images (Efron & Tibshirani 1993, section
+        13.3); the same ones for all scores.
+        """
+        who = np.arange(len(self.target)) if groups is None else np.unique(groups, return_inverse=True)[1]
+        rng, patients = np.random.default_rng(0), int(who.max()) + 1 if len(who) else 0
+        sorted_ = [[_Sorted.of(*self._scored(k, score)) for k in range(len(self.findings))] for score in scores]
+        for _ in range(RESAMPLES):
+            often = np.bincount(rng.integers(0, patients, patients), minlength=patients)[who]
+            yield np.array([[one.auc(often) for one in of_score] for of_score in sorted_])
+
+    def _scored(self, k: int, score: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        known = np.flatnonzero(self.target[:, k] >= 0)
+        return known, self.target[known, k] == 1, score[known, k]
+
+
+@dataclass(frozen=True)
+class _Sorted:
+    """Cells of a finding by their score, for AUROCs in which an image counts several times, or not."""
+
+    image: np.ndarray  # of each cell
+    truth: np.ndarray
+    ties: np.ndarray  # the first cell of each score
+
+    @classmethod
+    def of(cls, image: np.ndarray, truth: np.ndarray, score: np.ndarray) -> "_Sorted":
+        order = np.argsort(score, kind="stable")
+        score = score[order]
+        ties = np.flatnonzero(np.concatenate([[True], score[1:] != score[:-1]])) if len(score) else np.zeros(0, int)
+        return cls(image[order], truth[order], ties)
+
+    def auc(self, often: np.ndarray) -> float:
+        """``often`` int [N]: how many times each image counts. NaN where all cells that count are alike."""
+        if not len(self.ties):
+            return math.nan
+        weight = often[self.image]
+        present, absent = (np.add.reduceat(weight * side, self.ties) for side in (self.truth, ~self.truth))
+        whole = float(present.sum()) * float(absent.sum())
+        below = np.cumsum(absent) - absent / 2
+        return float((present * below).sum() / whole) if whole else math.nan
+
+
+def _of_both(figure: Any, truth: np.ndarray, score: np.ndarray) -> float:
+    """A figure that needs cells of both kinds; else NaN."""
+    return float(figure(truth, score)) if 0 < truth.sum() < len(truth) else math.nan
+
+
+_AREAS = {"auc": roc_auc_score, "auprc": average_precision_score}
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Over those that are defined; NaN where none is."""
+    known = [value for value in values if not math.isnan(value)]
+    return float(np.mean(known)) if known else math.nan
+
+
+def _row_means(rows: np.ndarray) -> np.ndarray:
+    """`_mean` of each row [R,K]: [R]."""
+    known = ~np.isnan(rows)
+    return np.where(known.any(1), np.where(known, rows, 0).sum(1) / np.maximum(known.sum(1), 1), math.nan)
+
+
+def _percentiles(values: np.ndarray) -> list[float]:
+    known = values[~np.isnan(values)]
+    return [float(v) for v in np.percentile(known, [2.5, 97.5])] if len(known) else [math.nan, math.nan]
