@@ -91,7 +91,7 @@ class AnyOf:
         self, logits: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, chance: torch.Tensor
     ) -> torch.Tensor:
         """See `Task`."""
-        known = self._known(target)
+        known = self._known(target) & (weight > 0)[:, None]
         goal = self._goal(target, chance)
         # An unknown cell is nobody's: its logit has no gradient, whatever it is.
         z = at_least_float32(torch.where(known, logits, torch.zeros_like(logits)))
