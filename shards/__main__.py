@@ -1,4 +1,4 @@
-"""python -m shards {phantom,nih,folder,csv,dicom,masks,index,verify}: make shards, and check them."""
+"""python -m shards {phantom,nih,folder,csv,dicom,archive,masks,index,verify}: make shards, and check them."""
 
 import argparse
 import sys
@@ -117,6 +117,25 @@ def _dicom(a: argparse.Namespace) -> None:
         unlisted=a.unlisted,
     )
     _pack(a, source, a.path.resolve().name)
+
+
+def _archive(a: argparse.Namespace) -> None:
+    from shards.names import lists
+    from shards.sources.archive import archive
+    from shards.sources.recipe import read_recipe
+
+    recipe = read_recipe(a.name)
+    source = archive(
+        recipe,
+        a.root,
+        views=a.views,
+        task=(lists().get(a.task) or _names(a.task)) if a.task else (),
+        agree=a.agree,
+        seed=a.seed,
+        shares=_shares(a),
+        skip_missing=a.on_bad == "skip",
+    )
+    _pack(a, source, recipe.name)
 
 
 def _masks(a: argparse.Namespace) -> None:
@@ -304,6 +323,7 @@ COMMANDS = {
     "folder": _folder,
     "csv": _csv,
     "dicom": _dicom,
+    "archive": _archive,
     "masks": _masks,
     "index": _index,
     "verify": _verify,

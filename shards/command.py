@@ -8,6 +8,7 @@ from shards.errors import CommandParser, InputError
 from shards.index import UNLISTED
 from shards.pixels import ASPECTS, FORMATS
 from shards.sample import FINDINGS
+from shards.sources.recipe import names as archives
 
 
 def parser() -> tuple[CommandParser, dict[str, CommandParser]]:
@@ -133,6 +134,24 @@ def parser() -> tuple[CommandParser, dict[str, CommandParser]]:
             "absent where it is not among the names)",
         )
 
+    archive = commands.add_parser(
+        "archive", help=f"an archive as downloaded: {', '.join(archives())}, or your own YAML"
+    )
+    archive.add_argument("name", metavar="NAME", help="one of these, or a file such as those in shards/archives")
+    archive.add_argument("--root", type=Path, required=True, help="its folder as downloaded")
+    archive.add_argument(
+        "--views", choices=("frontal", "all"), default="frontal", help="frontal: others are left out and counted"
+    )
+    archive.add_argument(
+        "--task", default="", help="store these findings only: a ready-made list (chexpert5, nih14) or names"
+    )
+    archive.add_argument(
+        "--agree",
+        choices=("any", "majority", "all"),
+        default="majority",
+        help="of several readers of an image, who must see a finding",
+    )
+
     masks = commands.add_parser("masks", help="images and lung masks, to train a lung segmenter")
     masks.add_argument("--images", type=Path, required=True, help="folder of radiographs")
     masks.add_argument(
@@ -150,15 +169,15 @@ def parser() -> tuple[CommandParser, dict[str, CommandParser]]:
         "--source", help="name of the hospital or data set in reports (without it: the folder that holds --images)"
     )
 
-    for command in (phantom, nih, folder, table, dicom):
+    for command in (phantom, nih, folder, table, dicom, archive):
         command.add_argument("--seed", type=_seed, default=0, help="the same seed gives the same shards")
-    for command in (nih, folder, table, dicom):
+    for command in (nih, folder, table, dicom, archive):
         command.add_argument(
             "--ratios",
             default=",".join(map(str, SHARES)),
             help="shares of train, val and test where patients are dealt",
         )
-    for command in (phantom, nih, folder, table, dicom, masks):
+    for command in (phantom, nih, folder, table, dicom, archive, masks):
         command.add_argument("--out", type=Path, required=True, help="folder to make; must not hold anything")
         command.add_argument(
             "--size", type=int, default=256 if command is phantom else 512, help="pixels of a side as stored"

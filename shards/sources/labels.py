@@ -150,7 +150,7 @@ def _indicated(
     """
     where = f"{flag}, row {row.line}"
     own = dict.fromkeys((*columns.finding, *filter(None, [healthy])))
-    cells = {NO_FINDING if name == healthy else name: _number(row[name], where, name) for name in own}
+    cells = {NO_FINDING if name == healthy else name: cell_number(row[name], where, name) for name in own}
     said = Labels(*(tuple(name for name, cell in cells.items() if cell == state) for state in (1.0, 0.0, -1.0)))
     if NO_FINDING in said.present and (ill := set(said.present) - {NO_FINDING, SUPPORT_DEVICES}):
         if skip:
@@ -161,7 +161,7 @@ def _indicated(
     return said._replace(present=(*first, *(name for name in said.present if name != NO_FINDING)))
 
 
-def _number(value: str, where: str, name: str) -> float | None:
+def cell_number(value: str, where: str, name: str) -> float | None:
     """1, 0, -1, or None for nothing."""
     if not value:
         return None
@@ -172,3 +172,10 @@ def _number(value: str, where: str, name: str) -> float | None:
     if number not in (-1.0, 0.0, 1.0):
         raise InputError(f"{where}: column {name!r} holds {value!r}; expected 1, 0, -1 (uncertain) or nothing")
     return number
+
+
+def contradicts(said: Labels) -> bool:
+    """Whether a finding is said to be two things, or No Finding beside a finding that is no device."""
+    every = [name for names in said for name in names]
+    ill = set(said.present) - {NO_FINDING, SUPPORT_DEVICES}
+    return len(set(every)) < len(every) or (NO_FINDING in said.present and bool(ill))

@@ -136,7 +136,7 @@ def nih(
         for i in part:
             row = rows[i]
             extra = (
-                ("age", _age(row[age])),
+                ("age", years(row[age])),
                 ("patient", row[patient]),
                 ("sex", row[sex]),
                 ("source", row[image]),
@@ -155,7 +155,7 @@ def nih(
     return Source(items, {why: count for why, count in skipped.items() if count}, classes)
 
 
-def _age(text: str) -> float | None:
+def years(text: str) -> float | None:
     """``058Y`` (2017) or ``58`` (2020) in years; months, weeks and days as shares of one."""
     match = re.fullmatch(r"(\d+)([YMWD]?)", text.strip())
     if not match:

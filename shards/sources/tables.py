@@ -12,11 +12,11 @@ import numpy as np
 from shards import deal
 from shards.errors import InputError, listed, nearest
 from shards.pixels import image_size
-from shards.sample import NO_FINDING, SPLITS, SUPPORT_DEVICES, Labels, clean_key, split_of_folder
+from shards.sample import NO_FINDING, SPLITS, Labels, clean_key, split_of_folder
 from shards.sources.cells import Row, column, read_table
 from shards.sources.finder import Finder
 from shards.sources.item import Item, LesionShare, Source, mixed, present, refuse_missing_class, refuse_torn, separated
-from shards.sources.labels import NOBODY, Columns, indicators, labelled
+from shards.sources.labels import NOBODY, Columns, contradicts, indicators, labelled
 
 NIH_BOX_NAMES = {"Infiltrate": "Infiltration"}  # the archive's list of boxes has a spelling of its own
 
@@ -124,13 +124,6 @@ def read_listed(
     if corners and own_boxes and (count := sum(len(image.boxes) for image in listed_)):
         notes.append(f"lesion boxes are taken from the table's own columns {', '.join(corners)}: {count}")
     return listed_
-
-
-def contradicts(said: Labels) -> bool:
-    """Whether a finding is said to be two things, or No Finding beside a finding that is no device."""
-    every = [name for names in said for name in names]
-    ill = set(said.present) - {NO_FINDING, SUPPORT_DEVICES}
-    return len(set(every)) < len(every) or (NO_FINDING in said.present and bool(ill))
 
 
 def box_columns(names: Sequence[str]) -> tuple[str, str, str, str] | None:

@@ -1,0 +1,119 @@
+"""What the rows of an image say of findings, and what its readers agree on."""
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from shards.errors import InputError, nearest
+from shards.sample import NO_FINDING, SUPPORT_DEVICES, Labels
+from shards.sources.cells import Row
+from shards.sources.labels import cell_number
+from shards.sources.recipe import Recipe
+
+AGREE = ("any", "majority", "all")
+
+
+class Reading(NamedTuple):
+    """What one reader says of an image."""
+
+    labels: Labels
+
+
+def readings(recipe: Recipe, rows: Sequence[Row], flag: str) -> list[Reading] | None:
+    """What each reader of an image says; without readers there is one. None: nothing that can be used."""
+    by_reader: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        by_reader[row.get(recipe.reader, "")].append(row)
+    found = []
+    for own in by_reader.values():
+        said = [_row(recipe, row, flag) for row in own]
+        if None in said:
+            return None
+        parts = [labels for labels in said if labels is not None]
+        found.append(
+            Reading(
+                Labels(*(tuple(dict.fromkeys(n for one in part for n in one)) for part in zip(*parts, strict=True)))
+            )
+        )
+    return found
+
+
+def _row(recipe: Recipe, row: Row, flag: str) -> Labels | None:
+    """What a row says."""
+    kind, settings = recipe.kind, recipe.findings[recipe.kind]
+    where = f"{flag}, row {row.line}"
+    if kind == "cells":
+        said = _cells(recipe, settings, row, where)
+    elif kind == "names":
+        names = _names(settings, row, where)
+        if names is None:
+            return None
+        said = Labels(tuple(dict.fromkeys(recipe.named(name) for name in names)))
+    elif kind == "rows":
+        name = _cell(row, settings["column"], where)
+        healthy = name.lower() in (one.lower() for one in settings.get("healthy", ()))
+        said = Labels((NO_FINDING if healthy else recipe.named(name),) if name else ())
+    else:
+        text = _cell(row, settings["column"], where)
+        there = bool(text) and text not in {str(one) for one in settings.get("none", ())}
+        said = Labels((settings["finding"],)) if there else Labels((), (settings["finding"],))
+    if recipe.healthy:
+        value = _cell(row, recipe.healthy["column"], where)
+        if value.lower() in (str(one).lower() for one in recipe.healthy["values"]):
+            said = said._replace(present=(NO_FINDING, *said.present))
+    return said
+
+
+def _cells(recipe: Recipe, settings: Any, row: Row, where: str) -> Labels:
+    columns: Mapping[str, str] = settings if isinstance(settings, dict) else {name: name for name in settings}
+    states = {}
+    for column, name in columns.items():
+        if column not in row and column in recipe.findings.get("optional", ()):
+            continue
+        states[recipe.named(name)] = cell_number(_cell(row, column, where), where, column)
+    return Labels(*(tuple(name for name, state in states.items() if state == value) for value in (1.0, 0.0, -1.0)))
+
+
+def _names(settings: Mapping[str, Any], row: Row, where: str) -> list[str] | None:
+    """Names in a cell; None: the image is to be left out."""
+    text = _cell(row, settings["column"], where)
+    if settings.get("quoted"):  # as Python writes a list: ['a', "b"]
+        names = [(one or other).strip() for one, other in re.findall(r"'([^']*)'|\"([^\"]*)\"", text)]
+    else:
+        names = [name.strip() for name in text.split(settings.get("separator", "|"))]
+    names = [name for name in names if name]
+    lower = [name.lower() for name in names]
+    if not names or any(name in settings.get("leave_out", ()) for name in lower):
+        return None
+    nothing, healthy = settings.get("nothing", ()), settings.get("healthy", ())
+    kept = [name for name, low in zip(names, lower, strict=True) if low not in nothing]
+    if not kept:
+        return None
+    return [NO_FINDING if name.lower() in healthy else name for name in kept]
+
+
+def agreed(read: Sequence[Reading], agree: str, lists_all: bool) -> Labels:
+    """What ``any``, the ``majority`` or ``all`` of an image's readers see. What one of them is asked for and does not
+    see is absent; so is No Finding where a finding is agreed on.
+
+    Args:
+        lists_all: the absent are not listed.
+    """
+    if len(read) == 1:
+        return read[0].labels
+    least = {"any": 1, "majority": len(read) // 2 + 1, "all": len(read)}[agree]
+    names = dict.fromkeys(name for one in read for part in one.labels for name in part)
+    votes = {name: sum(name in one.labels.present for one in read) for name in names}
+    present = [name for name, n in votes.items() if n >= least]
+    ill = [name for name in present if name not in (NO_FINDING, SUPPORT_DEVICES)]
+    if ill:
+        present = [name for name in present if name != NO_FINDING]
+    absent = () if lists_all else tuple(name for name in names if name not in present and name != NO_FINDING)
+    return Labels(tuple(present), absent)
+
+
+def _cell(row: Row, name: str, where: str) -> str:
+    if name not in row:
+        raise InputError(f"{where}: has no column {name!r}; {nearest(name, row)}")
+    return row[name]
