@@ -175,7 +175,8 @@ def main() -> None:
 {said}
 
 {COUNT} phantoms a seed (60/20/20), {SIZE} px, timm's test_resnet from nothing, 12 epochs; {processor()},
-torch {torch.__version__}, {date.today()}. In brackets the difference to {BCE} of the same seeds, with its 95% interval over seeds (t).
+torch {torch.__version__}, {date.today()}. In brackets the difference to
+{BCE} of the same seeds, with its 95% interval over seeds (t).
 
 {table(done)}
 """

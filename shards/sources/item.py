@@ -3,7 +3,7 @@
 import os
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -115,22 +115,14 @@ class Source:
         )
 
     def _runs(self, outline: Outline, image: Any, where: str) -> Runs:
-        """An outline, filled, at stored size; a pixel that is half covered counts, and so does the most covered one
-        where none is.
+        """An outline, filled, at stored size. A pixel that is half covered counts; of a part of it that covers none by
+        half, the most covered one.
         """
-        if outline.runs:
-            drawn = np.zeros(outline.size, bool)
-            for text in outline.runs:
-                drawn |= relative(text, outline.size, where)
-            whole = Image.fromarray(drawn.astype(np.uint8) * 255).resize(
-                (image.width, image.height), Image.Resampling.NEAREST
-            )
-        else:
-            whole = Image.new("L", (image.width, image.height))
-            for polygon in outline.polygons:
-                ImageDraw.Draw(whole).polygon([(x * image.width, y * image.height) for x, y in polygon], fill=255)
-        soft = fit(np.asarray(whole), self.size, self.aspect)
-        return Runs.drawn(soft >= min(128, max(1, int(soft.max()))))
+        lesion = np.zeros((self.size, self.size), bool)
+        for part in _parts(outline, image, where):
+            soft = fit(part, self.size, self.aspect)
+            lesion |= soft >= min(128, max(1, int(soft.max())))
+        return Runs.drawn(lesion)
 
     def settings(self) -> dict[str, Any]:
         """What the bytes of a sample depend on, beside its item."""
@@ -140,6 +132,18 @@ class Source:
         """Changes when the files behind an item do."""
         stats = [os.stat(path) for path in (item.image, *item.masks) if path]
         return " ".join(f"{s.st_size}:{s.st_mtime_ns}" for s in stats)
+
+
+def _parts(outline: Outline, image: Any, where: str) -> Iterator[Image.Image]:
+    """Each run list or polygon of an outline, white on black, as wide for its height as the image."""
+    for text in outline.runs:
+        drawn = Image.fromarray(relative(text, outline.size, where).astype(np.uint8) * 255)
+        same = drawn.width * image.height == drawn.height * image.width
+        yield drawn if same else drawn.resize((image.width, image.height), Image.Resampling.BOX)
+    for polygon in outline.polygons:
+        drawn = Image.new("L", (image.width, image.height))
+        ImageDraw.Draw(drawn).polygon([(x * image.width, y * image.height) for x, y in polygon], fill=255)
+        yield drawn
 
 
 def _lungs(path: str, shape: tuple[int, int]) -> np.ndarray:

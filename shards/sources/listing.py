@@ -40,14 +40,14 @@ def find_tables(root: Path, files: Sequence[str]) -> list[Path]:
 
 def images_of(recipe: Recipe, root: Path, views: str, skipped: dict[str, int], notes: list[str]) -> list[Listed]:
     """The images that the tables list, in their order, each with its rows."""
-    joined = [(join, _by_key(root, recipe, join.files, join.on, join.optional)) for join in recipe.joins]
+    joined = [(join, _by_key(root, recipe, join.files, join.by, join.optional)) for join in recipe.joins]
     met: dict[int, set[tuple[str, ...]]] = defaultdict(set)
     finder, images = finder_of(recipe, root), dict[str, Listed]()
     for table, path, row in _rows(recipe, root):
         flag = f"{path.relative_to(root)}, row {row.line}"
         lacks = False
         for k, (join, others) in enumerate(joined):
-            key = tuple(cell_of(row, name, flag) for name in join.on)
+            key = tuple(cell_of(row, name, flag) for name in join.by)
             met[k].add(key)
             if key in others:
                 row.update({name: value for name, value in others[key].items() if name not in row})
@@ -104,7 +104,7 @@ def _rows(recipe: Recipe, root: Path) -> Iterator[tuple[Table, Path, Row]]:
 
 
 def _by_key(
-    root: Path, recipe: Recipe, files: Sequence[str], on: Sequence[str], optional: bool
+    root: Path, recipe: Recipe, files: Sequence[str], by: Sequence[str], optional: bool
 ) -> dict[tuple[str, ...], Row]:
     """The rows of a table by what they are joined on."""
     paths = find_tables(root, files)
@@ -114,7 +114,7 @@ def _by_key(
     for path in paths:
         for row in read_table(path, "table")[1]:
             flag = f"{path.relative_to(root)}, row {row.line}"
-            key = tuple(cell_of(row, name, flag) for name in on)
+            key = tuple(cell_of(row, name, flag) for name in by)
             other = rows.setdefault(key, row)
             if dict(other) != dict(row):
                 raise InputError(f"{flag}: says another thing of {', '.join(key)} than row {other.line}; correct one")
@@ -152,10 +152,11 @@ def finder_of(recipe: Recipe, root: Path) -> Callable[[str], Path]:
         if name.startswith("**/"):
             base = name.removeprefix("**/")
             return anywhere.get(base) or anywhere.get(os.path.splitext(base)[0]) or root / base
-        path = finder.find(name)
-        if not path.is_file() and "/" in name and (inner := finder.find(name.partition("/")[2])).is_file():
-            return inner
-        return path
+        inner = name.partition("/")[2] or name
+        for one in (name, inner, os.path.splitext(name)[0], os.path.splitext(inner)[0]):
+            if (path := finder.find(one)).is_file():
+                return path
+        return root / (name if (root / name.partition("/")[0]).exists() else inner)
 
     return find
 

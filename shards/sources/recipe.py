@@ -4,7 +4,7 @@ means.
     title: what it is                    known_from: where the layout is known from
     tables: the tables that list images, a line each (or several lines an image), in their order:
       - {files: train.csv, split: train, optional: false, image: ..., format: csv}
-    joins: tables whose columns are added: - {files: ..., on: [columns], optional: false}
+    joins: tables whose columns are added: - {files: ..., by: [columns], optional: false}
     image: path below the root, with columns in braces: p{subject_id:2} is p and its first two signs; **/ at any depth
     patient, study, view, split: a column, or {column: ..., find: a regular expression whose first group it is}
     frontal: values of the view that are frontal
@@ -57,10 +57,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Join:
-    """A table whose columns are added to the rows that agree in ``on``."""
+    """A table whose columns are added to the rows that agree in ``by``."""
 
     files: tuple[str, ...]
-    on: tuple[str, ...]
+    by: tuple[str, ...]
     optional: bool = False
 
 
@@ -150,7 +150,7 @@ def _recipe(content: dict[str, Any], name: str, where: str) -> Recipe:
         if key not in known:
             raise InputError(f"{where}: unknown setting {key}; {nearest(str(key), known)}")
     for key in ("title", "tables", "image", "findings", "unlisted"):
-        if not content.get(key):
+        if content.get(key) in (None, "", [], {}):
             raise InputError(f"{where}: says nothing of {key}; see shards/sources/recipe.py")
     if content["unlisted"] not in UNLISTED:
         raise InputError(f"{where}: unlisted: {content['unlisted']}: expected {' or '.join(UNLISTED)}")
@@ -179,10 +179,10 @@ def _recipe(content: dict[str, Any], name: str, where: str) -> Recipe:
 
 
 def _one(kind: Any, entry: Any) -> Any:
-    """A table or a join; ``files`` and ``on`` may be one name."""
+    """A table or a join; ``files`` and ``by`` may be one name."""
     if not isinstance(entry, dict):
         raise TypeError(f"{entry}: expected {{files: ...}}")
-    return kind(**{k: (v,) if k in ("files", "on") and isinstance(v, str) else _fixed(v) for k, v in entry.items()})
+    return kind(**{k: (v,) if k in ("files", "by") and isinstance(v, str) else _fixed(v) for k, v in entry.items()})
 
 
 def _fixed(value: Any) -> Any:
