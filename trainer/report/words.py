@@ -16,7 +16,7 @@ LONGEST = 200  # bytes of a file name that is made of others' names; file system
 
 def text_name(config: Config, dataset: str) -> str:
     """``<backbone>_<dataset>_<task>_la<lambda>_t<threshold>.txt`` as published; the published schedule is ``laa``."""
-    lam = {"fixed": f"{config.balance.lam:g}", "published": "a"}.get(config.balance.policy, config.balance.policy)
+    lam = {"fixed": f"{config.lam:g}", "published": "a"}.get(str(config.balance.policy), config.balance.policy)
     task = config.task.replace(",", "-").replace(" ", "").replace("/", "-")
     return file_name(f"{config.backbone}_{dataset}_{task}_la{lam}_t{config.attention.threshold:g}", ".txt")
 
