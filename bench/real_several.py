@@ -259,7 +259,8 @@ def main() -> None:
 {len(seeds)} seeds, {EPOCHS} epochs; {processor()}, {date.today()}.
 
 Macro AUROC: {BCE} {macro(arms[BCE]):.3f}, default {macro(arms[DEFAULT]):.3f}, difference
-{macro(arms[DEFAULT]) - macro(arms[BCE]):+.3f} ({low:+.3f} to {high:+.3f}, 95%, over patients and seeds). All figures are means over seeds, of test.
+{macro(arms[DEFAULT]) - macro(arms[BCE]):+.3f} ({low:+.3f} to {high:+.3f}, 95%, over patients and seeds). All figures are means over seeds, of
+test.
 
 {table(a.work, arms, [a.work / f"shards_{s}" for s in seeds])}
 """
