@@ -252,15 +252,15 @@ def main() -> None:
     if not seeds:
         return
     low, high = interval(arms)
+    of = {arm: macro(runs) for arm, runs in arms.items()}
     text = f"""# Real radiographs, several findings an image
 
 {(__doc__ or "").partition(chr(10) * 2)[2].strip()}
 
 {len(seeds)} seeds, {EPOCHS} epochs; {processor()}, {date.today()}.
 
-Macro AUROC: {BCE} {macro(arms[BCE]):.3f}, default {macro(arms[DEFAULT]):.3f}, difference
-{macro(arms[DEFAULT]) - macro(arms[BCE]):+.3f} ({low:+.3f} to {high:+.3f}, 95%, over patients and seeds). All figures are means over seeds, of
-test.
+Macro AUROC: {BCE} {of[BCE]:.3f}, default {of[DEFAULT]:.3f}, difference {of[DEFAULT] - of[BCE]:+.3f} ({low:+.3f} to
+{high:+.3f}, 95%, over patients and seeds). All figures are means over seeds, of test.
 
 {table(a.work, arms, [a.work / f"shards_{s}" for s in seeds])}
 """
