@@ -2,7 +2,8 @@
 
 A synthetic index: every shard is a link to one tar of 250 images of 64 px, half of them with a lesion box. What is
 measured is a process of its own: imports, then `build` with regions of both kinds, then the first step (both a tiny
-network). Writes bench/start.md.
+network). Then the same with 14 findings an image, 20,000 different rows of labels, present, absent and uncertain.
+Writes bench/start.md.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from step import processor
 
+from shards.names import lists
 from shards.pack import pack
 from shards.phantom import Phantoms
 
@@ -69,6 +71,22 @@ def index_of(root: Path, copies: int) -> Path:
     return many
 
 
+def labelled(shards: Path) -> None:
+    """Give each training image one of 20,000 rows of labels; lesion boxes are then of findings that some show."""
+    index, rng = json.loads((shards / "index.json").read_text()), np.random.default_rng(0)
+    states = rng.choice(3, (20_000, 14), p=(0.1, 0.8, 0.1))
+    names = np.array(lists()["nih14"])
+    rows = [
+        {name: names[row == state].tolist() for state, name in enumerate(("findings", "absent", "uncertain"))}
+        for row in states
+    ]
+    index |= {"labels": rows, "findings": names.tolist(), "asked": names.tolist(), "unlisted": "unknown"}
+    for split, entry in index["splits"].items():
+        np.save(shards / f"{split}.labels.npy", rng.integers(0, len(rows), entry["samples"]).astype("<u2"))
+        entry["findings"] = dict.fromkeys(names.tolist(), 1)
+    (shards / "index.json").write_text(json.dumps(index))
+
+
 def main() -> None:
     """Make the index, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -78,21 +96,33 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         many = index_of(root, a.images // 250)
-        for shards in (root / "one", many):
-            flags = ["--shards", str(shards), "--out", str(root / f"run_{shards.name}"), "--backbone", "test_resnet"]
+        for shards, kind in ((root / "one", "one"), (many, "one"), (many, "any")):
+            if kind == "any":
+                labelled(many)
+            task = ["--labels.kind", "any", "--task", "nih14"] if kind == "any" else []
+            flags = [
+                "--shards",
+                str(shards),
+                "--out",
+                str(root / f"run_{shards.name}_{kind}"),
+                "--backbone",
+                "test_resnet",
+            ]
             flags += ["--pretrained", "false", "--size", "64", "--workers", "0", "--tracker", "none"]
-            command = [sys.executable, "-c", MEASURE, *flags, "--attention.region", "both"]
+            command = [sys.executable, "-c", MEASURE, *flags, "--attention.region", "both", *task]
             done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True)
             if done.returncode:
                 sys.exit(done.stderr)
             imported, built, step, peak, used, images = json.loads(done.stdout.splitlines()[-1])
-            lines.append(f"| {images} | {used} | {imported:.1f} | {built:.1f} | {step:.1f} | {peak:.2f} |")
+            lines.append(
+                f"| {14 if task else 1} | {images} | {used} | {imported:.1f} | {built:.1f} | {step:.1f} | {peak:.2f} |"
+            )
     text = f"""# The start of a training
 
 {date.today()}, {processor()}, float32 on the CPU. `python bench/start.py`
 
-| training images | with lesion boxes | imports, s | build, s | first step, s | peak memory, GB |
-|---|---|---|---|---|---|
+| findings | training images | with lesion boxes | imports, s | build, s | first step, s | peak memory, GB |
+|---|---|---|---|---|---|---|
 {chr(10).join(lines)}
 """
     (HERE / "start.md").write_text(text)

@@ -8,7 +8,8 @@ from typing import Any
 
 from shards.command import parser
 from shards.errors import InputError, command_line, listed, read_json, run
-from shards.sample import FINDINGS, NO_FINDING, spelling
+from shards.names import same_as
+from shards.sample import FINDINGS, NO_FINDING
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -245,17 +246,17 @@ def _made(index: dict[str, Any], out: Path) -> None:
 
 
 def _odd_names(index: dict[str, Any]) -> None:
-    """Findings whose names differ by case or by what stands for a blank, and sets without healthy images."""
+    """Findings that may be one under two names, and sets without healthy images."""
     counts = {name: sum(entry["findings"][name] for entry in index["splits"].values()) for name in index["findings"]}
     alike: dict[str, list[str]] = defaultdict(list)
     for name in counts:
-        alike[spelling(name)].append(name)
+        alike[same_as(name)].append(name)
     for names in alike.values():
         if len(names) > 1:
             spellings = " and ".join(f"{name!r} ({counts[name]})" for name in names)
             print(
                 f"note: {spellings} are findings of their own, as they are spelt; if they are one, give them one name "
-                "and pack again"
+                "and pack again (--labels.kind any refuses them)"
             )
     if index["findings"] and NO_FINDING not in index["findings"]:
         print(

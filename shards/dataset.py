@@ -20,7 +20,7 @@ import numpy as np
 from shards.errors import InputError, nearest
 from shards.index import BOX, ID, ROW, Indexed, asked_in, hashed, labels_in
 from shards.jpeg import decode
-from shards.names import known_as
+from shards.names import exact_or_known_as
 from shards.pixels import decode_image
 from shards.sample import NO_FINDING, Labels, parse_meta
 from shards.store import Folder, Remote, open_store
@@ -130,10 +130,10 @@ class Split:
             return np.arange(entry["samples"]), np.zeros(entry["samples"], np.uint8), np.zeros((1, 0), np.int8)
         if not index["findings"]:
             raise InputError(f"{self.store.name}: its images have no findings; are these shards of lung masks?")
-        asked = asked_in(index)
+        asked, where = asked_in(index), self.store.name
         for name in self.classes:
             implied = name == NO_FINDING and asked.absent  # where nothing is listed
-            if not implied and known_as(name, (*index["findings"], *index["asked"]), self.store.name) is None:
+            if not implied and exact_or_known_as(name, (*index["findings"], *index["asked"]), where) is None:
                 raise InputError(
                     f"{self.store.name}: has no images with finding {name!r}; {nearest(name, index['findings'])}"
                 )
@@ -209,7 +209,7 @@ class Split:
         """The boxes of a finding, by its number in the task, that a sample shows: x0 y0 x1 y1 as `Lesions`."""
         if self._lesions is None and f"{self.split}.boxes.npy" not in self._entry["tables"]:
             boxes = self.meta(position)["boxes"]
-            name = known_as(self.classes[finding], (box.finding for box in boxes), self.where)
+            name = exact_or_known_as(self.classes[finding], (box.finding for box in boxes), self.where)
             return [box.xyxy for box in boxes if box.finding == name]
         every = self.lesions()
         of_sample = slice(*np.searchsorted(every.position, [position, position + 1]).tolist())
@@ -244,7 +244,7 @@ class Split:
             position = np.array([p for p, _, _ in boxes], np.int64)
             xyxy = np.array([edges for _, _, edges in boxes], np.float64).reshape(-1, 4)
             of_task = np.ones(len(boxes), bool)
-        numbers = {known_as(name, names, self.where): k for k, name in enumerate(self.classes)}
+        numbers = {exact_or_known_as(name, names, self.where): k for k, name in enumerate(self.classes)}
         place = np.array([numbers.get(name, -1) for name in names] or [-1], np.int64)
         finding = place[number.astype(np.int64)]
         kept = np.flatnonzero(of_task & (finding >= 0))

@@ -45,6 +45,12 @@ def known_as(name: str, names: Iterable[str], where: str) -> str | None:
     return found[0] if found else None
 
 
+def exact_or_known_as(name: str, names: Iterable[str], where: str) -> str | None:
+    """As `known_as`, but where the very name is among ``names`` it is that, whatever else is."""
+    names = tuple(names)
+    return name if name in names else known_as(name, names, where)
+
+
 def policy(text: str, allowed: str, flag: str) -> dict[str, str]:
     """A setting for all findings, or by finding: ``ones``, or ``Edema: ones, Atelectasis: ones, zeros``, where the one
     without a name is of all others. Returns name -> value, "" for all others.

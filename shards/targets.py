@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from shards.errors import listed
-from shards.names import known_as, same_as
+from shards.names import exact_or_known_as, known_as, same_as
 from shards.sample import NO_FINDING, SUPPORT_DEVICES, Asked, Labels
 
 PRESENT, ABSENT, UNKNOWN, UNCERTAIN = 1, 0, -1, -2
@@ -67,7 +67,7 @@ class SingleLabel:
         self, names: Sequence[str], asked: Asked, training: bool, where: str
     ) -> Callable[[Labels], Target | None]:
         """See `Targets`: one 1."""
-        own = {_own(name, names, where): name for name in self.findings}
+        own = {exact_or_known_as(name, names, where) or name: name for name in self.findings}
 
         def read(said: Labels) -> Target | None:
             return self._target(
@@ -136,7 +136,7 @@ class MultiLabel:
         self, names: Sequence[str], asked: Asked, training: bool, where: str
     ) -> Callable[[Labels], Target | None]:
         """See `Targets`: an image belongs where one of the task's findings at least is known."""
-        of_set = [_own(name, names, where) for name in self.findings]
+        of_set = [known_as(name, names, where) or name for name in self.findings]
         healthy = known_as(NO_FINDING, names, where) or NO_FINDING
         device = [same_as(name) == same_as(SUPPORT_DEVICES) for name in self.findings]
         rest = [
@@ -180,11 +180,6 @@ class MultiLabel:
 
 
 _NOTHING = "no image of which anything is known"
-
-
-def _own(finding: str, names: Sequence[str], where: str) -> str:
-    """What the set calls a finding of the task."""
-    return known_as(finding, names, where) or finding
 
 
 def _healthy(said: Labels, asked: Asked) -> tuple[str, ...]:

@@ -270,3 +270,13 @@ def test_outlines_are_drawn_at_stored_size(tmp_path):
     assert thin.any(), "a lesion of a few pixels does not vanish"
     again = parse_meta(encode(sample)["json"], "a")["lesion_masks"]
     assert [(mask.finding, mask.runs) for mask in again] == [(m.finding, m.runs) for m in sample.lesion_masks]
+
+
+def test_two_names_of_one_finding_in_a_set(several, tmp_path):
+    index = json.loads((several / "index.json").read_text())
+    index["asked"].append("Pleural Effusion")
+    (several / "index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match="'Effusion' and 'Pleural Effusion' are one finding under two names"):
+        Split(several, "train", MultiLabel(("Effusion", "Edema")))
+    # one finding an image is as it is spelt
+    assert Split(several, "train", SingleLabel(("No Finding", "Effusion"), ("Effusion",))).counts()["Effusion"] == 3

@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from shards.errors import InputError, listed, nearest, read_yaml
-from shards.names import known_as, lists, same_as
+from shards.names import exact_or_known_as, lists, same_as
 from shards.sample import NO_FINDING
 
 READY = Path(__file__).with_name("findings")  # ready-made files
@@ -262,7 +262,7 @@ def rules_of(findings: Findings) -> dict[str, Rule]:
 
 def of_task(findings: Findings, names: Iterable[str]) -> dict[str, Finding]:
     """Those of the names that are known, under one name or another of the same finding."""
-    known = {name: name if name in findings else known_as(name, findings, "--findings") for name in names}
+    known = {name: exact_or_known_as(name, findings, "--findings") for name in names}
     return {name: findings[other] for name, other in known.items() if other is not None}
 
 

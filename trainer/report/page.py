@@ -7,11 +7,13 @@ from typing import Any
 
 from markupsafe import Markup
 
+from shards.sample import NO_FINDING
 from trainer.content import Content, Figures, Found, Measured
 from trainer.multilabel import AT_POINT
 from trainer.report.template import render, small
 from trainer.report.words import (
     CAUTION,
+    HEALTHY,
     KINDS,
     LOCALIZATION_WORDS,
     MEANING,
@@ -66,7 +68,7 @@ def page(title: str, runs: dict[str, Content], pictures: dict[str, dict[str, byt
         names=list(runs),
         summary=rows,
         meanings={name: meaning for name, meaning in MEANING.items() if name in shown},
-        caution=CAUTION,
+        caution=CAUTION + (HEALTHY if NO_FINDING in first["findings"] else ""),
         cells=_of_what(first[split]) if "per_finding" in first[split] else "",
         runs=each,
         text=text,
@@ -140,7 +142,10 @@ def _tables(content: Content, split: Measured) -> list[Rows]:
     tables = [_of_cells(figures) if several else _by_finding(content["findings"], figures)]
     for kind, what in KINDS.items():
         if found := figures["localization"].get(kind, {}).get("all"):
-            tables.append(_localization(found, f"{what}, {found['images']} images{without_map(found)}"))
+            head = (
+                f"{what}, {found['images']} {'pairs of image and finding' if several else 'images'}{without_map(found)}"
+            )
+            tables.append(_localization(found, head))
     if not several:
         confusion: list[list[Cell]] = [
             [name, *map(str, line)] for name, line in zip(content["findings"], figures["confusion"], strict=True)

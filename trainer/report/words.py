@@ -223,9 +223,9 @@ CAUTION = (
     "A region is where a finding is expected, not where it is: a model can look there and be wrong, so read these "
     "figures beside AUC, "
     "and where there are lesion boxes, beside those of the lesions. Higher is better, but for the loss outside and the "
-    "two rows of random weights. "
-    "The CAM of a No Finding image is that of its own class and has no region: nothing is asked of it."
+    "two rows of random weights."
 )
+HEALTHY = " The CAM of a No Finding image is that of its own class and has no region: nothing is asked of it."
 
 
 def shown_split(content: Content) -> Measured:
