@@ -25,9 +25,15 @@ class Folder:
     def __init__(self, root: Path) -> None:
         self.root, self.name = root, str(root)
         self.remedy = f"pack it again (tars from elsewhere: `python -m shards index {root}`)"
+        self._read: tuple[tuple[int, int], dict[str, Any]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_read": None}  # a loader's process reads it itself
 
     def index(self) -> dict[str, Any]:
-        """The content of ``index.json``."""
+        """The content of ``index.json``, not to be changed; of ten million samples it takes a second to read, so it is
+        kept as long as the file stays as it is.
+        """
         path = self.root / "index.json"
         if not self.root.is_dir():
             begun = self.root.with_name(self.root.name + ".partial")
@@ -38,14 +44,18 @@ class Folder:
                 )
             raise InputError(
                 f"--shards {self.root}: no such folder; make one with `python -m shards "
-                f"phantom|nih|folder|csv|dicom|masks --out {self.root}`"
+                f"phantom|nih|folder|csv|dicom|archive|masks --out {self.root}`"
             )
         if not path.is_file():
             raise InputError(
                 f"{self.root}: has no index.json; if it holds tars from elsewhere, run `python -m shards index "
                 f"{self.root}`"
             )
-        return parse_index(path.read_bytes(), str(path), self.remedy)
+        state = path.stat()
+        version = (state.st_mtime_ns, state.st_size)
+        if self._read is None or self._read[0] != version:
+            self._read = version, parse_index(path.read_bytes(), str(path), self.remedy)
+        return self._read[1]
 
     def table(self, name: str, entry: dict[str, Any]) -> Path:
         """Local path of a table of the index; InputError: it is not there."""
