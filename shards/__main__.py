@@ -236,7 +236,8 @@ def _made(index: dict[str, Any], out: Path) -> None:
     for name in index["findings"]:
         empty = [split for split, entry in index["splits"].items() if not entry["findings"][name]]
         if empty:
-            print(f"warning: {listed(empty)} has no image of {name}: training on it will stop")
+            stops = "training on it will stop" if index["unlisted"] == "absent" else "it cannot be measured there"
+            print(f"warning: {listed(empty)} has no image of {name}: {stops}")
     if index.get("in_two_splits"):
         print(
             f"warning: {index['in_two_splits']} images are in more than one split: `python -m shards verify {out}` "
@@ -258,7 +259,7 @@ def _odd_names(index: dict[str, Any]) -> None:
                 f"note: {spellings} are findings of their own, as they are spelt; if they are one, give them one name "
                 "and pack again (--labels.kind any refuses them)"
             )
-    if index["findings"] and NO_FINDING not in index["findings"]:
+    if index["findings"] and NO_FINDING not in (*index["findings"], *index["asked"]):
         print(
             f"note: no image is called {NO_FINDING!r}, as healthy ones must be; is that what "
             f"{listed(index['findings'])} means?"

@@ -130,15 +130,14 @@ class Split:
             return np.arange(entry["samples"]), np.zeros(entry["samples"], np.uint8), np.zeros((1, 0), np.int8)
         if not index["findings"]:
             raise InputError(f"{self.store.name}: its images have no findings; are these shards of lung masks?")
-        asked, where = asked_in(index), self.store.name
-        for name in self.classes:
+        asked, where, training = asked_in(index), self.store.name, self.split == "train"
+        for name in self.classes if self.labels.must_be_asked(training) else ():
             implied = name == NO_FINDING and asked.absent  # where nothing is listed
             if not implied and exact_or_known_as(name, (*index["findings"], *index["asked"]), where) is None:
                 raise InputError(
                     f"{self.store.name}: has no images with finding {name!r}; {nearest(name, index['findings'])}"
                 )
         codes, rows = self._codes(index, entry), labels_in(index)
-        training = self.split == "train"
         names = dict.fromkeys((*index["findings"], *index["asked"]))
         read = self.labels.reader(tuple(names), asked, training, self.store.name)
         targets = [read(said) for said in rows]

@@ -154,6 +154,35 @@ class _PatientParts:
         return np.array([self.part.get(name, part) == part for name in self.patient[rows]], bool)
 
 
+def by_findings(
+    found: Sequence[tuple[str, ...]], patient: np.ndarray, seed: int, shares: Sequence[float]
+) -> np.ndarray:
+    """The part of each image of several findings: int8 [N], no patient in two, each finding near its share.
+
+    Patients of the rarest finding go first, each where most of that finding is still wanted, then most images
+    (Sechidis, Tsoumakas and Vlahavas, "On the stratification of multi-label data", ECML PKDD 2011). Where no image has
+    more than one finding, it is `by_patient`.
+    """
+    if all(len(names) <= 1 for names in found):
+        codes = {names: k for k, names in enumerate(dict.fromkeys(found))}
+        return by_patient(np.array([codes[names] for names in found], np.int64), patient, seed, shares)
+    number = {name: k for k, name in enumerate(dict.fromkeys(name for names in found for name in names))}
+    people, own = np.unique(patient, return_inverse=True)
+    has = np.zeros((len(people), len(number) + 1))  # images of each patient with each finding; the last: all
+    for who, names in zip(own.tolist(), found, strict=True):
+        has[who, [*(number[name] for name in names), -1]] += 1
+    total = has.sum(0)
+    wanted = np.outer(np.asarray(shares, float) / sum(shares), total)
+    order = np.random.default_rng([seed, len(people)]).permutation(len(people))
+    rarest = np.where(has > 0, total, np.inf).argmin(1)
+    part_of = np.zeros(len(people), np.int8)
+    for who in order[np.argsort(total[rarest[order]], kind="stable")].tolist():
+        left = wanted[:, rarest[who]], wanted[:, -1]
+        part_of[who] = max(np.flatnonzero(shares).tolist(), key=lambda part: (left[0][part], left[1][part]))
+        wanted[part_of[who]] -= has[who]
+    return part_of[own]
+
+
 def _deal(
     part: np.ndarray,
     patients: _PatientParts,

@@ -27,7 +27,7 @@ import numpy as np
 from shards import atomic
 from shards.errors import InputError
 from shards.files import SHA256, file_sha256
-from shards.sample import SPLITS, Asked, Labels
+from shards.sample import SILENT, SPLITS, Asked, Labels
 
 VERSION = 3
 READABLE = (2, 3)
@@ -106,14 +106,16 @@ def write_index(
     boxed: dict[str, int] = {}
     splits: dict[str, Any] = {}
     names = dict.fromkeys(classes)
+    said = {split: [labels for part in parts[split] for labels in part.labels] for split in SPLITS if shards[split]}
+    codes = {
+        split: np.array([number.setdefault(labels, len(number)) for labels in rows]) for split, rows in said.items()
+    }
+    if len(number) > MOST_LABELS:
+        raise InputError(f"{root}: more than {MOST_LABELS} different sets of findings; are these class names?")
     for split in (s for s in SPLITS if shards[s]):
         table = np.concatenate([part.rows for part in parts[split]])
-        said = [labels for part in parts[split] for labels in part.labels]
-        codes = np.array([number.setdefault(labels, len(number)) for labels in said])
         boxes = _boxes(parts[split], boxed)
-        if len(number) > MOST_LABELS:
-            raise InputError(f"{root}: more than {MOST_LABELS} different sets of findings; are these class names?")
-        counts = Counter(name for labels in said for name in labels.present)
+        counts = Counter(name for labels in said[split] for name in labels.present)
         names.update(dict.fromkeys(counts))
         splits[split] = {
             "samples": len(table),
@@ -123,7 +125,7 @@ def write_index(
         }
         of_split = {
             "": table,
-            ".labels": codes.astype("<u2" if len(number) <= 2**16 else "<u4"),
+            ".labels": codes[split].astype("<u2" if len(number) <= 2**16 else "<u4"),
             ".boxes": boxes,
             ".ids": np.concatenate([part.ids for part in parts[split]]),
         }
@@ -134,7 +136,7 @@ def write_index(
                 "bytes": (root / file).stat().st_size,
                 "sha256": file_sha256(root / file),
             }
-    names.update(dict.fromkeys(name for labels in number for name in (*labels.absent, *labels.uncertain)))
+    names.update(dict.fromkeys(filter(None, (n for labels in number for n in (*labels.absent, *labels.uncertain)))))
     for entry in splits.values():
         entry["findings"] = {name: entry["findings"][name] for name in names}
     known = {
@@ -189,7 +191,10 @@ def parse_index(text: str | bytes, where: str, remedy: str) -> dict[str, Any]:
         if index["version"] not in READABLE:
             raise InputError(f"{where}: version {index['version']}, expected {VERSION}; {remedy}")
         if index["version"] == 2:  # of before there were absent and uncertain findings
-            index["labels"] = [{LABELS[0]: found} for found in index["labels"]]
+            index["labels"] = [
+                {LABELS[0]: found} if found else dict(zip(LABELS, map(list, SILENT), strict=True))
+                for found in index["labels"]
+            ]
             index |= {"asked": index["findings"], "unlisted": UNLISTED[0]}
         if not (
             isinstance(index["splits"], dict)

@@ -35,6 +35,7 @@ class Batch:
 
     image: uint8 [B,1,H,W]; target: int8 [B,K] (`shards.targets`); index: int64 [B], position in the split; weight:
     float32 [B], 1 or 0;
+    times: int64 [B], how often each came before in the epoch;
     mask: bool [B,H,W] or None (only a Split opened with ``masks=True``); total: images of the global batch, of all
     processes.
     """
@@ -43,6 +44,7 @@ class Batch:
     target: torch.Tensor
     index: torch.Tensor
     weight: torch.Tensor
+    times: torch.Tensor
     mask: torch.Tensor | None = None
     total: int = 0
 
@@ -101,6 +103,7 @@ class _Reader(Dataset["Batch | InputError"]):
             target=torch.from_numpy(self.samples.targets(share.positions)),
             index=torch.from_numpy(share.positions),
             weight=torch.full((len(images),), float(share.counts)),
+            times=torch.from_numpy(share.times),
             mask=masks,
             total=share.total,
         )

@@ -54,6 +54,10 @@ class EpochPlan:
             parts.append(positions[max(start - begin, 0) : stop - begin])
         return np.concatenate(parts)
 
+    def times(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        """How many times each of `order` came before in the epoch: int64, 0 where every sample comes once."""
+        return np.zeros(max(0, min(stop, len(self)) - start), np.int64)
+
     def shards_ahead(self, epoch: int, start: int) -> list[int]:
         """Shards of the window that sample ``start`` lies in, then those of the next one."""
         shards, ends = self._windows(epoch)
@@ -95,10 +99,22 @@ class BalancedPlan(EpochPlan):
         super().__init__(shard_sizes, seed)
         self.groups = [group for group in groups if len(group)]
         self._order: tuple[int, np.ndarray] | None = None
+        self._times: tuple[int, np.ndarray] | None = None
 
     def order(self, epoch: int, start: int, stop: int) -> np.ndarray:
         """See `EpochPlan`."""
         return self._whole(epoch)[start : max(start, stop)]
+
+    def times(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        """See `EpochPlan`."""
+        whole = self._whole(epoch)
+        if self._times is None or self._times[0] != epoch:
+            by_sample = np.argsort(whole, kind="stable")
+            first = np.flatnonzero(np.diff(whole[by_sample], prepend=-1))
+            times = np.empty(len(whole), np.int64)
+            times[by_sample] = np.arange(len(whole)) - np.repeat(first, np.diff(first, append=len(whole)))
+            self._times = epoch, times
+        return self._times[1][start : max(start, stop)]
 
     def shards_ahead(self, epoch: int, start: int) -> list[int]:
         """See `EpochPlan`: those of the next samples, in their order."""
@@ -127,12 +143,13 @@ def cut(remaining: int, most: int) -> int:
 
 @dataclass
 class Share:
-    """What one rank reads of one global batch of ``total`` samples; ``counts`` is False for stand-ins of a rank that
-    has nothing.
+    """What one rank reads of one global batch of ``total`` samples; times: see `EpochPlan.times`; ``counts`` is False
+    for stand-ins of a rank that has nothing.
     """
 
     positions: np.ndarray
     total: int
+    times: np.ndarray
     counts: bool = True
 
 
@@ -155,10 +172,11 @@ class Shares(Sampler[Share]):
 
     def share(self, start: int) -> Share:
         """This rank's part of the global batch that begins at sample ``start``."""
-        g = self.plan.order(self.epoch, start, start + cut(len(self.plan) - start, self.batch * self.world))
-        mine = np.array_split(g, self.world)[self.rank]
+        stop = start + cut(len(self.plan) - start, self.batch * self.world)
+        g, times = self.plan.order(self.epoch, start, stop), self.plan.times(self.epoch, start, stop)
+        mine = np.array_split(np.arange(len(g)), self.world)[self.rank]
         # Two stand-ins: a normalisation over the batch has nothing to go by with one.
-        return Share(mine, len(g)) if len(mine) else Share(g[:2], len(g), counts=False)
+        return Share(g[mine], len(g), times[mine]) if len(mine) else Share(g[:2], len(g), times[:2], counts=False)
 
     def __iter__(self) -> Iterator[Share]:
         return map(self.share, self.starts())

@@ -88,7 +88,9 @@ def relative(text: str, size: tuple[int, int], where: str) -> np.ndarray:
     column by column. InputError: no pairs of numbers, or beyond the image.
     """
     try:
-        numbers = np.array([int(word) for word in text.split()], np.int64)
+        numbers = np.array(
+            [min(int(word), 2**40) for word in text.split()], np.int64
+        )  # larger ones are beyond any image
         starts, lengths = numbers[::2], numbers[1::2]
         ends = np.cumsum(starts + lengths)
     except (ValueError, OverflowError) as error:

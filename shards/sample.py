@@ -59,6 +59,10 @@ class Labels(NamedTuple):
     uncertain: tuple[str, ...] = ()
 
 
+# Of a sample without labels, or an empty one of the version before there were absent ones: it belongs to no task.
+SILENT = Labels(uncertain=("",))
+
+
 class Asked(NamedTuple):
     """What a source was asked for, for all of its images.
 
@@ -171,11 +175,14 @@ def parse_meta(data: bytes, where: str) -> dict[str, Any]:
         raise InputError(
             f"{where}: its JSON is not a sample's ({error}); see shards/sample.py for the contract"
         ) from error
-    return meta | labels | {"boxes": boxes, "lesion_masks": masks}
+    silent = "findings" not in meta and not any(labels.values())
+    return meta | labels | ({"silent": True} if silent else {}) | {"boxes": boxes, "lesion_masks": masks}
 
 
 def labels_of(meta: dict[str, Any]) -> Labels:
     """Of the JSON member as `parse_meta` gives it."""
+    if meta.get("silent") is True:
+        return SILENT
     return Labels(*(tuple(dict.fromkeys(meta[name])) for name in ("findings", "absent", "uncertain")))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from shards.errors import listed
 from shards.names import exact_or_known_as, known_as, same_as
-from shards.sample import NO_FINDING, SUPPORT_DEVICES, Asked, Labels
+from shards.sample import NO_FINDING, SILENT, SUPPORT_DEVICES, Asked, Labels
 
 PRESENT, ABSENT, UNKNOWN, UNCERTAIN = 1, 0, -1, -2
 
@@ -38,6 +38,9 @@ class Targets(Protocol):
         Raises:
             InputError: a finding of the task that is two of the set.
         """
+
+    def must_be_asked(self, training: bool) -> bool:
+        """Whether a finding of the task that a set was not asked for is an error."""
 
     def signature(self, targets: np.ndarray) -> np.ndarray:
         """What a split's fingerprint holds of each row of targets int8 [n,K]: an array of n rows."""
@@ -88,6 +91,10 @@ class SingleLabel:
             return tuple(int(name == of_task[0]) for name in self.findings)
         return None
 
+    def must_be_asked(self, training: bool) -> bool:
+        """See `Targets`: always."""
+        return True
+
     def signature(self, targets: np.ndarray) -> np.ndarray:
         """See `Targets`: the number of the class."""
         return targets.argmax(1).astype(np.int16)
@@ -118,7 +125,8 @@ class SingleLabel:
 
 
 class MultiLabel:
-    """Any number of findings an image, some of them unknown. No Finding is no finding of it.
+    """Any number of findings an image, some of them unknown. No Finding is no finding of it. Images are measured on
+    whose source was not asked for some of the findings; they are not trained on.
 
     Args:
         findings: of the task.
@@ -126,11 +134,18 @@ class MultiLabel:
             that is absent: ``negative`` or ``ignore``. With the latter its No Finding says that all others are absent,
             but not Support Devices.
         drop: findings that are not trained on where they are uncertain: the whole image is left out. It is measured on.
+        made: findings of which training makes something where they are uncertain.
     """
 
-    def __init__(self, findings: Sequence[str], unmentioned: str = "negative", drop: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        findings: Sequence[str],
+        unmentioned: str = "negative",
+        drop: Sequence[str] = (),
+        made: Sequence[str] = (),
+    ) -> None:
         self.findings = tuple(findings)
-        self.unmentioned, self.drop = unmentioned, frozenset(drop)
+        self.unmentioned, self.drop, self.made = unmentioned, frozenset(drop), frozenset(made)
 
     def reader(
         self, names: Sequence[str], asked: Asked, training: bool, where: str
@@ -145,6 +160,8 @@ class MultiLabel:
         ]
 
         def read(said: Labels) -> Target | None:
+            if said == SILENT:
+                return None
             present, absent, uncertain = map(frozenset, said)
             well = healthy in present
             target = tuple(
@@ -161,10 +178,16 @@ class MultiLabel:
                 t == UNCERTAIN and name in self.drop for t, name in zip(target, self.findings, strict=True)
             ):
                 return None
-            usable = (PRESENT, ABSENT, UNCERTAIN) if training else (PRESENT, ABSENT)
-            return target if any(t in usable for t in target) else None
+            made = training and any(
+                t == UNCERTAIN and name in self.made for t, name in zip(target, self.findings, strict=True)
+            )
+            return target if made or any(t in (PRESENT, ABSENT) for t in target) else None
 
         return read
+
+    def must_be_asked(self, training: bool) -> bool:
+        """See `Targets`: in training."""
+        return training
 
     def signature(self, targets: np.ndarray) -> np.ndarray:
         """See `Targets`: all of it."""
@@ -183,8 +206,11 @@ _NOTHING = "no image of which anything is known"
 
 
 def _healthy(said: Labels, asked: Asked) -> tuple[str, ...]:
-    """Where nothing is present: No Finding, if the source lists all that is, and nothing is uncertain."""
-    return (NO_FINDING,) if asked.absent and asked.names and not said.uncertain else ()
+    """Where nothing is present: No Finding, if the source lists all that is, nothing is uncertain, and it does not say
+    that this is no healthy image.
+    """
+    lists_all = asked.absent and asked.names and not said.uncertain
+    return (NO_FINDING,) if lists_all and not any(same_as(n) == same_as(NO_FINDING) for n in said.absent) else ()
 
 
 class Unlabelled:
@@ -197,6 +223,10 @@ class Unlabelled:
     ) -> Callable[[Labels], Target | None]:
         """See `Targets`."""
         return lambda said: ()
+
+    def must_be_asked(self, training: bool) -> bool:
+        """See `Targets`: never."""
+        return False
 
     def signature(self, targets: np.ndarray) -> np.ndarray:
         """See `Targets`."""

@@ -17,7 +17,7 @@ from shards.files import file_sha256, hidden
 from shards.gray import Extent, choose_scales
 from shards.index import ID, ROW, Indexed, hashed, write_index
 from shards.pixels import IMAGE_SUFFIXES, extent_of
-from shards.sample import SPLITS, Labels, check_key, labels_of, parse_meta, split_of_folder
+from shards.sample import SILENT, SPLITS, Labels, check_key, labels_of, parse_meta, split_of_folder
 
 
 def build_index(
@@ -120,8 +120,10 @@ def index_tar(
                 row = rows.setdefault(key, {})
                 if field == "cls":
                     classed.add(key)
-                    if not said.get(key, Labels()).present:
-                        said[key] = said.get(key, Labels())._replace(present=(_class_name(raw, member, classes, path),))
+                    known = said.get(key, SILENT)
+                    if not known.present:
+                        known = Labels() if known == SILENT else known
+                        said[key] = known._replace(present=(_class_name(raw, member, classes, path),))
                     continue
                 if f"{field}_len" in row:
                     if "." not in suffix and "." in named[key, field]:
@@ -136,7 +138,10 @@ def index_tar(
                     raw.seek(member.offset_data)
                     meta = parse_meta(raw.read(member.size), f"{path}:{member.name}")
                     labels = labels_of(meta)
-                    said[key] = labels if labels.present else labels._replace(present=said.get(key, Labels()).present)
+                    classed_as = said.get(key, SILENT)
+                    said[key] = (
+                        classed_as if labels == SILENT or (classed_as.present and not labels.present) else labels
+                    )
                     metas[key] = {name: meta.get(name) for name in ("patient", "boxes")}
             # tarfile takes a broken header for the end of the file: there must be nothing but zeros from here on.
             raw.seek(tar.offset)
@@ -172,7 +177,7 @@ def index_tar(
             table[field][i] = value
     ids = np.array([(hashed(key), hashed(metas.get(key, {}).get("patient"))) for key in rows], ID)
     boxes = [(i, box.finding, *box.xyxy) for i, key in enumerate(rows) for box in metas.get(key, {}).get("boxes") or ()]
-    return Indexed(table, [said.get(key, Labels()) for key in rows], ids, boxes), list(rows)
+    return Indexed(table, [said.get(key, SILENT) for key in rows], ids, boxes), list(rows)
 
 
 def _field(suffix: str) -> str:

@@ -20,14 +20,14 @@ from shards.plan import BalancedPlan, EpochPlan
 from shards.targets import MultiLabel
 from trainer import checkpoint, predict
 from trainer import train as loop
-from trainer.augment import hashed
+from trainer.augment import draw, hashed
 from trainer.build import build
 from trainer.classifier import FocusClassifier
 from trainer.command import resolve
 from trainer.config import Config
 from trainer.loop import Trainer
 from trainer.multilabel import Cells, choose
-from trainer.rules import of_task, read_findings
+from trainer.rules import of_task, read_findings, task_findings
 from trainer.run import task_of
 from trainer.sections import LabelsConfig, LossConfig
 from trainer.task import AnyOf, OneOf
@@ -573,3 +573,65 @@ def test_the_preset_of_chexpert():
         "Mass": "zeros",
         "Nodule": "zeros",
     }
+
+
+# -- what a review found
+# ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_without_a_pair_in_test_has_its_report(tmp_path, segmenter):
+    root = tmp_path / "shards"
+    pack(SeveralPhantoms(60, 3, size=64, findings=("Mass",), share=0.3), root, dataset="one", workers=1)
+    index = json.loads((root / "index.json").read_text())
+    codes = np.load(root / "test.labels.npy")
+    absent = next(k for k, labels in enumerate(index["labels"]) if labels.get("absent") == ["Mass"])
+    np.save(root / "test.labels.npy", np.full_like(codes, absent))
+    flags = ["--shards", str(root), "--out", str(tmp_path / "run"), *SMALL, "--lungs.weights", str(segmenter)]
+    loop.main([*flags, "--epochs", "1", "--labels.kind", "any", "--task", "Mass"])
+    report = content_of(tmp_path / "run")
+    assert report["test"]["per_finding"]["Mass"]["auc"] is None
+    assert not (tmp_path / "run/panel.png").exists()
+    assert "Where the model looks" not in (tmp_path / "run/report.html").read_text()
+
+
+def test_a_line_of_the_log_without_a_known_cell(run_flags, monkeypatch):
+    job = build(resolve([*run_flags, "--log_every", "1"]))
+    lines_ = []
+    monkeypatch.setattr(job, "write", lines_.append)
+    batch = next(iter(job.loader.batches(0)))
+    batch.target[:] = -1
+    job.logged += job.step([batch], 0.5)
+    job.log(type("Bar", (), {"set_postfix": lambda *a, **b: None})(), 0.5, 0.0)
+    assert lines_[0]["ce"] is None
+
+
+def test_weights_below_one_are_a_mean_all_the_same():
+    task, target = OneOf(("a", "b"), weights={"a": 0.1, "b": 0.1}), torch.eye(2, dtype=torch.int8)[[0, 1, 0, 1]]
+    z = torch.zeros(4, 2, dtype=torch.float64)
+    counts = task.counted(target, torch.ones(4))
+    assert counts.item() == pytest.approx(0.4)
+    assert (task.loss(z, target, torch.ones(4), CHANCE[:4]) / counts).item() == pytest.approx(math.log(2))
+
+
+def test_an_image_that_comes_again_is_drawn_anew():
+    plan = BalancedPlan([10] * 10, [np.arange(3), np.arange(3, 100)], 1)
+    order, times = plan.order(0, 0, 100), plan.times(0, 0, 100)
+    for sample in np.unique(order):
+        assert times[order == sample].tolist() == list(range((order == sample).sum()))
+    assert times.max() >= 15
+    assert (plan.times(0, 30, 50) == times[30:50]).all()
+    assert not EpochPlan([10] * 3).times(0, 5, 12).any()
+    assert torch.equal(draw(1, 2, [5]), draw(1, 2, [5], [0]))
+    assert not torch.equal(draw(1, 2, [5]), draw(1, 2, [5], [1]))
+
+
+def test_no_finding_is_no_class_however_it_is_spelt():
+    assert task_findings("Normal,Effusion", "any") == ("Effusion",)
+    assert task_findings("No finding,Effusion", "any") == ("Effusion",)
+    assert task_findings("Normal,Effusion", "one") == ("Normal", "Effusion")
+
+
+def test_a_number_in_yaml_is_a_weight(tmp_path):
+    (tmp_path / "c.yaml").write_text("labels: {kind: any}\nloss: {pos_weight: 2.5}\ntask: chexpert5\n")
+    config = resolve(["--shards", "x", "--out", str(tmp_path / "o"), "--config", str(tmp_path / "c.yaml")])
+    assert config.pos_weight == {"": 2.5}

@@ -18,15 +18,16 @@ from shards.__main__ import main
 from shards.dataset import Split
 from shards.errors import InputError
 from shards.names import lists
-from shards.sample import clean_key
+from shards.sample import Labels, clean_key
 from shards.sources.recipe import names, read_recipe
+from shards.sources.said import Reading, agreed
 from shards.store import open_store
-from shards.targets import MultiLabel
+from shards.targets import MultiLabel, SingleLabel
 from shards.verify import verify
 from trainer import train
 
 DICOM = {"vindr", "rsna", "siim"}
-ASKED = {"rsna": 1, "siim": 1, "openi": 3}  # others: more than five
+ASKED = {"rsna": 1, "siim": 1, "openi": 4}  # others: more than five
 
 
 def pack(name: str, root: Path, *flags: str) -> Path:
@@ -148,7 +149,7 @@ def test_chexpert_lies_where_it_lies_and_says_what_it_leaves_out(tmp_path, capsy
     assert found["train_patient00000_study1_view1_frontal"][1]["patient"] == "patient00000"
     assert found["train_patient00000_study1_view1_frontal"][1]["study"] == "patient00000/study1"
     split = Split(out, "train", MultiLabel(lists()["chexpert5"], "ignore"))
-    assert split.targets().shape == (21, 5), "of rows with Fracture or nothing at all no cell is known"
+    assert split.targets().shape == (18, 5), "of other rows no cell is known: Fracture, nothing, uncertain"
     shutil.rmtree(out)
     assert len(samples(pack("chexpert", tmp_path / "any name", "--views", "all", "--task", "chexpert5"))) == 51
     index = open_store(out).index()
@@ -169,8 +170,8 @@ def test_mimics_labels_are_of_studies(tmp_path, capsys):
         pack("mimic", tmp_path / "mimic", "--out", str(tmp_path / "x"))
 
 
-@pytest.mark.parametrize(("agree", "count"), [("any", 6), ("majority", 5), ("all", 5)])
-def test_readers_agree_as_wanted(tmp_path, agree, count):
+@pytest.mark.parametrize("agree", ["any", "majority", "all"])
+def test_readers_agree_as_wanted(tmp_path, agree):
     pytest.importorskip("pydicom", reason="the extra dicom is not installed")
     TREES["vindr"](tmp_path / "vindr")
     found = samples(pack("vindr", tmp_path / "vindr", "--agree", agree))
@@ -179,6 +180,21 @@ def test_readers_agree_as_wanted(tmp_path, agree, count):
     assert first == ({"Cardiomegaly", "Pleural effusion"} if agree == "any" else {"Cardiomegaly"})
     assert nodule == {"any": {"Nodule/Mass"}, "majority": {"No Finding"}, "all": set()}[agree]
     assert two == (set() if agree == "all" else {"Pneumonia", "Lung Opacity"})
+    task = SingleLabel(("No Finding", "Cardiomegaly"), ("Cardiomegaly",))
+    out = tmp_path / "vindr_shards"
+    healthy = [Split(out, n, task).counts()["No Finding"] for n in ("train",)]
+    called = sum(meta["findings"] == ["No Finding"] for n, meta in found.values() if n == "train")
+    assert healthy == [called], "whom the readers do not agree on is not healthy"
+
+
+def test_uncertain_votes_count():
+    def read(*votes: str) -> Labels:
+        labels = {"1": Labels(("Edema",)), "0": Labels((), ("Edema",)), "?": Labels((), (), ("Edema",))}
+        return agreed([Reading(labels[vote]) for vote in votes], "majority", False)
+
+    assert read("1", "1", "0") == Labels(("Edema",), ("No Finding",))
+    assert read("?", "?", "?") == read("1", "?", "0") == Labels((), ("No Finding",), ("Edema",))
+    assert read("1", "0", "0") == read("?", "0", "0") == Labels((), ("Edema", "No Finding"))
 
 
 def test_masks_are_kept(tmp_path):
@@ -316,6 +332,38 @@ BROKEN = {
         lambda r: changed(r, "stage_2_train_labels.csv", 0, width="900"),
         "is no box in 00000000.dcm of 64x64",
     ),
+    "a cell that leaves the root": (
+        "chexpert",
+        lambda r: changed(r, "train.csv", 0, Path="../../etc/passwd.jpg"),
+        "the image '../../etc/passwd.jpg' does not lie below --root",
+    ),
+    "an absolute path": (
+        "chexpert",
+        lambda r: changed(r, "train.csv", 0, Path="/etc/x.jpg"),
+        "does not lie below --root",
+    ),
+    "two files of a name": (
+        "nih14",
+        lambda r: shutil.copytree(r / "images_001", r / "annotated"),
+        "is there 2 times: .*annotated",
+    ),
+    "an image in two tables": (
+        "chexpert",
+        lambda r: changed(r, "valid.csv", 0, Path="CheXpert-v1.0-small/train/patient00000/study1/view1_frontal.jpg"),
+        "says another split or patient of .*patient00000",
+    ),
+    "an image in two lists": (
+        "nih14",
+        lambda r: (r / "test_list.txt").write_text((r / "test_list.txt").read_text() + "\n00000001_000.png"),
+        "images are in two of the lists of splits: 00000001_000.png",
+    ),
+    "a patient's column that is gone": (
+        "nih14",
+        lambda r: (r / "Data_Entry_2017_v2020.csv").write_text(
+            (r / "Data_Entry_2017_v2020.csv").read_text().replace("Patient ID", "Who")
+        ),
+        "has no column 'Patient ID'",
+    ),
     "two things of one image": (
         "rsna",
         lambda r: (r / "stage_2_detailed_class_info.csv").write_text(
@@ -438,3 +486,50 @@ def test_all_cells_unknown_in_val_is_a_warning_and_a_null(tmp_path, segmenter, c
     assert report["threshold"]["Fracture"] is None
     assert report["val"]["defined"] == 1
     assert report["val"]["auc"] == report["val"]["per_finding"]["Edema"]["auc"]
+
+
+OURS = 'title: x\ntables: [{files: t.csv}]\nimage: "{f}"\nunlisted: absent\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("findings: {names: {separator: ;}}", "findings: names: says nothing of column"),
+        ("findings: {names: labels}", "expected settings under it: column"),
+        ("findings: {names: {column: l, seperator: ;}}", "unknown setting seperator; did you mean separator"),
+        ("findings: {names: {column: l}}\npatient: {column: p, find: p.*}", "has no group (...) that is taken"),
+        ("findings: {names: {column: l}}\nboxes: {colums: [a]}", "unknown setting colums; did you mean columns"),
+        ("findings: {names: {column: l}}\nboxes: {columns: [a, b, c, d], finding: x, kind: side}", "corners or sides"),
+        ("findings: {runs: {column: l, finding: x}}", "findings: runs: says nothing of size"),
+        ("findings: {names: {column: l}}\namong: a", "among: a: expected a list"),
+        ("findings: {names: {column: l}}\nval_share: x", "val_share: x: expected a number"),
+        ("findings: {names: {column: l}}\nlists: [a]", "expected settings under it"),
+        ("findings: {names: {column: l}}\nhealthy: {column: l}", "healthy: says nothing of values"),
+    ],
+)
+def test_what_is_wrong_within_a_recipe_is_named(tmp_path, text, words):
+    (tmp_path / "r.yaml").write_text(OURS + text)
+    with pytest.raises(InputError, match=re.escape(words)):
+        read_recipe(str(tmp_path / "r.yaml"))
+
+
+def test_words_of_a_recipe_are_of_any_case(tmp_path):
+    root = tmp_path / "own"
+    kinds = ("a", "CLEAR", "b;Unchanged", "EXCLUDE", "nan")
+    for i in range(20):
+        image(root / f"{i}.png", i)
+    table(root / "t.csv", ["f", "l"], [[f"{i}.png", kinds[i % 5]] for i in range(20)])
+    words = "findings: {names: {column: l, separator: ;, healthy: [Clear], nothing: [Unchanged], leave_out: [Exclude]}}"
+    (tmp_path / "own.yaml").write_text(OURS + words)
+    found = [tuple(meta["findings"]) for _, meta in samples(pack(str(tmp_path / "own.yaml"), root)).values()]
+    assert sorted(found) == [("No Finding",)] * 4 + [("a",)] * 4 + [("b",)] * 4
+
+
+def test_of_a_task_nobody_becomes_healthy_who_shows_something_else(tmp_path):
+    TREES["nih14"](tmp_path / "nih")
+    out = pack("nih14", tmp_path / "nih", "--task", "Effusion")
+    found = [meta for name, meta in samples(out).values() if name == "train"]
+    called = sum(meta["findings"] == ["No Finding"] for meta in found)
+    assert (
+        Split(out, "train", SingleLabel(("No Finding", "Effusion"))).counts()["No Finding"] == called < len(found) / 2
+    )

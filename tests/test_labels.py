@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from shards.dataset import Split
+from shards.deal import by_findings
 from shards.errors import InputError
 from shards.index import write_index
 from shards.names import known_as, lists, policy, same_as
 from shards.pack import pack
 from shards.rle import Runs, relative
-from shards.sample import TASKS, Asked, Labels, Sample, encode, labels_of, parse_meta
+from shards.sample import SILENT, TASKS, Asked, Labels, Sample, encode, labels_of, parse_meta
 from shards.sources.item import Item, Outline, Source
 from shards.targets import ABSENT, PRESENT, UNCERTAIN, UNKNOWN, MultiLabel, SingleLabel
 from shards.tars import build_index
@@ -63,9 +64,10 @@ def test_dropped_images_are_measured_all_the_same():
 
 
 def test_only_uncertain_images_are_trained_on_not_measured():
-    said, task = Labels((), (), ("Edema",)), MultiLabel(("Edema",))
+    said, task = Labels((), (), ("Edema",)), MultiLabel(("Edema",), made=("Edema",))
     assert targets(said, task) == (UNCERTAIN,)
     assert targets(said, task, training=False) is None
+    assert targets(said, MultiLabel(("Edema",))) is None, "nothing to learn from it"
 
 
 def test_names_of_one_finding_are_one():
@@ -167,7 +169,8 @@ def test_shards_of_before_read_as_if_all_that_is_not_listed_were_absent(several)
     del index["asked"], index["unlisted"]
     path.write_text(json.dumps(index))
     split = Split(several, "train", MultiLabel(("Effusion", "Edema"), "ignore"))
-    assert split.targets().tolist() == [[1, 0], [0, 0], [0, 0], [0, 0]] * 3
+    assert split.targets().tolist() == [[1, 0], [0, 0]] * 3
+    assert split.left_out == 6, "an empty row of before says nothing, as before"
 
 
 def test_a_finding_of_which_nothing_is_known_is_not_trained(several):
@@ -280,3 +283,65 @@ def test_two_names_of_one_finding_in_a_set(several, tmp_path):
         Split(several, "train", MultiLabel(("Effusion", "Edema")))
     # one finding an image is as it is spelt
     assert Split(several, "train", SingleLabel(("No Finding", "Effusion"), ("Effusion",))).counts()["Effusion"] == 3
+
+
+# -- what a review found
+# ------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_labels_have_room_in_every_split(tmp_path):
+    names = [f"finding {k}" for k in range(20)]
+    said = [
+        Labels(tuple(name for bit, name in enumerate(names) if number >> bit & 1)) for number in range(1, 2**16 + 500)
+    ]
+    parts = {"train": [_indexed(said[:60000])], "val": [_indexed(said[60000:])]}
+    for name, of in parts.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "000000.tar").touch()
+        assert len(of) == 1
+    shards = {
+        name: [{"name": f"{name}/000000.tar", "bytes": 0, "sha256": "0" * 64, "samples": len(of[0].labels)}]
+        for name, of in parts.items()
+    }
+    write_index(tmp_path, "many", names, defaultdict(list, shards), parts, {})
+    for name, of in parts.items():
+        assert Split(tmp_path, name).said() == of[0].labels
+
+
+def test_nobody_is_healthy_of_whom_that_is_denied():
+    asked, task = Asked(frozenset(("Effusion",))), SingleLabel(("No Finding", "Effusion"))
+    assert targets(Labels((), ("No Finding",)), task, asked) is None
+    assert targets(SILENT, task, asked) is None
+    assert targets(SILENT, MultiLabel(("Effusion",)), asked) is None
+
+
+def test_a_sample_without_labels_belongs_to_nothing():
+    assert labels_of(parse_meta(b"{}", "x")) == SILENT
+    assert labels_of(parse_meta(b'{"findings": []}', "x")) == Labels()
+    assert labels_of(parse_meta(b'{"absent": ["Mass"]}', "x")) == Labels((), ("Mass",))
+
+
+def test_what_a_set_was_not_asked_for_is_unknown_where_it_is_measured(several):
+    (several / "train").rename(several / "val")
+    for path in several.glob("train*.npy"):
+        path.rename(several / path.name.replace("train", "val"))
+    index = json.loads((several / "index.json").read_text().replace("train", "val"))
+    (several / "index.json").write_text(json.dumps(index))
+    split = Split(several, "val", MultiLabel(("Effusion", "Hernia")))
+    assert set(split.targets()[:, 1].tolist()) == {ABSENT, UNKNOWN}, "absent only where No Finding says so"
+
+
+@pytest.mark.parametrize("findings", [100, 14])
+def test_dealt_parts_have_their_share_however_many_findings_there_are(findings):
+    rng = np.random.default_rng(0)
+    shown = rng.random((2000, findings)) < (0.03 if findings == 100 else 0.3)
+    found = [tuple(f"f{k}" for k in np.flatnonzero(row)) for row in shown]
+    patient = rng.integers(0, 1200, 2000)
+    part = by_findings(found, patient, 0, (0.6, 0.2, 0.2))
+    assert (part == by_findings(found, patient, 0, (0.6, 0.2, 0.2))).all()
+    assert np.bincount(part) / 2000 == pytest.approx([0.6, 0.2, 0.2], abs=0.02)
+    for who in np.unique(patient):
+        assert len(set(part[patient == who])) == 1
+    for k in range(findings):
+        count = np.bincount(part[shown[:, k]], minlength=3)
+        assert np.abs(count / count.sum() - [0.6, 0.2, 0.2]).max() < (0.17 if findings == 100 else 0.05), k

@@ -33,7 +33,8 @@ def test_one_finding_an_image_is_one_pair_an_image():
     assert [part.tolist() for part in drawn] == [[0, 1, 2, 1], [1.0] * 4]
     assert task.healthy(TARGET).tolist() == [True, False, False, False]
     assert task.may_show(TARGET).tolist() == (TARGET == 1).tolist()
-    assert [task.described(target) for target in TARGET[:2]] == [{"label": "No Finding"}, {"label": "Effusion"}]
+    lines = task.lines(torch.zeros(4, 3), TARGET, None)
+    assert [line["label"] for line in lines] == ["No Finding", "Effusion", "Pneumothorax", "Effusion"]
     assert [scored.finding for scored in task.scored(torch.randn(4, 3), TARGET)] == [1, 2]
     assert not OneOf(("Effusion", "Pneumothorax")).healthy(torch.tensor([[1, 0]], dtype=torch.int8)).any()
 

@@ -467,7 +467,7 @@ def openi(root: Path) -> Rows:
     kinds = [
         ("normal", {"No Finding"}),
         ("Cardiomegaly;Pulmonary Artery", {"Cardiomegaly", "Pulmonary Artery"}),
-        ("Opacity", {"Opacity"}),
+        ("Hernia, Hiatal;Opacity", {"Hernia Hiatal", "Opacity"}),
         ("No Indexing", None),
     ]
     for i in range(24):

@@ -43,9 +43,18 @@ def resize(images: torch.Tensor, size: int) -> torch.Tensor:
     return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
 
 
-def draw(seed: int, epoch: int, index: Sequence[int] | torch.Tensor) -> torch.Tensor:
-    """Random numbers for each sample: float32 [B, DRAWS] in [0, 1)."""
-    rows = [np.random.default_rng([seed, epoch, i]).random(DRAWS, np.float32) for i in torch.as_tensor(index).tolist()]
+def draw(
+    seed: int, epoch: int, index: Sequence[int] | torch.Tensor, times: Sequence[int] | torch.Tensor | None = None
+) -> torch.Tensor:
+    """Random numbers for each sample: float32 [B, DRAWS] in [0, 1).
+
+    Args:
+        times: how often it came before in the epoch, which gives it others each time.
+    """
+    samples = torch.as_tensor(index).tolist()
+    again = [0] * len(samples) if times is None else torch.as_tensor(times).tolist()
+    keys = [[seed, epoch, i, *([k] if k else [])] for i, k in zip(samples, again, strict=True)]
+    rows = [np.random.default_rng(key).random(DRAWS, np.float32) for key in keys]
     return torch.from_numpy(np.stack(rows))
 
 

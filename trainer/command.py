@@ -244,6 +244,8 @@ def _check_names(kind: type, content: dict[str, Any], path: Path, prefix: str) -
             _check_names(section, value, path, f"{prefix}{name}.")
         elif section is str and isinstance(value, bool):
             content[name] = str(value).lower()
+        elif section is str and isinstance(value, int | float):
+            content[name] = str(value)
         elif section is str and isinstance(value, dict):  # a policy by finding
             content[name] = ", ".join(f"{key}: {one}" for key, one in value.items())
 

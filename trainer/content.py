@@ -61,6 +61,7 @@ class Figures(TypedDict, total=False):
     defined: int
     per_finding: dict[str, OfFinding]
     macro: dict[str, float]
+    macro_findings: dict[str, int]
     micro: dict[str, float]
     chexpert5: float
     resampled: str

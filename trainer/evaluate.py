@@ -53,10 +53,12 @@ def tiles(evaluator: Evaluator, name: str) -> list[Tile]:
     of_finding = [pairs.image[pairs.finding == k].tolist() for k in range(len(task.findings))]
     chosen = [
         (c[i], k)
-        for i in range(max(map(len, of_finding)))
+        for i in range(max(map(len, of_finding), default=0))
         for k, c in reversed(list(enumerate(of_finding)))
         if i < len(c)
     ][:TILES]
+    if not chosen:
+        return []
     index, finding = torch.tensor(chosen).reshape(-1, 2).unbind(1)
     raw = torch.from_numpy(np.stack([split.image(p) for p, _ in chosen]))[:, None].to(device)
     with evaluating(model):

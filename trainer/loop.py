@@ -146,7 +146,8 @@ class Trainer(Training):
         ).sum(0)
         counts = accelerator.reduce(own, "sum")
         shares = self.task.shares(counts[:-1])
-        images, positives = counts[:-1].sum().clamp(min=1), counts[-1].clamp(min=1)
+        images, positives = counts[:-1].sum(), counts[-1].clamp(min=1)
+        images = torch.where(images > 0, images, torch.ones_like(images))
 
         # One forward gives logits and CAM; the CAM's gradient goes through the head into the backbone.
         losses, norms = torch.zeros(2, 2, dtype=torch.float64, device=accelerator.device)
@@ -190,7 +191,7 @@ class Trainer(Training):
         """
         config, device = self.config, self.accelerator.device
         raw, target, weight = upload(batch.image, device), upload(batch.target, device), upload(batch.weight, device)
-        chances = draw(config.seed, self.state.epoch, batch.index)
+        chances = draw(config.seed, self.state.epoch, batch.index, batch.times)
         # The host knows whose CAM is taken: lesion boxes are looked up by it.
         pair = self.task.drawn(batch.target, self.places(batch.index), chances[:, PAIR])
         located = locate(
@@ -264,7 +265,7 @@ class Trainer(Training):
             "step": state.step,
             "epoch": state.epoch,
             "position": position,
-            "ce": sums.ce / sums.images,
+            "ce": sums.ce / sums.images if sums.images else None,  # no known cell
             "attention": sums.attention / counted if counted and lam < 1 else None,
             "lambda": lam,
             "swapped": sums.swapped / sums.swappable if sums.swappable else None,

@@ -272,14 +272,14 @@ def task_findings(task: str, kind: str = "one") -> tuple[str, ...]:
     Args:
         kind: ``one``: the findings are classes, at least two, as they stand; ``any``: No Finding is left out.
     """
-    ready = lists()
+    ready, healthy = lists(), same_as(NO_FINDING)
     names = ready.get(task) or tuple(name.strip() for name in task.split(","))
-    if task not in ready and len(names) < 2 and (kind == "one" or names[0] in ("", NO_FINDING)):
+    if task not in ready and len(names) < 2 and (kind == "one" or not names[0] or same_as(names[0]) == healthy):
         more = "'No Finding,Cardiomegaly'" + ("" if kind == "one" else ", or one finding at least")
         raise InputError(f"--task {task}: unknown; {nearest(task, ready)}; or name two findings or more: --task {more}")
     if not all(names) or len({same_as(name) for name in names}) < len(names):
         raise InputError(f"--task {task}: expected different names of findings, separated by commas")
-    return names if kind == "one" else tuple(name for name in names if name != NO_FINDING)
+    return names if kind == "one" else tuple(name for name in names if same_as(name) != healthy)
 
 
 def without_rule(names: Sequence[str], rules: Iterable[str]) -> list[str]:

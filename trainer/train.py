@@ -71,8 +71,9 @@ def conclude(trainer: Trainer) -> None:
     }
     content = finish(trainer.evaluator, config, trainer.findings, training, out)
     if acc.is_main_process:
-        with Image.open(out / "panel.png") as panel:
-            trainer.tracking.picture("panel", np.asarray(panel.convert("RGB")), state.step)
+        if (out / "panel.png").is_file():  # no image shows a finding of the task
+            with Image.open(out / "panel.png") as panel:
+                trainer.tracking.picture("panel", np.asarray(panel.convert("RGB")), state.step)
         shown = shown_split(content)
         figures = dict(zip(SUMMARY, summary(content), strict=True))
         trainer.tracking.log(

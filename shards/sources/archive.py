@@ -1,5 +1,6 @@
 """An archive as downloaded, read by its recipe (`shards.sources.recipe`)."""
 
+import gzip
 import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -13,8 +14,8 @@ from shards.errors import InputError, listed, nearest
 from shards.names import known_as
 from shards.sample import NO_FINDING, SPLITS, SUPPORT_DEVICES, Labels, clean_key
 from shards.sources.item import Item, Source, mixed, present, refuse_torn, separated
-from shards.sources.labels import contradicts
-from shards.sources.listing import Listed, find_tables, hint, images_of, kept_of
+from shards.sources.labels import NOBODY, contradicts
+from shards.sources.listing import Listed, cell_of, find_tables, hint, images_of, kept_of
 from shards.sources.marked import boxes_of, outlines_of
 from shards.sources.recipe import Recipe
 from shards.sources.said import Reading, agreed, readings
@@ -137,7 +138,11 @@ def _label(
             continue
         if other := [name for name in said.present if name not in every and name != NO_FINDING]:
             skipped[f"findings that {recipe.name} does not list, such as {other[0]}"] += len(other)
-        image.labels = Labels(*(tuple(sorted(set(names) & known, key=_order)) for names in said))
+        kept = Labels(*(tuple(sorted(set(names) & known, key=_order)) for names in said))
+        hidden = set(said.present) - known - {SUPPORT_DEVICES}
+        if hidden and NO_FINDING not in kept.absent:  # it shows what is not stored
+            kept = kept._replace(absent=(NO_FINDING, *kept.absent))
+        image.labels = kept
     return (NO_FINDING, *asked)
 
 
@@ -152,8 +157,10 @@ def _patients(recipe: Recipe, images: Sequence[Listed], notes: list[str]) -> lis
     if recipe.patient is None:
         notes.append(f"{recipe.title} does not tell patients apart: every image counts as a patient of its own")
         return [str(i) for i in range(len(images))]
+    for image in images:
+        cell_of(image.rows[0], recipe.patient.column, recipe.title)
     who = [recipe.patient.of(image.rows[0]) for image in images]
-    if nobody := sum(not one for one in who):
+    if nobody := sum(one.lower() in NOBODY for one in who):
         raise InputError(f"{recipe.title}: {nobody} images have no patient in column {recipe.patient.column!r}")
     notes += alike_patients(who)
     return who
@@ -172,21 +179,25 @@ def _parts(
     parts = [image.split for image in images]
     if recipe.lists:
         of_list = {name: set(_list_of(root, file)) for name, file in recipe.lists.items()}
+        every = [name for names in of_list.values() for name in names]
+        if len(set(every)) < len(every):
+            twice = sorted({name for name in every if every.count(name) > 1}) if len(every) < 10**4 else []
+            raise InputError(f"--root {root}: images are in two of the lists of splits: {listed(twice)}; correct one")
         base = [os.path.basename(image.name) for image in images]
         parts = [next((name for name in of_list if one in of_list[name]), "") for one in base]
         if rest := [one for one, part in zip(base, parts, strict=True) if not part]:
             raise InputError(f"--root {root}: {len(rest)} images are in none of the lists: {listed(rest)}")
-    codes = {labels: k for k, labels in enumerate(dict.fromkeys(image.labels for image in images))}
-    label, who = np.array([codes[image.labels] for image in images]), np.array(patients)
+    found, who = [image.labels.present for image in images], np.array(patients)
     if not all(parts):
         if any(parts):
             raise InputError(f"{recipe.title}: some images have a split and some have none")
-        dealt = deal.by_patient(label, who, seed, shares)
+        dealt = deal.by_findings(found, who, seed, shares)
         notes.append("the archive has no splits of its own: patients are dealt by --seed and --ratios")
         return [SPLITS[part] for part in dealt]
     if recipe.val_share and "val" not in parts:
         rows = np.flatnonzero(np.array(parts) == "train")
-        dealt = deal.by_patient(label[rows], who[rows], seed, (1 - recipe.val_share, recipe.val_share, 0))
+        of_train = [found[row] for row in rows.tolist()]
+        dealt = deal.by_findings(of_train, who[rows], seed, (1 - recipe.val_share, recipe.val_share, 0))
         for row, part in zip(rows.tolist(), dealt.tolist(), strict=True):
             parts[row] = SPLITS[part]
         notes.append(f"{100 * recipe.val_share:g}% of the patients of train are val, which the archive has not")
@@ -197,4 +208,8 @@ def _list_of(root: Path, file: str) -> list[str]:
     found = find_tables(root, [file])
     if not found:
         raise InputError(f"--root {root}: has no {file}, which says who is in which split")
-    return found[0].read_text().split()
+    try:
+        with gzip.open(found[0], "rt") if found[0].suffix == ".gz" else found[0].open() as source:
+            return source.read().split()
+    except (OSError, UnicodeDecodeError, EOFError) as error:
+        raise InputError(f"{found[0]}: cannot be read as a list of names ({error})") from error

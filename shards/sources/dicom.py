@@ -13,7 +13,7 @@ from shards.errors import InputError
 from shards.files import walk
 from shards.sample import SPLITS, Labels, split_of_folder
 from shards.sources.folders import folder_finding
-from shards.sources.item import Item, Source, labels_of_item, mixed, refuse_missing_class, refuse_torn
+from shards.sources.item import Item, Source, mixed, refuse_missing_class, refuse_torn
 from shards.sources.labels import Columns
 from shards.sources.tables import ANONYMOUS, Listed, _own_boxes, alike_patients, listed_in_cells, read_listed
 
@@ -110,10 +110,7 @@ def dicom(
     if not all(item.split for item in items):
         if len(items) > 1 and len(set(patients)) == 1:
             notes.append(f"warning: all {len(items)} images have one patient ID and one study, so all are in one split")
-        codes = {said: k for k, said in enumerate(dict.fromkeys(map(labels_of_item, items)))}
-        part_of = deal.by_patient(
-            np.array([codes[labels_of_item(item)] for item in items]), np.array(patients), seed, shares
-        )
+        part_of = deal.by_findings([item.findings for item in items], np.array(patients), seed, shares)
         items = [replace(item, split=SPLITS[p]) for item, p in zip(items, part_of, strict=True)]
     names = tuple(declared or dict.fromkeys(name for item in items for name in item.findings))
     refuse_torn(items, f"--path {root}")

@@ -77,6 +77,7 @@ def _assumed(
         if labels is not None and len(labels.absent) == len(columns.finding):
             if any(row[name] in ("1", "1.0") for name in others):
                 ill.append(row)
+                labels = labels._replace(absent=(NO_FINDING, *labels.absent))
             else:
                 labels = labels._replace(present=(NO_FINDING,))
         done.append(labels)

@@ -32,6 +32,8 @@ class Listed:
 def find_tables(root: Path, files: Sequence[str]) -> list[Path]:
     """The first of the patterns that there is below the root or a folder of it, with ``.gz`` or without."""
     for pattern in files:
+        if os.path.isabs(pattern) or ".." in Path(pattern).parts:
+            raise InputError(f"table {pattern}: must lie below --root")
         for shape in (pattern, f"{pattern}.gz", f"*/{pattern}", f"*/{pattern}.gz"):
             if found := sorted(path for path in root.glob(shape) if path.is_file()):
                 return found
@@ -57,6 +59,8 @@ def images_of(recipe: Recipe, root: Path, views: str, skipped: dict[str, int], n
         if lacks:
             continue
         name = _filled(table.image or recipe.image, row, flag)
+        if os.path.isabs(name) or "\0" in name or ".." in Path(name.replace("\\", "/")).parts:
+            raise InputError(f"{flag}: the image {name!r} does not lie below --root; correct the row")
         if os.path.basename(name) in recipe.bad:
             skipped["known to be broken"] += 1
             continue
@@ -64,8 +68,11 @@ def images_of(recipe: Recipe, root: Path, views: str, skipped: dict[str, int], n
             if views == "frontal" and recipe.view is not None and (why := _other_view(recipe, row)):
                 skipped[why] += 1
                 continue
-            split = table.split or _split_name(recipe, row, flag)
-            images[name] = Listed(finder(name), name, split)
+            images[name] = Listed(finder(name), name, table.split or _split_name(recipe, row, flag))
+        elif images[name].split != (table.split or _split_name(recipe, row, flag)) or (
+            recipe.patient is not None and recipe.patient.of(images[name].rows[0]) != recipe.patient.of(row)
+        ):
+            raise InputError(f"{flag}: says another split or patient of {name} than a row before; correct one")
         images[name].rows.append(row)
     for k, (join, others) in enumerate(joined):
         if alone := len(others.keys() - met[k]):
@@ -142,16 +149,23 @@ def finder_of(recipe: Recipe, root: Path) -> Callable[[str], Path]:
     """What gives the file of a name: below the root, or without the name's first folder, which may be the archive's
     own; ``**/``: wherever it lies.
     """
-    finder, anywhere = Finder(root), dict[str, Path]()
+    finder, anywhere = Finder(root), defaultdict[str, list[Path]](list)
     if any(template.startswith("**/") for template in (recipe.image, *(table.image for table in recipe.tables))):
         for path in walk(root):
-            anywhere.setdefault(path.name, path)
-            anywhere.setdefault(path.stem, path)
+            for key in {path.name, path.stem}:
+                anywhere[key].append(path)
 
     def find(name: str) -> Path:
         if name.startswith("**/"):
             base = name.removeprefix("**/")
-            return anywhere.get(base) or anywhere.get(os.path.splitext(base)[0]) or root / base
+            found = anywhere.get(base) or anywhere.get(os.path.splitext(base)[0]) or [root / base]
+            if len(found) > 1:
+                raise InputError(
+                    f"--root {root}: {base} is there {len(found)} times: {listed(found, 2)}; name a folder that holds "
+                    "it "
+                    "once, or remove the others"
+                )
+            return found[0]
         inner = name.partition("/")[2] or name
         for one in (name, inner, os.path.splitext(name)[0], os.path.splitext(inner)[0]):
             if (path := finder.find(one)).is_file():

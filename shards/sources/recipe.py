@@ -114,8 +114,90 @@ class Recipe:
         return next(kind for kind in KINDS if kind in self.findings)
 
     def named(self, name: str) -> str:
-        """What a finding of the archive is called here."""
-        return NO_FINDING if same_as(name) == same_as(NO_FINDING) else self.rename.get(name, name)
+        """What a finding of the archive is called here: without commas, as in Hernia, Hiatal."""
+        if same_as(name) == same_as(NO_FINDING):
+            return NO_FINDING
+        return self.rename.get(name, name).replace(",", "")  # which separates the findings of a --task
+
+
+# Of the sections of a recipe: settings that there must be, and their types; others that there may be.
+_TEXT, _LIST, _EITHER, _MAP = (str,), (list,), (str, list), (dict,)
+_SECTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "cells": ({}, {}),
+    "names": (
+        {"column": _TEXT},
+        {"separator": _TEXT, "quoted": (bool,), "healthy": _LIST, "nothing": _LIST, "leave_out": _LIST},
+    ),
+    "rows": ({"column": _TEXT}, {"healthy": _LIST}),
+    "runs": ({"column": _TEXT, "finding": _TEXT, "size": _LIST}, {"none": _LIST}),
+    "healthy": ({"column": _TEXT, "values": _LIST}, {}),
+    "boxes": (
+        {"columns": _LIST},
+        {
+            "kind": _TEXT,
+            "finding": _TEXT,
+            "finding_column": _TEXT,
+            "size": _LIST,
+            "files": _EITHER,
+            "image_column": _TEXT,
+            "suffix": _TEXT,
+        },
+    ),
+}
+_TYPES: dict[str, Any] = {
+    **dict.fromkeys(("title", "known_from", "image", "unlisted", "reader"), _TEXT),
+    **dict.fromkeys(("tables", "joins", "frontal", "among", "bad", "overlap"), _LIST),
+    **dict.fromkeys(("lists", "keep", "rename", "findings", "healthy", "boxes"), _MAP),
+    **dict.fromkeys(("patient", "study", "view", "split"), (str, dict)),
+    "val_share": (float, int),
+}
+
+
+def _check(content: dict[str, Any], where: str) -> None:
+    """InputError for a setting of another type, or one within a section that nobody reads or that is missing."""
+    for key, value in content.items():
+        if not isinstance(value, _TYPES[key]):
+            raise InputError(f"{where}: {key}: {value}: expected {_in_words(_TYPES[key])}")
+    findings = content["findings"]
+    kind = next(kind for kind in KINDS if kind in findings)
+    for key in findings:
+        if key not in (kind, "optional"):
+            raise InputError(f"{where}: findings: unknown setting {key}; {nearest(str(key), (*KINDS, 'optional'))}")
+    if kind == "cells":
+        if not isinstance(findings[kind], list | dict) or not findings[kind]:
+            raise InputError(f"{where}: findings: cells: expected columns, as a list or {{column: finding}}")
+    else:
+        _section(findings[kind], kind, f"{where}: findings: {kind}")
+    for name in ("healthy", "boxes"):
+        if name in content:
+            _section(content[name], name, f"{where}: {name}")
+    boxes = content.get("boxes", {})
+    if boxes and (len(boxes["columns"]) != 4 or boxes.get("kind", "corners") not in ("corners", "sides")):
+        raise InputError(f"{where}: boxes: expected four columns, and kind corners or sides")
+    if boxes and not {"finding", "finding_column"} & boxes.keys():
+        raise InputError(f"{where}: boxes: says nothing of finding or finding_column")
+    if not 0 <= content.get("val_share", 0) < 1:
+        raise InputError(f"{where}: val_share: {content['val_share']}: expected a share from 0 to below 1")
+
+
+def _section(section: Any, name: str, where: str) -> None:
+    needed, allowed = _SECTIONS[name]
+    if not isinstance(section, dict):
+        raise InputError(f"{where}: {section}: expected settings under it: {', '.join((*needed, *allowed))}")
+    for key, value in section.items():
+        if key not in (*needed, *allowed):
+            raise InputError(f"{where}: unknown setting {key}; {nearest(str(key), (*needed, *allowed))}")
+        kinds = {**needed, **allowed}[key]
+        if not isinstance(value, kinds):
+            raise InputError(f"{where}: {key}: {value}: expected {_in_words(kinds)}")
+    for key in needed:
+        if key not in section:
+            raise InputError(f"{where}: says nothing of {key}")
+
+
+def _in_words(kinds: Any) -> str:
+    words = {str: "a text", list: "a list", dict: "settings under it", bool: "true or false", float: "a number"}
+    return " or ".join(words[kind] for kind in kinds if kind in words)
 
 
 def names() -> list[str]:
@@ -157,6 +239,7 @@ def _recipe(content: dict[str, Any], name: str, where: str) -> Recipe:
     findings = content["findings"]
     if not isinstance(findings, dict) or len([kind for kind in KINDS if kind in findings]) != 1:
         raise InputError(f"{where}: findings: expected one of {', '.join(KINDS)}")
+    _check(content, where)
     try:
         made = content | {
             "tables": tuple(_one(Table, entry) for entry in content["tables"]),
@@ -166,7 +249,8 @@ def _recipe(content: dict[str, Any], name: str, where: str) -> Recipe:
             if key in content:
                 value = content[key]
                 made[key] = Part(str(value)) if isinstance(value, str) else Part(**value)
-                re.compile(made[key].find)
+                if made[key].find and not re.compile(made[key].find).groups:
+                    raise InputError(f"{where}: {key}: find: {made[key].find}: has no group (...) that is taken")
         for key in ("frontal", "among", "bad", "overlap"):
             made[key] = tuple(str(one) for one in content.get(key, ()))
         recipe = Recipe(name=name, **made)

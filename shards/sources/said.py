@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from shards.errors import InputError, nearest
 from shards.sample import NO_FINDING, SUPPORT_DEVICES, Labels
 from shards.sources.cells import Row
-from shards.sources.labels import cell_number
+from shards.sources.labels import NOBODY, cell_number
 from shards.sources.recipe import Recipe
 
 AGREE = ("any", "majority", "all")
@@ -84,9 +84,11 @@ def _names(settings: Mapping[str, Any], row: Row, where: str) -> list[str] | Non
         names = [name.strip() for name in text.split(settings.get("separator", "|"))]
     names = [name for name in names if name]
     lower = [name.lower() for name in names]
-    if not names or any(name in settings.get("leave_out", ()) for name in lower):
+    nothing, healthy, leave_out = (
+        [str(one).lower() for one in settings.get(what, ())] for what in ("nothing", "healthy", "leave_out")
+    )
+    if not names or any(name in leave_out or name in NOBODY for name in lower):
         return None
-    nothing, healthy = settings.get("nothing", ()), settings.get("healthy", ())
     kept = [name for name, low in zip(names, lower, strict=True) if low not in nothing]
     if not kept:
         return None
@@ -105,12 +107,19 @@ def agreed(read: Sequence[Reading], agree: str, lists_all: bool) -> Labels:
     least = {"any": 1, "majority": len(read) // 2 + 1, "all": len(read)}[agree]
     names = dict.fromkeys(name for one in read for part in one.labels for name in part)
     votes = {name: sum(name in one.labels.present for one in read) for name in names}
+    perhaps = {name: n + sum(name in one.labels.uncertain for one in read) for name, n in votes.items()}
     present = [name for name, n in votes.items() if n >= least]
-    ill = [name for name in present if name not in (NO_FINDING, SUPPORT_DEVICES)]
-    if ill:
+    if any(name not in (NO_FINDING, SUPPORT_DEVICES) for name in present):
         present = [name for name in present if name != NO_FINDING]
-    absent = () if lists_all else tuple(name for name in names if name not in present and name != NO_FINDING)
-    return Labels(tuple(present), absent)
+    uncertain = [
+        name for name in names if name not in present and perhaps[name] >= least and perhaps[name] > votes[name]
+    ]
+    absent = [name for name in names if name not in (*present, *uncertain)]
+    if lists_all:  # the rest is not listed, but that the image is not healthy
+        absent = [name for name in absent if name == NO_FINDING]
+    if NO_FINDING not in (*present, *absent):
+        absent.append(NO_FINDING)
+    return Labels(tuple(present), tuple(absent), tuple(uncertain))
 
 
 def _cell(row: Row, name: str, where: str) -> str:

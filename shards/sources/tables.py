@@ -87,9 +87,13 @@ def read_listed(
         other = found.setdefault(image, Listed(image, Labels(), part, who, []))
         rows_of[image].append(row)
         both = Labels(*(tuple(dict.fromkeys(pair)) for pair in map(lambda a, b: (*a, *b), other.labels, labels)))
+        if corners:  # a row for each box: what one row shows, others need not
+            both = Labels(both.present, *(tuple(n for n in names if n not in both.present) for names in both[1:]))
         if (other.split, other.patient) != (part, who) or contradicts(both):
             same = (other.split, other.patient) == (part, who)
-            what = listed(both.present) if same else "different splits or patients"
+            twice = [n for n in both.present if n in (*both.absent, *both.uncertain)]
+            what = "different splits or patients" if not same else listed(both.present)
+            what = f"different things of {listed(twice)}" if same and twice else what
             if skip:
                 torn.add(image)
                 continue
@@ -213,8 +217,7 @@ def table(
     if columns.split:
         parts = [image.split for image in taken]
     else:
-        codes = {findings: k for k, findings in enumerate(dict.fromkeys(image.labels for image in taken))}
-        part = deal.by_patient(np.array([codes[image.labels] for image in taken], np.int64), patient, seed, shares)
+        part = deal.by_findings([image.labels.present for image in taken], patient, seed, shares)
         parts = [SPLITS[p] for p in part]
     findings = tuple(declared or dict.fromkeys(name for image in taken for name in image.labels.present))
     lesions = (

@@ -31,7 +31,7 @@ class Tile:
     lungs: np.ndarray
 
 
-def panel(shown: list[Tile], columns: int = 4, cam_of: str = "the label's class") -> Figure:
+def panel(shown: list[Tile], columns: int = 4, cam_of: str = "the finding in the title") -> Figure:
     """Each image beside itself with its CAM; the outlines of lungs cyan, of the expected region green, of lesion boxes
     red, as far as there are any.
     """

@@ -185,8 +185,11 @@ def _of_cells(figures: Figures) -> Rows:
     mean: list[Cell] = [f"mean of {figures['defined']} of {len(rows)}", "", "", ""]
     mean += [_figure((figures["auc"], figures.get("auc_95", NO_INTERVAL))), _number(figures["auprc"]), ""]
     together: list[Cell] = ["all cells together", "", "", "", _number(micro["auc"]), _number(micro["auprc"]), ""]
-    for cells, of in ((mean, macro), (together, micro)):
-        cells += [_number(of.get(n)) for n in AT_POINT] + [""] * 4
+    fewer = {n: figures["macro_findings"][n] for n in AT_POINT if figures["macro_findings"][n] < figures["defined"]}
+    mean += [small(f"{macro[n]:.3f}", f"of {fewer[n]}") if fewer.get(n) else _number(macro[n]) for n in AT_POINT]
+    together += [_number(micro.get(n)) for n in AT_POINT]
+    for cells in (mean, together):
+        cells += [""] * 4
     rows += [mean, together]
     kept = [i for i in range(len(head)) if i < 12 or any(row[i] not in (NOTHING, "") for row in rows)]
     return [head[i] for i in kept], [[row[i] for i in kept] for row in rows]

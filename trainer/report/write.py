@@ -41,7 +41,8 @@ def write_run(
         lost: by split, positions of the images in which no lungs were found.
     """
     history = read_lines(out / "metrics.jsonl")
-    pictures = {"panel": png(panel(shown)), "curves": png(curves(history, outcomes, content["findings"]))}
+    pictures = {"panel": png(panel(shown))} if shown else {}
+    pictures |= {"curves": png(curves(history, outcomes, content["findings"]))}
     if (sheet := without_lungs(splits, lost)) is not None:
         pictures["no_lungs"] = png(sheet)
     for name, data in pictures.items():

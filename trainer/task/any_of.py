@@ -63,9 +63,8 @@ class AnyOf:
     @cached_property
     def labels(self) -> MultiLabel:
         """See `Task`."""
-        return MultiLabel(
-            self.names, self.unmentioned, [name for name, what in self.uncertain.items() if what == "drop"]
-        )
+        dropped = [name for name, what in self.uncertain.items() if what == "drop"]
+        return MultiLabel(self.names, self.unmentioned, dropped, tuple(self._made))
 
     def weighted(self, present: np.ndarray, absent: np.ndarray) -> "AnyOf":
         """See `Task`."""
