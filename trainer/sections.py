@@ -76,10 +76,12 @@ class BalanceConfig:
 
     policy: Policy | None = None
     """fixed: lam; published: max(0.2, 1 - 0.023 epoch); ratio: A / (CE + A); balanced: equal gradients at the CAM's
-    layer; constrained: see epsilon; empty: fixed, or balanced with several findings an image unless lam is given.
+    layer; constrained: see epsilon; empty: fixed.
     """
     lam: float | None = None
-    """Lambda of the policy fixed, in [0, 1]; 1 is plain cross-entropy and pays nothing for attention; empty: 0.5."""
+    """Lambda of the policy fixed, in [0, 1]; 1 is plain cross-entropy and pays nothing for attention; empty: 0.5,
+    with several findings an image 0.8.
+    """
     low: float = 0.2
     """Lower clamp of ratio, balanced and constrained."""
     high: float = 0.95
