@@ -228,6 +228,8 @@ def _made(index: dict[str, Any], out: Path) -> None:
     skipped = index.get("skipped", [])
     if "train" in index["splits"] and "val" not in index["splits"]:
         print("there is no val split: training needs train and val")
+    elif "test" not in index["splits"]:
+        print("there is no test split: figures will be of val, which chooses the best epoch, too")
     if skipped:
         first = listed((f"{s['key']}: {s['why']}" for s in skipped), 3)
         print(f"skipped {len(skipped)} that could not be used, listed in {out / 'index.json'}; the first: {first}")
@@ -236,7 +238,13 @@ def _made(index: dict[str, Any], out: Path) -> None:
     for name in index["findings"]:
         empty = [split for split, entry in index["splits"].items() if not entry["findings"][name]]
         if empty:
-            stops = "training on it will stop" if index["unlisted"] == "absent" else "it cannot be measured there"
+            if name == NO_FINDING and index["unlisted"] != "absent":
+                continue
+            stops = (
+                "training on it will stop"
+                if index["unlisted"] == "absent"
+                else ("it cannot be learnt or measured there")
+            )
             print(f"warning: {listed(empty)} has no image of {name}: {stops}")
     if index.get("in_two_splits"):
         print(
@@ -259,7 +267,8 @@ def _odd_names(index: dict[str, Any]) -> None:
                 f"note: {spellings} are findings of their own, as they are spelt; if they are one, give them one name "
                 "and pack again (--labels.kind any refuses them)"
             )
-    if index["findings"] and NO_FINDING not in (*index["findings"], *index["asked"]):
+    lists_all = index["unlisted"] == "absent"
+    if lists_all and index["findings"] and NO_FINDING not in (*index["findings"], *index["asked"]):
         print(
             f"note: no image is called {NO_FINDING!r}, as healthy ones must be; is that what "
             f"{listed(index['findings'])} means?"

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from shards.errors import InputError, nearest
+from shards.errors import InputError, listed, nearest
 from shards.index import BOX, ID, ROW, Indexed, asked_in, hashed, labels_in
 from shards.jpeg import decode
-from shards.names import exact_or_known_as
+from shards.names import exact_or_known_as, lists
 from shards.pixels import decode_image
 from shards.sample import NO_FINDING, Labels, parse_meta
 from shards.store import Folder, Remote, open_store
@@ -131,12 +131,16 @@ class Split:
         if not index["findings"]:
             raise InputError(f"{self.store.name}: its images have no findings; are these shards of lung masks?")
         asked, where, training = asked_in(index), self.store.name, self.split == "train"
-        for name in self.classes if self.labels.must_be_asked(training) else ():
-            implied = name == NO_FINDING and asked.absent  # where nothing is listed
-            if not implied and exact_or_known_as(name, (*index["findings"], *index["asked"]), where) is None:
-                raise InputError(
-                    f"{self.store.name}: has no images with finding {name!r}; {nearest(name, index['findings'])}"
-                )
+        known = (*index["findings"], *index["asked"])
+        lacking = [
+            name
+            for name in (self.classes if self.labels.must_be_asked(training) else ())
+            if not (name == NO_FINDING and asked.absent) and exact_or_known_as(name, known, where) is None
+        ]  # (No Finding: where nothing is listed)
+        if lacking:
+            more = f" (nor {listed(map(repr, lacking[1:]))})" if len(lacking) > 1 else ""
+            close = nearest(lacking[0], (*index["findings"], *lists()))
+            raise InputError(f"{where}: has no images with finding {lacking[0]!r}{more}; {close}")
         codes, rows = self._codes(index, entry), labels_in(index)
         names = dict.fromkeys((*index["findings"], *index["asked"]))
         read = self.labels.reader(tuple(names), asked, training, self.store.name)
@@ -148,10 +152,10 @@ class Split:
         chosen = np.flatnonzero(belongs[codes])
         own = np.ascontiguousarray(codes[chosen])
         images = np.bincount(codes, minlength=len(rows))
-        lacking = self.labels.lacking(rows, images, np.where(belongs[:, None], of_row, UNKNOWN), training)
-        if lacking:
+        words = self.labels.lacking(rows, images, np.where(belongs[:, None], of_row, UNKNOWN), training)
+        if words:
             raise InputError(
-                f"{self.store.name}: the {self.split} split has {lacking}; pack images of it into every split, or "
+                f"{self.store.name}: the {self.split} split has {words}; pack images of it into every split, or "
                 "train a task without it"
             )
         return chosen, own, of_row

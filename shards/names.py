@@ -51,6 +51,9 @@ def exact_or_known_as(name: str, names: Iterable[str], where: str) -> str | None
     return name if name in names else known_as(name, names, where)
 
 
+NUMBER = r"\d+(\.\d+)?"
+
+
 def policy(text: str, allowed: str, flag: str) -> dict[str, str]:
     """A setting for all findings, or by finding: ``ones``, or ``Edema: ones, Atelectasis: ones, zeros``, where the one
     without a name is of all others. Returns name -> value, "" for all others.
@@ -66,9 +69,12 @@ def policy(text: str, allowed: str, flag: str) -> dict[str, str]:
         name, _, value = (piece.strip() for piece in part.rpartition(":"))
         if name in parsed or not re.fullmatch(allowed, value):
             what = f"{name or 'a value for all'} is given twice" if name in parsed else f"{value!r} is no value"
+            words = allowed.replace(NUMBER, "a number").split("|")
             raise InputError(
-                f"{flag} {text}: {what}; expected {allowed.replace('|', ', ')}, for all or by finding, such as "
-                f"'Edema: {allowed.partition('|')[0]}'"
+                f"{flag} {text}: {what}; expected {', '.join(words)}, for all or by finding, such as "
+                f"'Edema: {words[0] if words[0] != 'a number' else '3'}'"
             )
         parsed[name] = value
+    if not parsed:
+        raise InputError(f"{flag}: is empty; leave it out, or say {', '.join(allowed.split('|')[:3])}")
     return parsed

@@ -226,7 +226,7 @@ def announce(config: Config, parts: Parts) -> None:
     if unplaced and config.attention.region != "annotation":
         say(
             f"no region is known for {listed(unplaced)}: classification only, no attention loss for them; "
-            "declare one, of exactly that name, with --findings FILE"
+            "declare one with --findings FILE"
         )
 
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from shards.errors import InputError, nearest
-from shards.names import known_as, policy
+from shards.names import NUMBER, known_as, lists, policy
+from shards.sample import TASKS
 from trainer.rules import task_findings
 from trainer.sections import (
     AttentionConfig,
@@ -183,6 +184,11 @@ class Config:
                 "to 1, such as sensitivity=0.9"
             )
         if labels.kind == "any":
+            if self.task == Config.task:
+                found.append(
+                    f"--task {self.task}: is of one finding an image; name findings, or a list: "
+                    f"{', '.join(name for name in lists() if name not in TASKS)}"
+                )
             if self.best == "accuracy":
                 found.append("--best accuracy: is of one finding an image; take auc, loss or last")
             if self.attention.form == "published":
@@ -266,7 +272,7 @@ class Config:
         """Weights of present cells by finding, "" for all others; None: balanced. InputError: neither."""
         if self.loss.pos_weight in ("none", "balanced"):
             return {} if self.loss.pos_weight == "none" else None
-        numbers = policy(self.loss.pos_weight, r"\d+(\.\d+)?|none|balanced", "--loss.pos_weight")
+        numbers = policy(self.loss.pos_weight, f"{NUMBER}|none|balanced", "--loss.pos_weight")
         if {"none", "balanced"} & set(numbers.values()):
             raise InputError(f"--loss.pos_weight {self.loss.pos_weight}: none and balanced are for all findings alike")
         return {name: float(number) for name, number in numbers.items()}

@@ -43,8 +43,8 @@ def choose(truth: np.ndarray, score: np.ndarray, how: str) -> float | None:
         at = int(np.argmax(true >= float(least) - 1e-12))
     elif kind == "specificity":
         at = int(np.flatnonzero(1 - false >= float(least) - 1e-12)[-1])
-    else:
-        at = int(np.argmax(true - false))
+    else:  # of real scores, however bad the best is; the first threshold is beyond all
+        at = 1 + int(np.argmax((true - false)[1:]))
     return float(thresholds[at]) if math.isfinite(thresholds[at]) else None
 
 

@@ -67,7 +67,7 @@ def archive(
         raise InputError(f"--root {root}: no image is left ({listed(f'{n} {why}' for why, n in skipped.items())})")
     patients = _patients(recipe, images, notes)
     parts = _parts(recipe, root, images, patients, seed, shares, notes)
-    boxes = boxes_of(recipe, root, images, skipped, skip_missing)
+    boxes = boxes_of(recipe, root, images, skipped, notes, skip_missing)
     items = []
     for image, part, who in zip(images, parts, patients, strict=True):
         own = [box for box in boxes.get(image.path, ()) if box[0] in image.labels.present]

@@ -191,6 +191,7 @@ def hint(root: Path, images: Sequence[Listed]) -> str:
 def _other_view(recipe: Recipe, row: Row) -> str:
     """Why a row is no frontal view; empty: it is one."""
     assert recipe.view is not None
+    cell_of(row, recipe.view.column, recipe.title)
     view = recipe.view.of(row)
     if view.lower() in (name.lower() for name in recipe.frontal):
         return ""

@@ -16,7 +16,7 @@ from shards.sources.tables import share_of
 
 
 def boxes_of(
-    recipe: Recipe, root: Path, images: Sequence[Listed], skipped: dict[str, int], skip_bad: bool
+    recipe: Recipe, root: Path, images: Sequence[Listed], skipped: dict[str, int], notes: list[str], skip_bad: bool
 ) -> dict[Path, list[LesionShare]]:
     """Lesion boxes in shares of their image, from its own rows or from a table of boxes."""
     b = recipe.boxes
@@ -25,14 +25,18 @@ def boxes_of(
     found: dict[Path, list[LesionShare]] = defaultdict(list)
     pairs = [(image.path, row, "") for image in images for row in image.rows]
     if "files" in b:
-        of_name = {os.path.basename(image.name): image.path for image in images}
+        of_name = {os.path.splitext(os.path.basename(image.name))[0]: image.path for image in images}
+        of_name |= {os.path.basename(image.name): image.path for image in images}
         pairs = []
-        for path in find_tables(root, [b["files"]] if isinstance(b["files"], str) else b["files"]):
+        files = [b["files"]] if isinstance(b["files"], str) else b["files"]
+        if not (tables := find_tables(root, files)):
+            notes.append(f"there is no {' or '.join(files)}: no lesion boxes")
+        for path in tables:
             for row in read_table(path, "table")[1]:
                 name = os.path.basename(cell_of(row, b["image_column"], path.name))
-                where = of_name.get(name) or of_name.get(b.get("suffix", "") and name + b["suffix"])
+                where = of_name.get(name) or of_name.get(os.path.splitext(name)[0])
                 if where is None:
-                    skipped["boxes of images that are left out"] += 1
+                    skipped["boxes of images that are left out or in no table"] += 1
                 else:
                     pairs.append((where, row, f"{path.relative_to(root)}, "))
     sizes: dict[Path, tuple[int, int]] = {}

@@ -1,6 +1,7 @@
 """How an archive is laid out, as a file of shards/archives says it: which tables, where an image lies, what a cell
 means.
 
+    extends: a ready-made recipe, whose settings these replace
     title: what it is                    known_from: where the layout is known from
     tables: the tables that list images, a line each (or several lines an image), in their order:
       - {files: train.csv, split: train, optional: false, image: ..., format: csv}
@@ -12,7 +13,7 @@ means.
     val_share: share of the train patients who become val where the archive has none
     keep: {age: column, ...}: what else stays in a sample
     findings: one of
-      cells: columns of 1, 0, -1 and nothing, a list or {column: finding}
+      cells: columns of 1, 0, -1 and nothing, a list or {column: finding}; optional: columns that may be missing
       names: {column: ..., separator: '|', quoted: true, healthy: [...], nothing: [...], leave_out: [...]}
       rows: {column: ..., healthy: [...]}: a finding a line
       runs: {column: ..., finding: ..., none: ['-1'], size: [height, width]}: run lengths of lesions, as of SIIM
@@ -23,7 +24,7 @@ means.
     unlisted: absent | unknown
     boxes: {columns: [x0, y0, x1, y1] or [x, y, w, h] as they are called, kind: corners | sides, finding: a name,
             finding_column: ..., size: [width, height] where they are not pixels of the file, files: a table of boxes,
-            image_column: its images}
+            image_column: its images, with suffix or without}
     bad: names of image files that are known to be broken
     overlap: archives of the same images
 """
@@ -117,6 +118,8 @@ class Recipe:
         """What a finding of the archive is called here: without commas, as in Hernia, Hiatal."""
         if same_as(name) == same_as(NO_FINDING):
             return NO_FINDING
+        columns = self.findings.get("cells")
+        name = columns.get(name, name) if isinstance(columns, dict) else name
         return self.rename.get(name, name).replace(",", "")  # which separates the findings of a --task
 
 
@@ -140,7 +143,6 @@ _SECTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "size": _LIST,
             "files": _EITHER,
             "image_column": _TEXT,
-            "suffix": _TEXT,
         },
     ),
 }

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from shards.errors import listed
 from trainer.config import Config
 from trainer.content import Content, Figures, Found, Measured, Probe
 
@@ -261,6 +262,17 @@ def notes(runs: dict[str, Content]) -> list[str]:
     }
     if len(kinds) > 1:
         parts.append("these runs differ in their findings or images: their figures cannot be compared")
+    for name, content in runs.items():
+        points = content.get("threshold")
+        lacking = [finding for finding, point in points.items() if point is None] if isinstance(points, dict) else []
+        if lacking:
+            parts.append(f"{name}: val gives no threshold for {listed(lacking)}, so nothing is ever called that")
+        if shown_split(content) == "val" and "per_finding" in content["val"]:
+            parts.append(
+                f"{name}: there is no test split; the best epoch and the thresholds were chosen on the images that "
+                "these "
+                "figures are of"
+            )
     if len({content.get("regions") for content in runs.values()}) > 1:
         parts.append("these runs differ in their expected regions: figures of the region cannot be compared")
     return parts
