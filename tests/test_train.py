@@ -350,7 +350,7 @@ def test_bad_input_leaves_nothing_behind(flags, tmp_path, more, words):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_the_remedy(flags, monkeypatch):
-    monkeypatch.setattr("trainer.task.OneOf.loss", lambda _task, logits, _target, _weight: logits.sum() * float("nan"))
+    monkeypatch.setattr("trainer.task.OneOf.loss", lambda _task, logits, *_: logits.sum() * float("nan"))
     with pytest.raises(InputError, match=r"the loss is not finite .* lower --optim\.lr"):
         build(resolve(flags)).train()
 

@@ -19,7 +19,7 @@ from trainer.command import resolve
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2", "is_nonzero", "equal"}
 # Who may ask for the values of a tensor: of what the loader made, of lambda's means, and of sums that have been sent to
 # the host a step before.
-HOST = {"draw", "unknown", "read", "regions", "value", "update", "__init__", "tell_balance"}
+HOST = {"draw", "has", "unknown", "read", "regions", "value", "update", "__init__", "tell_balance"}
 OURS = str(Path(__file__).parents[1] / "trainer")
 
 
@@ -81,6 +81,7 @@ def waits(monkeypatch):
     return mode
 
 
+SEVERAL = ["--labels.kind", "any", "--task", "Effusion,Pneumothorax"]
 OPTIONS = {
     "default": [],
     "accumulate": ["--accumulate", "2", *MOVING],
@@ -95,6 +96,26 @@ OPTIONS = {
     "no swap, no clipping": ["--swap.probability", "0", "--optim.clip", "0"],
     "cross-entropy, swap": ["--balance.lam", "1", "--swap.probability", "0.5"],
     "cross-entropy": ["--balance.lam", "1"],
+    "several findings": [*SEVERAL, "--labels.uncertain", "smooth"],
+    "several, by finding": [
+        *SEVERAL,
+        "--loss.mean",
+        "findings",
+        "--loss.kind",
+        "focal",
+        "--loss.pos_weight",
+        "balanced",
+    ],
+    "several, balanced": [
+        *SEVERAL,
+        "--balance.policy",
+        "balanced",
+        "--attention.region",
+        "both",
+        "--sampler",
+        "balanced",
+    ],
+    "classes with weights": ["--loss.pos_weight", "balanced"],
 }
 
 
