@@ -131,7 +131,7 @@ class Split:
         if not index["findings"]:
             raise InputError(f"{self.store.name}: its images have no findings; are these shards of lung masks?")
         asked, where, training = asked_in(index), self.store.name, self.split == "train"
-        known = (*index["findings"], *index["asked"])
+        known = tuple(dict.fromkeys((*index["findings"], *index["asked"])))
         lacking = [
             name
             for name in (self.classes if self.labels.must_be_asked(training) else ())
@@ -142,8 +142,7 @@ class Split:
             close = nearest(lacking[0], (*index["findings"], *lists()))
             raise InputError(f"{where}: has no images with finding {lacking[0]!r}{more}; {close}")
         codes, rows = self._codes(index, entry), labels_in(index)
-        names = dict.fromkeys((*index["findings"], *index["asked"]))
-        read = self.labels.reader(tuple(names), asked, training, self.store.name)
+        read = self.labels.reader(known, asked, training, where)
         targets = [read(said) for said in rows]
         of_row = np.array([target or (ABSENT,) * len(self.classes) for target in targets], np.int8).reshape(
             len(rows), len(self.classes)

@@ -20,7 +20,7 @@ from shards.errors import InputError
 from shards.names import lists
 from shards.sample import Labels, clean_key
 from shards.sources.recipe import names, read_recipe
-from shards.sources.said import Reading, agreed
+from shards.sources.said import agreed
 from shards.store import open_store
 from shards.targets import MultiLabel, SingleLabel
 from shards.verify import verify
@@ -190,7 +190,7 @@ def test_readers_agree_as_wanted(tmp_path, agree):
 def test_uncertain_votes_count():
     def read(*votes: str) -> Labels:
         labels = {"1": Labels(("Edema",)), "0": Labels((), ("Edema",)), "?": Labels((), (), ("Edema",))}
-        return agreed([Reading(labels[vote]) for vote in votes], "majority", False)
+        return agreed([labels[vote] for vote in votes], "majority", False)
 
     assert read("1", "1", "0") == Labels(("Edema",), ("No Finding",))
     assert read("?", "?", "?") == read("1", "?", "0") == Labels((), ("No Finding",), ("Edema",))

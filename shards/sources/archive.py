@@ -13,15 +13,14 @@ from shards import deal
 from shards.errors import InputError, listed, nearest
 from shards.names import known_as
 from shards.sample import NO_FINDING, SPLITS, SUPPORT_DEVICES, Labels, clean_key
+from shards.sources.cells import cell_of
 from shards.sources.item import Item, Source, mixed, present, refuse_torn, separated
 from shards.sources.labels import NOBODY, contradicts
-from shards.sources.listing import Listed, cell_of, find_tables, hint, images_of, kept_of
+from shards.sources.listing import Listed, find_tables, hint, images_of, kept_of
 from shards.sources.marked import boxes_of, outlines_of
 from shards.sources.recipe import Recipe
-from shards.sources.said import Reading, agreed, readings
+from shards.sources.said import agreed, readings
 from shards.sources.tables import alike_patients
-
-VIEWS = ("frontal", "all")
 
 
 def archive(
@@ -114,8 +113,8 @@ def _label(
 
     An image of which it says No Finding and a finding, or a thing and its contrary, is left out and counted.
     """
-    reads: list[list[Reading] | None] = [readings(recipe, image.rows, flag) for image in images]
-    seen = Counter(name for read in reads for one in read or () for name in one.labels.present)
+    reads = [readings(recipe, image.rows, flag) for image in images]
+    seen = Counter(name for read in reads for one in read or () for name in one.present)
     every = dict.fromkeys(recipe.named(name) for name in recipe.among) or dict.fromkeys(sorted(seen))
     asked = [name for name in every if name != NO_FINDING]
     if task:

@@ -87,3 +87,10 @@ def column(columns: list[str], flag: str, *names: str) -> str:
     close = nearest(names[0], [c for c in columns if c])
     hint = f"; {close}" if close.startswith("did you mean") else ""
     raise InputError(f"{flag}: has no column {names[0]!r}; its columns are {', '.join(c for c in columns if c)}{hint}")
+
+
+def cell_of(row: Row, name: str, where: str) -> str:
+    """A cell; InputError: there is no such column."""
+    if name not in row:
+        raise InputError(f"{where}: has no column {name!r}; {nearest(name, row)}")
+    return row[name]

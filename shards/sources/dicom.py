@@ -15,7 +15,7 @@ from shards.sample import SPLITS, Labels, split_of_folder
 from shards.sources.folders import folder_finding
 from shards.sources.item import Item, Source, mixed, refuse_missing_class, refuse_torn
 from shards.sources.labels import Columns
-from shards.sources.tables import ANONYMOUS, Listed, _own_boxes, alike_patients, listed_in_cells, read_listed
+from shards.sources.tables import ANONYMOUS, Listed, _own_boxes, alike_patients, read_listed
 
 
 def dicom(
@@ -43,11 +43,10 @@ def dicom(
     skipped: dict[str, int] = defaultdict(int)
     notes: list[str] = []
     listed_images: dict[Path, Listed] = {}
+    cells = False  # a column for each finding
     if labels is not None:
-        listed_images = {
-            image.path: image
-            for image in read_listed(labels, root, columns or Columns(), declared, skipped, notes, skip_bad)
-        }
+        rows, cells = read_listed(labels, root, columns or Columns(), declared, skipped, notes, skip_bad)
+        listed_images = {image.path: image for image in rows}
     paths = list(listed_images) if labels is not None else list(walk(root))
     headers: dict[Path, Header] = {}
     same: dict[str, list[Path]] = defaultdict(list)
@@ -114,7 +113,6 @@ def dicom(
         items = [replace(item, split=SPLITS[p]) for item, p in zip(items, part_of, strict=True)]
     names = tuple(declared or dict.fromkeys(name for item in items for name in item.findings))
     refuse_torn(items, f"--path {root}")
-    cells = labels is not None and listed_in_cells(labels, columns or Columns())
     if declared or not cells:
         refuse_missing_class(items, declared, f"--path {root}")
     asked = tuple(dict.fromkeys((*((columns or Columns()).finding if cells else ()), *names)))

@@ -15,7 +15,7 @@ from shards.errors import InputError, listed
 from shards.gray import Scale
 from shards.pixels import Frame, fit, open_gray, open_mask
 from shards.rle import Runs, relative
-from shards.sample import SPLITS, Labels, LesionBox, LesionMask, Sample, spelling
+from shards.sample import SPLITS, LesionBox, LesionMask, Sample, spelling
 
 OUTLINE_LIMIT = 0.6  # share of an image's border above which a mask is one of everything but the lungs
 
@@ -57,11 +57,6 @@ class Item:
     absent: tuple[str, ...] = ()
     uncertain: tuple[str, ...] = ()
     outlines: tuple[Outline, ...] = ()
-
-
-def labels_of_item(item: Item) -> Labels:
-    """What its source says of it."""
-    return Labels(item.findings, item.absent, item.uncertain)
 
 
 @dataclass

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shards.errors import InputError, listed, nearest
+from shards.errors import InputError, listed
 from shards.files import walk
 from shards.sample import Labels, split_of_folder
-from shards.sources.cells import Row, read_table
+from shards.sources.cells import Row, cell_of, read_table
 from shards.sources.chestxdet import read_chestxdet
 from shards.sources.finder import Finder
 from shards.sources.nih import years
@@ -126,13 +126,6 @@ def _by_key(
             if dict(other) != dict(row):
                 raise InputError(f"{flag}: says another thing of {', '.join(key)} than row {other.line}; correct one")
     return rows
-
-
-def cell_of(row: Row, name: str, flag: str) -> str:
-    """A cell; InputError: there is no such column."""
-    if name not in row:
-        raise InputError(f"{flag}: has no column {name!r}; {nearest(name, row)}")
-    return row[name]
 
 
 def _filled(template: str, row: Row, flag: str) -> str:

@@ -8,9 +8,9 @@ from typing import Any
 
 from shards.errors import InputError
 from shards.pixels import image_size
-from shards.sources.cells import read_table
+from shards.sources.cells import cell_of, read_table
 from shards.sources.item import LesionShare, Outline
-from shards.sources.listing import Listed, cell_of, find_tables
+from shards.sources.listing import Listed, find_tables
 from shards.sources.recipe import Recipe
 from shards.sources.tables import share_of
 

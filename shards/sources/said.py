@@ -3,24 +3,15 @@
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from shards.errors import InputError, nearest
 from shards.sample import NO_FINDING, SUPPORT_DEVICES, Labels
-from shards.sources.cells import Row
+from shards.sources.cells import Row, cell_of
 from shards.sources.labels import NOBODY, cell_number
 from shards.sources.recipe import Recipe
 
-AGREE = ("any", "majority", "all")
 
-
-class Reading(NamedTuple):
-    """What one reader says of an image."""
-
-    labels: Labels
-
-
-def readings(recipe: Recipe, rows: Sequence[Row], flag: str) -> list[Reading] | None:
+def readings(recipe: Recipe, rows: Sequence[Row], flag: str) -> list[Labels] | None:
     """What each reader of an image says; without readers there is one. None: nothing that can be used."""
     by_reader: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
@@ -32,9 +23,7 @@ def readings(recipe: Recipe, rows: Sequence[Row], flag: str) -> list[Reading] | 
             return None
         parts = [labels for labels in said if labels is not None]
         found.append(
-            Reading(
-                Labels(*(tuple(dict.fromkeys(n for one in part for n in one)) for part in zip(*parts, strict=True)))
-            )
+            Labels(*(tuple(dict.fromkeys(n for one in part for n in one)) for part in zip(*parts, strict=True)))
         )
     return found
 
@@ -51,15 +40,15 @@ def _row(recipe: Recipe, row: Row, flag: str) -> Labels | None:
             return None
         said = Labels(tuple(dict.fromkeys(recipe.named(name) for name in names)))
     elif kind == "rows":
-        name = _cell(row, settings["column"], where)
+        name = cell_of(row, settings["column"], where)
         healthy = name.lower() in (one.lower() for one in settings.get("healthy", ()))
         said = Labels((NO_FINDING if healthy else recipe.named(name),) if name else ())
     else:
-        text = _cell(row, settings["column"], where)
+        text = cell_of(row, settings["column"], where)
         there = bool(text) and text not in {str(one) for one in settings.get("none", ())}
         said = Labels((settings["finding"],)) if there else Labels((), (settings["finding"],))
     if recipe.healthy:
-        value = _cell(row, recipe.healthy["column"], where)
+        value = cell_of(row, recipe.healthy["column"], where)
         if value.lower() in (str(one).lower() for one in recipe.healthy["values"]):
             said = said._replace(present=(NO_FINDING, *said.present))
     return said
@@ -71,13 +60,13 @@ def _cells(recipe: Recipe, settings: Any, row: Row, where: str) -> Labels:
     for column, name in columns.items():
         if column not in row and column in recipe.findings.get("optional", ()):
             continue
-        states[recipe.named(name)] = cell_number(_cell(row, column, where), where, column)
+        states[recipe.named(name)] = cell_number(cell_of(row, column, where), where, column)
     return Labels(*(tuple(name for name, state in states.items() if state == value) for value in (1.0, 0.0, -1.0)))
 
 
 def _names(settings: Mapping[str, Any], row: Row, where: str) -> list[str] | None:
     """Names in a cell; None: the image is to be left out."""
-    text = _cell(row, settings["column"], where)
+    text = cell_of(row, settings["column"], where)
     if settings.get("quoted"):  # as Python writes a list: ['a', "b"]
         names = [(one or other).strip() for one, other in re.findall(r"'([^']*)'|\"([^\"]*)\"", text)]
     else:
@@ -95,19 +84,19 @@ def _names(settings: Mapping[str, Any], row: Row, where: str) -> list[str] | Non
     return [NO_FINDING if name.lower() in healthy else name for name in kept]
 
 
-def agreed(read: Sequence[Reading], agree: str, lists_all: bool) -> Labels:
-    """What ``any``, the ``majority`` or ``all`` of an image's readers see. What one of them is asked for and does not
-    see is absent; so is No Finding where a finding is agreed on.
+def agreed(read: Sequence[Labels], agree: str, lists_all: bool) -> Labels:
+    """What ``any``, the ``majority`` or ``all`` of an image's readers see. Uncertain is what enough of them
+    see or hold for possible, absent the rest; so is No Finding where it is not agreed on, or a finding is.
 
     Args:
         lists_all: the absent are not listed.
     """
     if len(read) == 1:
-        return read[0].labels
+        return read[0]
     least = {"any": 1, "majority": len(read) // 2 + 1, "all": len(read)}[agree]
-    names = dict.fromkeys(name for one in read for part in one.labels for name in part)
-    votes = {name: sum(name in one.labels.present for one in read) for name in names}
-    perhaps = {name: n + sum(name in one.labels.uncertain for one in read) for name, n in votes.items()}
+    names = dict.fromkeys(name for one in read for part in one for name in part)
+    votes = {name: sum(name in one.present for one in read) for name in names}
+    perhaps = {name: n + sum(name in one.uncertain for one in read) for name, n in votes.items()}
     present = [name for name, n in votes.items() if n >= least]
     if any(name not in (NO_FINDING, SUPPORT_DEVICES) for name in present):
         present = [name for name in present if name != NO_FINDING]
@@ -120,9 +109,3 @@ def agreed(read: Sequence[Reading], agree: str, lists_all: bool) -> Labels:
     if NO_FINDING not in (*present, *absent):
         absent.append(NO_FINDING)
     return Labels(tuple(present), tuple(absent), tuple(uncertain))
-
-
-def _cell(row: Row, name: str, where: str) -> str:
-    if name not in row:
-        raise InputError(f"{where}: has no column {name!r}; {nearest(name, row)}")
-    return row[name]

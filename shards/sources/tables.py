@@ -60,9 +60,9 @@ def read_listed(
     skip: bool,
     *,
     own_boxes: bool = True,
-) -> list[Listed]:
-    """The images that a table lists, in its order. Several rows of an image, one for each box or finding, are put
-    together.
+) -> tuple[list[Listed], bool]:
+    """The images that a table lists, in its order, and whether it has a column of 1, 0, -1 and nothing for each
+    finding. Several rows of an image, one for each box or finding, are put together.
 
     InputError: a column that is not there, images outside the folder or missing, a row that is there twice, rows of an
     image that disagree.
@@ -127,7 +127,7 @@ def read_listed(
     listed_ = [image for image, there in zip(found.values(), here, strict=True) if there]
     if corners and own_boxes and (count := sum(len(image.boxes) for image in listed_)):
         notes.append(f"lesion boxes are taken from the table's own columns {', '.join(corners)}: {count}")
-    return listed_
+    return listed_, indicators(rows, columns)
 
 
 def box_columns(names: Sequence[str]) -> tuple[str, str, str, str] | None:
@@ -198,7 +198,7 @@ def table(
     flag = f"--csv {path}"
     skipped: dict[str, int] = defaultdict(int)
     notes: list[str] = []
-    taken = read_listed(path, images, columns, declared, skipped, notes, skip_missing, own_boxes=boxes is None)
+    taken, cells = read_listed(path, images, columns, declared, skipped, notes, skip_missing, own_boxes=boxes is None)
     patient = np.array([image.patient if columns.patient else str(i) for i, image in enumerate(taken)])
     if columns.patient:
         nobody = sum(who.lower() in NOBODY for who in patient)
@@ -248,7 +248,6 @@ def table(
             )
         )
     refuse_torn(items, flag)
-    cells = listed_in_cells(path, columns)
     if declared or not cells:  # what has a column of its own need not be everywhere
         refuse_missing_class(items, declared, flag)
     asked = tuple(dict.fromkeys((*(columns.finding if cells else ()), *findings)))
@@ -260,11 +259,6 @@ def table(
         asked=asked,
         unlisted=unlisted or ("unknown" if cells else "absent"),
     )
-
-
-def listed_in_cells(path: Path, columns: Columns) -> bool:
-    """Whether a table has a column of 1, 0, -1 and nothing for each finding: then an empty cell says nothing of it."""
-    return indicators(read_table(path, "--csv")[1], columns)
 
 
 def alike_patients(patients: Iterable[str]) -> list[str]:
