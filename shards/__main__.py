@@ -65,8 +65,14 @@ def _columns(a: argparse.Namespace) -> Any:
 
     if not a.separator:
         raise InputError("--separator: must not be empty; leave it out where a cell holds one finding")
+    keep = getattr(a, "keep_column", "")
     return Columns(
-        a.path_column, _names(a.finding_column), a.split_column, getattr(a, "patient_column", ""), a.separator
+        a.path_column,
+        _names(a.finding_column),
+        a.split_column,
+        getattr(a, "patient_column", ""),
+        a.separator,
+        _names(keep) if keep else (),
     )
 
 
@@ -81,6 +87,7 @@ def _csv(a: argparse.Namespace) -> None:
         _columns(a),
         declared=declared,
         boxes=a.boxes,
+        lesions=a.lesions,
         seed=a.seed,
         shares=_shares(a),
         skip_missing=a.on_bad == "skip",
@@ -211,6 +218,9 @@ def _pack(a: argparse.Namespace, source: Any, dataset: str) -> None:
     if getattr(a, "boxes", None):
         boxed = [len(item.boxes) for item in source.items if item.boxes]
         print(f"{sum(boxed)} lesion boxes are on {len(boxed)} of the images")
+    if getattr(a, "lesions", None):
+        drawn = [len(item.outlines) for item in source.items if item.outlines]
+        print(f"{sum(drawn)} lesion masks are on {len(drawn)} of the images")
 
 
 def _part(text: str) -> tuple[int, int] | None:

@@ -93,6 +93,16 @@ def parser() -> tuple[CommandParser, dict[str, CommandParser]]:
         "the file (without it: such columns of --csv)"
     )
     table.add_argument("--boxes", type=Path, help=boxes)
+    lesions = (
+        "lesion masks: JSON of polygons or COCO run lengths by image, COCO's own JSON, or a CSV with the path column, "
+        "finding, and mask (image files) or rle (SIIM's)"
+    )
+    table.add_argument("--lesions", type=Path, help=lesions)
+    table.add_argument(
+        "--keep-column",
+        default="",
+        help="columns that stay in the samples, such as drain,view: what reports can be split by (evaluate --by)",
+    )
 
     dicom = commands.add_parser("dicom", help="DICOM radiographs at any depth (extra: dicom)")
     dicom.add_argument(

@@ -13,35 +13,25 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from shards.errors import InputError, listed, nearest
-from shards.index import BOX, ID, ROW, Indexed, asked_in, hashed, labels_in
+from shards.index import BOX, ID, MASK, ROW, Indexed, asked_in, hashed, labels_in, mask_line
 from shards.jpeg import decode
 from shards.names import exact_or_known_as, lists
 from shards.pixels import decode_image
+from shards.rle import Runs
 from shards.sample import NO_FINDING, Labels, parse_meta
 from shards.store import Folder, Remote, open_store
 from shards.targets import ABSENT, PRESENT, UNKNOWN, SingleLabel, Targets, Unlabelled
+from shards.truth import LesionMasks, Lesions, coarse_of, from_samples, wrong_with
 
 MAX_OPEN_FILES = 64
 # Of the cache: this window of the plan and the next. The bytes of a file that the cache made room of stay on the disk
 # as long as it is open.
 MAX_OPEN_REMOTE = 16
-
-
-class Lesions(NamedTuple):
-    """Lesion boxes of a split, M of them in the order of its samples, of findings that are present and of the task.
-
-    position int64 [M]; finding int64 [M], its number in the task; xyxy float64 [M,4], pixels of the stored image, ends
-    exclusive.
-    """
-
-    position: np.ndarray
-    finding: np.ndarray
-    xyxy: np.ndarray
 
 
 class Split:
@@ -83,7 +73,9 @@ class Split:
         self.starts = list(accumulate((shard["samples"] for shard in self.shards), initial=0))
         self.table = self._table(f"{split}.npy", ROW, entry, entry["samples"])
         self._entry, self._boxed = entry, index.get("boxed", [])
+        self._version: int = index["version"]
         self._lesions: Lesions | None = None
+        self._lesion_masks: LesionMasks | None = None
         self._ids: np.ndarray | None = None
         self.labels: Targets = (
             Unlabelled() if not labels else SingleLabel(labels) if isinstance(labels, Sequence) else labels
@@ -204,8 +196,14 @@ class Split:
     def lesions(self) -> Lesions:
         """The lesion boxes, read once."""
         if self._lesions is None:
-            self._lesions = self._read_lesions()
+            self._lesions = Lesions(*self._truth("boxes", BOX, "xyxy"))
         return self._lesions
+
+    def lesion_masks(self) -> LesionMasks:
+        """The lesion masks in a few bytes each, read once; exact ones are in the samples' JSON."""
+        if self._lesion_masks is None:
+            self._lesion_masks = LesionMasks(*self._truth("masks", MASK))
+        return self._lesion_masks
 
     def lesion_boxes(self, position: int, finding: int) -> list[tuple[float, ...]]:
         """The boxes of a finding, by its number in the task, that a sample shows: x0 y0 x1 y1 as `Lesions`."""
@@ -217,54 +215,61 @@ class Split:
         of_sample = slice(*np.searchsorted(every.position, [position, position + 1]).tolist())
         return [tuple(xyxy) for xyxy in every.xyxy[of_sample][every.finding[of_sample] == finding].tolist()]
 
-    def _boxes(self) -> np.ndarray | None:
-        """The table of lesion boxes, of the task or not, checked; None where the shards have none."""
-        boxes = self._later_table("boxes", BOX)
-        if boxes is None or not len(boxes):
-            return boxes
-        row = boxes["row"]
-        last, order = int(row.max()), bool((row[1:] >= row[:-1]).all())
-        if boxes["finding"].max() >= len(self._boxed) or last >= len(self.table) or not order:
-            what = "names samples or findings that index.json does not have"
-        elif not np.isfinite(boxes["xyxy"]).all():
-            what = "has a box of no numbers"
-        else:
-            return boxes
-        raise InputError(f"{self.store.name}: {self.split}.boxes.npy {what}; {self.store.remedy}")
+    def lesion_runs(self, position: int, finding: int) -> list[Runs]:
+        """The exact masks of a finding, by its number in the task, that a sample shows."""
+        masks = self.meta(position)["lesion_masks"]
+        name = exact_or_known_as(self.classes[finding], (mask.finding for mask in masks), self.where)
+        return [mask.runs for mask in masks if mask.finding == name]
 
-    def _read_lesions(self) -> Lesions:
-        known, names = self._boxes(), list(self._boxed)
-        if known is not None:
-            row, number, xyxy = np.asarray(known["row"], np.int64), known["finding"], known["xyxy"]
-            position = np.searchsorted(self.rows, row)
-            of_task = position < len(self.rows)
-            of_task[of_task] = self.rows[position[of_task]] == row[of_task]
-        else:  # shards of an earlier version: every sample is asked
-            boxes = [(p, box.finding, box.xyxy) for p in range(len(self)) for box in self.meta(p)["boxes"]]
-            numbers = {name: k for k, name in enumerate(dict.fromkeys(finding for _, finding, _ in boxes))}
-            names, number = list(numbers), np.array([numbers[finding] for _, finding, _ in boxes], np.int64)
-            position = np.array([p for p, _, _ in boxes], np.int64)
-            xyxy = np.array([edges for _, _, edges in boxes], np.float64).reshape(-1, 4)
-            of_task = np.ones(len(boxes), bool)
+    def _truth(self, kind: str, dtype: np.dtype, column: str = "") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of the lesions in a table that are of the task: position, finding, and the rows or their ``column``."""
+        table, names = self._lesion_table(kind, dtype), list(self._boxed)
+        if table is None and (kind == "boxes" or self._version > 2):  # of an earlier version: every sample is asked
+            table, names = from_samples((self.meta(p) for p in range(len(self))), kind, dtype)
+            row = self.rows[table["row"].astype(np.int64)]
+        else:
+            table = np.zeros(0, dtype) if table is None else table
+            row = np.asarray(table["row"], np.int64)
+        position = np.searchsorted(self.rows, row)
+        of_task = position < len(self.rows)
+        of_task[of_task] = self.rows[position[of_task]] == row[of_task]
         numbers = {exact_or_known_as(name, names, self.where): k for k, name in enumerate(self.classes)}
         place = np.array([numbers.get(name, -1) for name in names] or [-1], np.int64)
-        finding = place[number.astype(np.int64)]
+        finding = place[table["finding"].astype(np.int64)]
         kept = np.flatnonzero(of_task & (finding >= 0))
         if self.classes:
             kept = kept[self._of_set[self._set[position[kept]], finding[kept]] == PRESENT]
-        if len(kept) < len(xyxy):  # all of a mapped table stay where they are
-            position, finding, xyxy = position[kept], finding[kept], xyxy[kept]
-        return Lesions(position, finding, xyxy)
+        values = table[column] if column else table
+        if len(kept) < len(table):  # all of a mapped table stay where they are
+            position, finding, values = position[kept], finding[kept], values[kept]
+        return position, finding, values
+
+    def _lesion_table(self, kind: str, dtype: np.dtype) -> np.ndarray | None:
+        """A table of lesions, of the task or not, checked; None where the shards have none."""
+        table = self._later_table(kind, dtype)
+        if table is not None and (problem := wrong_with(table, len(self._boxed), len(self.table))):
+            raise InputError(f"{self.store.name}: {self.split}.{kind}.npy {problem}; {self.store.remedy}")
+        return table
 
     def indexed(self) -> Iterator[Indexed]:
-        """What the index says of each shard, of the task or not; where it has no ids or boxes, there are none."""
-        said, ids, boxes = self.said(), self._later_table("ids", ID, len(self.table)), self._boxes()
-        ends = np.searchsorted(boxes["row"], self.starts).tolist() if boxes is not None else [0] * len(self.starts)
-        for (start, stop), (first, last) in zip(pairwise(self.starts), pairwise(ends), strict=True):
-            own = boxes[first:last] if boxes is not None else ()
-            known = [(int(box["row"]) - start, self._boxed[box["finding"]], *box["xyxy"].tolist()) for box in own]
+        """What the index says of each shard, of the task or not; where it has no ids or lesions, there are none."""
+        said, ids = self.said(), self._later_table("ids", ID, len(self.table))
+        lesions = [self._lesion_table(kind, dtype) for kind, dtype in (("boxes", BOX), ("masks", MASK))]
+        ends = [
+            np.searchsorted(t["row"], self.starts) if t is not None else np.zeros_like(self.starts) for t in lesions
+        ]
+        for k, (start, stop) in enumerate(pairwise(self.starts)):
+            boxes, masks = (
+                t[end[k] : end[k + 1]] if t is not None else () for t, end in zip(lesions, ends, strict=True)
+            )
             of_shard = np.array(ids[start:stop] if ids is not None else [], ID)
-            yield Indexed(np.array(self.table[start:stop]), said[start:stop], of_shard, known)
+            yield Indexed(
+                np.array(self.table[start:stop]),
+                said[start:stop],
+                of_shard,
+                [(int(box["row"]) - start, self._boxed[box["finding"]], *box["xyxy"].tolist()) for box in boxes],
+                [mask_line(int(m["row"]) - start, self._boxed[m["finding"]], coarse_of(m)) for m in masks],
+            )
 
     def counts(self) -> dict[str, int]:
         """Images with each finding."""

@@ -5,9 +5,10 @@ DIR/<split>/000000.tar   ordinary WebDataset shards
 DIR/<split>.npy          one row a sample: where its members lie
 DIR/<split>.labels.npy   one number a sample: its row of ``labels`` in index.json, where each different one stands once
 DIR/<split>.boxes.npy    one row a lesion box, in the order of the samples
+DIR/<split>.masks.npy    one row a lesion mask, in a few bytes (`shards.coarse`), likewise
 DIR/<split>.ids.npy      one row a sample: hashes of its key and its patient
 
-The last two say what the samples' JSON says, so that nobody has to read ten million of them. Shards from before they
+The last three say what the samples' JSON says, so that nobody has to read ten million of them. Shards from before they
 were written lack them.
 
 A row of ``labels`` has the names of findings, absent, uncertain, as far as there are any. ``asked`` are the findings
@@ -25,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from shards import atomic
+from shards.coarse import BYTES, CoarseMask
 from shards.errors import InputError
 from shards.files import SHA256, file_sha256
 from shards.sample import SILENT, SPLITS, Asked, Labels
@@ -47,8 +49,9 @@ ROW = np.dtype(
     ]
 )
 
-# Finding: a number into ``boxed`` of index.json
+# Finding: a number into ``boxed`` of index.json. A mask's row is that of `CoarseMask`.
 BOX = np.dtype([("row", "<u4"), ("finding", "<u2"), ("xyxy", "<f8", (4,))])
+MASK = np.dtype([("row", "<u4"), ("finding", "<u2"), ("xyxy", "<u2", (4,)), ("cut", "u1"), ("cells", "u1", (BYTES,))])
 ID = np.dtype([("key", "<u8"), ("patient", "<u8")])  # `hashed`
 
 
@@ -56,24 +59,31 @@ class Indexed(NamedTuple):
     """What an index says of some samples, n of them.
 
     rows: `ROW` [n]; labels: of each sample; ids: `ID` [n]; boxes: of lesions, each with the sample's number here, its
-    finding, x0, y0, x1, y1.
+    finding, x0, y0, x1, y1; masks: of lesions, each with the sample's number, its finding, x0, y0, x1, y1, its cut, its
+    cells as hexadecimal digits.
     """
 
     rows: np.ndarray
     labels: list[Labels]
     ids: np.ndarray
     boxes: list[tuple[int, str, float, float, float, float]]
+    masks: list[tuple[int, str, int, int, int, int, int, str]]
 
     def note(self) -> dict[str, Any]:
         """As JSON."""
-        return {"rows": self.rows.tolist(), "labels": self.labels, "ids": self.ids.tolist(), "boxes": self.boxes}
+        return self._asdict() | {"rows": self.rows.tolist(), "ids": self.ids.tolist()}
 
     @classmethod
     def of(cls, note: Mapping[str, Any]) -> "Indexed":
         """From the JSON."""
         rows, ids = (np.array([tuple(row) for row in note[name]], kind) for name, kind in (("rows", ROW), ("ids", ID)))
         labels = [Labels(*map(tuple, said)) for said in note["labels"]]
-        return cls(rows, labels, ids, [tuple(box) for box in note["boxes"]])
+        return cls(rows, labels, ids, *([tuple(lesion) for lesion in note[name]] for name in ("boxes", "masks")))
+
+
+def mask_line(number: int, finding: str, mask: CoarseMask) -> tuple[int, str, int, int, int, int, int, str]:
+    """A mask of sample ``number`` as `Indexed` has it."""
+    return (number, finding, *mask.xyxy, mask.cut, mask.cells.tobytes().hex())
 
 
 def hashed(text: Any) -> int:
@@ -114,7 +124,7 @@ def write_index(
         raise InputError(f"{root}: more than {MOST_LABELS} different sets of findings; are these class names?")
     for split in (s for s in SPLITS if shards[s]):
         table = np.concatenate([part.rows for part in parts[split]])
-        boxes = _boxes(parts[split], boxed)
+        boxes, masks = _lesions(parts[split], boxed)
         counts = Counter(name for labels in said[split] for name in labels.present)
         names.update(dict.fromkeys(counts))
         splits[split] = {
@@ -127,6 +137,7 @@ def write_index(
             "": table,
             ".labels": codes[split].astype("<u2" if len(number) <= 2**16 else "<u4"),
             ".boxes": boxes,
+            ".masks": masks,
             ".ids": np.concatenate([part.ids for part in parts[split]]),
         }
         for file, array in ((f"{split}{kind}.npy", array) for kind, array in of_split.items()):
@@ -156,18 +167,24 @@ def write_index(
     return index
 
 
-def _boxes(parts: Sequence[Indexed], boxed: dict[str, int]) -> np.ndarray:
-    """`BOX` of all parts of a split; ``boxed`` numbers the findings."""
-    start, tables = 0, [np.zeros(0, BOX)]
+def _lesions(parts: Sequence[Indexed], boxed: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
+    """`BOX` and `MASK` of all parts of a split; ``boxed`` numbers the findings."""
+    start, boxes, masks = 0, [np.zeros(0, BOX)], [np.zeros(0, MASK)]
+
+    def numbered(finding: str) -> int:
+        return boxed.setdefault(finding, len(boxed))
+
     for part in parts:
+        boxes.append(np.array([(start + n, numbered(name), tuple(xyxy)) for n, name, *xyxy in part.boxes], BOX))
         lines = [
-            (start + row, boxed.setdefault(finding, len(boxed)), tuple(xyxy)) for row, finding, *xyxy in part.boxes
+            (start + n, numbered(name), (x0, y0, x1, y1), cut, np.frombuffer(bytes.fromhex(cells), np.uint8))
+            for n, name, x0, y0, x1, y1, cut, cells in part.masks
         ]
-        if len(boxed) > np.iinfo(BOX["finding"]).max:
-            raise InputError(f"lesion boxes of {len(boxed)} different findings; are these names of findings?")
-        tables.append(np.array(lines, BOX))
+        masks.append(np.array(lines, MASK))
         start += len(part.rows)
-    return np.concatenate(tables)
+    if len(boxed) > np.iinfo(BOX["finding"]).max:
+        raise InputError(f"lesions of {len(boxed)} different findings; are these names of findings?")
+    return np.concatenate(boxes), np.concatenate(masks)
 
 
 def labels_in(index: Mapping[str, Any]) -> list[Labels]:

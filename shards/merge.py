@@ -81,7 +81,7 @@ def merge(out: Path) -> dict[str, Any]:
             {"name": name, "bytes": note["bytes"], "sha256": note["sha256"], "samples": len(note["rows"])}
         )
         # A part of an earlier version has no boxes and ids in its note: its shard does.
-        parts[split].append(Indexed.of(note) if {"ids", "labels"} <= note.keys() else index_tar(tar)[0])
+        parts[split].append(Indexed.of(note) if {"ids", "labels", "masks"} <= note.keys() else index_tar(tar)[0])
         for content in note["contents"]:
             splits_of[content].add(split)
     if not shards:

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from shards.coarse import coarse
 from shards.errors import InputError, listed
 from shards.files import file_sha256, hidden
 from shards.gray import Extent, choose_scales
-from shards.index import ID, ROW, Indexed, hashed, write_index
+from shards.index import ID, ROW, Indexed, hashed, mask_line, write_index
 from shards.pixels import IMAGE_SUFFIXES, extent_of
 from shards.sample import SILENT, SPLITS, Labels, check_key, labels_of, parse_meta, split_of_folder
 
@@ -142,7 +143,7 @@ def index_tar(
                     said[key] = (
                         classed_as if labels == SILENT or (classed_as.present and not labels.present) else labels
                     )
-                    metas[key] = {name: meta.get(name) for name in ("patient", "boxes")}
+                    metas[key] = {name: meta.get(name) for name in ("patient", "boxes", "lesion_masks")}
             # tarfile takes a broken header for the end of the file: there must be nothing but zeros from here on.
             raw.seek(tar.offset)
             rest = raw.read(tarfile.BLOCKSIZE)
@@ -177,7 +178,13 @@ def index_tar(
             table[field][i] = value
     ids = np.array([(hashed(key), hashed(metas.get(key, {}).get("patient"))) for key in rows], ID)
     boxes = [(i, box.finding, *box.xyxy) for i, key in enumerate(rows) for box in metas.get(key, {}).get("boxes") or ()]
-    return Indexed(table, [said.get(key, SILENT) for key in rows], ids, boxes), list(rows)
+    masks = [
+        mask_line(i, mask.finding, small)
+        for i, key in enumerate(rows)
+        for mask in metas.get(key, {}).get("lesion_masks") or ()
+        if (small := coarse(mask.runs.mask())) is not None
+    ]
+    return Indexed(table, [said.get(key, SILENT) for key in rows], ids, boxes, masks), list(rows)
 
 
 def _field(suffix: str) -> str:

@@ -153,6 +153,7 @@ def _check_shard(store: Folder | Remote, shard: dict[str, Any], known: Indexed, 
     same = np.array_equal(there.rows, known.rows) and there.labels == known.labels
     if len(known.ids):  # of shards from before these were in the index nothing is said
         same = same and np.array_equal(there.ids, known.ids) and there.boxes == known.boxes
+        same = same and there.masks == known.masks
     if not same:
         found.problems.append(f"{name}: its members are not those of the index; {store.remedy}")
         return found
@@ -168,6 +169,8 @@ def _check_shard(store: Folder | Remote, shard: dict[str, Any], known: Indexed, 
                 meta = parse_meta(member(row, "json"), f"{name}:{key}") if row["json_len"] else {}
                 if row["mask_len"] and decode_image(member(row, "mask"), f"{name}:{key} (mask)").shape != image.shape:
                     found.problems.append(f"{name}:{key}: the mask's size is not the image's; pack it again")
+                if any(mask.runs.size != image.shape for mask in meta.get("lesion_masks", ())):
+                    found.problems.append(f"{name}:{key}: a lesion mask's size is not the image's; pack it again")
             except InputError as error:
                 found.problems.append(str(error))
                 continue

@@ -140,7 +140,7 @@ def test_annotations_move_with_the_image(flags):
     [
         (
             ["--attention.annotated", "0"],
-            r"--attention.annotated 0.0 leaves none of \d+ images with boxes; pack lesion boxes \(--boxes\)",
+            r"--attention.annotated 0.0 leaves none of \d+ images with lesions; pack lesions \(--boxes, --lesions\)",
         ),
         (
             ["--task", "No Finding,Subcutaneous Emphysema", "--attention.annotated", "2"],
@@ -165,7 +165,7 @@ def test_annotations_without_any_box_in_the_shards(flags, tmp_path):
 
     pack(Bare(30, 0, size=64), tmp_path / "bare", dataset="phantom", workers=1)
     with pytest.raises(
-        InputError, match=r"--attention.region both: no training image has a box of its finding; pack lesion boxes"
+        InputError, match=r"--attention.region both: no training image has a lesion of its finding; pack lesions"
     ):
         build(resolve([*flags, "--shards", str(tmp_path / "bare"), "--attention.region", "both"]))
 

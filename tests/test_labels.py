@@ -203,7 +203,7 @@ def test_many_different_rows_of_labels_have_room(tmp_path):
 def _indexed(said):
     from shards.index import ID, ROW, Indexed
 
-    return Indexed(np.zeros(len(said), ROW), said, np.zeros(len(said), ID), [])
+    return Indexed(np.zeros(len(said), ROW), said, np.zeros(len(said), ID), [], [])
 
 
 @pytest.mark.parametrize(

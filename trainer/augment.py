@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from shards.coarse import GRID, LEVELS
 from trainer.sections import Strength
 from trainer.upload import upload
 
@@ -102,28 +103,47 @@ def _matrix(d: torch.Tensor, signed: torch.Tensor, strength: Strength, height: i
     return matrix @ mirror
 
 
+def unpacked(packed: torch.Tensor) -> torch.Tensor:
+    """Grids as `shards.coarse.packed` has them, uint8 [B,132] -> float [B,22,24] in {0, 1/3, 2/3, 1}."""
+    levels = torch.stack([packed >> shift & LEVELS - 1 for shift in (0, 2, 4, 6)], 2)
+    return levels.view(-1, *GRID).float() / (LEVELS - 1)
+
+
 def lung_masks(
     outlines: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int], matrix: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Grids over boxes as masks of images of size (height, width): where the share of lung, between the cells bilinear,
-    is a half or more.
+    """`drawn_grids` of lungs, a half of a full cell or more."""
+    return drawn_grids(outlines, boxes, size, 0.5, matrix)
+
+
+def drawn_grids(
+    outlines: torch.Tensor,
+    boxes: torch.Tensor,
+    size: tuple[int, int],
+    cut: float | torch.Tensor,
+    matrix: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Grids float [B,22,24] over boxes [B,4] as masks of images of size (height, width): where they are ``cut`` or
+    more, a number or float [B], between the cells bilinear.
 
     Args:
         matrix: [B,3,3] that then moves the image, in its pixels.
     """
+    if isinstance(cut, torch.Tensor):
+        cut = cut[:, None, None]
     extent = boxes[:, 2:] - boxes[:, :2]
     step = torch.stack([extent[:, 0] / outlines.shape[2], extent[:, 1] / outlines.shape[1]], 1)  # of a cell, in pixels
     first = boxes[:, :2] + step / 2 - 0.5  # its middle, of the first one
     if matrix is None:  # rows and columns apart, which is much less than a pixel at a time
         across, down = (_tent(first[:, k, None], step[:, k, None], outlines.shape[2 - k], size[1 - k]) for k in (0, 1))
         with torch.autocast(boxes.device.type, enabled=False):
-            return down @ outlines @ across.transpose(1, 2) >= 0.5
+            return down @ outlines @ across.transpose(1, 2) >= cut
     at = torch.zeros(len(boxes), 3, 3, device=boxes.device)
     at[:, 0, 0], at[:, 1, 1], at[:, 2, 2] = step[:, 0], step[:, 1], 1.0
     at[:, :2, 2] = first
     return (
         kornia.geometry.transform.warp_affine(outlines[:, None], (matrix @ at)[:, :2], size, align_corners=True)[:, 0]
-        >= 0.5
+        >= cut
     )
 
 

@@ -219,7 +219,7 @@ def announce(config: Config, parts: Parts) -> None:
         )
     if annotations:
         say(
-            f"{annotations.known} of {total} training images have lesion boxes of their finding, "
+            f"{annotations.known} of {total} training images have lesions of their finding, "
             f"{len(annotations.used)} are used as regions"
         )
     unplaced = without_rule(parts.task.findings, rules_of(parts.findings))
@@ -267,7 +267,7 @@ def announce_swap(trainer: Trainer) -> None:
     fixed = [name for name in trainer.task.findings if name not in (*trainer.inside, NO_FINDING)]
     if config.swap_probability > 0 and trainer.attends and fixed:
         what = f"leaves out {listed(fixed)}" if trainer.swaps else "is off"
-        but = " (but an image whose lesion boxes are used gets the lungs of a healthy one around them)"
+        but = " (but an image whose lesions are used gets the lungs of a healthy one around them)"
         say(
             f"context swap {what}: the region of {listed(fixed)} is unknown, or reaches beyond the lung box, whose "
             f"surroundings must then stay{but if trainer.annotations else ''}"
@@ -295,18 +295,19 @@ def findings_changed(config: Config, findings: dict[str, Finding]) -> bool:
 
 
 def annotated(config: Config, split: Split) -> LesionRegions | None:
-    """The lesion boxes that training uses. InputError where there are none."""
+    """The lesions that training uses. InputError where there are none."""
     a = config.attention
     if a.region == "anatomy" or (config.plain and not config.swap_probability):
         return None
     boxes = LesionRegions(split, a.annotated, config.seed)
     if not len(boxes.used):
         why = (
-            f"--attention.annotated {a.annotated} leaves none of {boxes.known} images with boxes"
+            f"--attention.annotated {a.annotated} leaves none of {boxes.known} images with lesions"
             if boxes.known
-            else "no training image has a box of its finding"
+            else "no training image has a lesion of its finding"
         )
         raise InputError(
-            f"--attention.region {a.region}: {why}; pack lesion boxes (--boxes), or take --attention.region anatomy"
+            f"--attention.region {a.region}: {why}; pack lesions (--boxes, --lesions), or take --attention.region "
+            "anatomy"
         )
     return boxes

@@ -219,7 +219,7 @@ class Config:
             )
         if self.attention.region == "anatomy" and self.attention.annotated != 1:
             found.append(
-                f"--attention.annotated {self.attention.annotated}: no lesion boxes are used with --attention.region "
+                f"--attention.annotated {self.attention.annotated}: no lesions are used with --attention.region "
                 "anatomy; take annotation or both"
             )
         if self.best == "last" and self.patience != Config.patience:

@@ -77,7 +77,7 @@ def tiles(evaluator: Evaluator, name: str) -> list[Tile]:
         part.float().cpu().numpy()
         for part in (seen.cam if seen.cam is not None else blank, seen.lungs if seen.lungs is not None else blank)
     )
-    lesions = LesionRegions(split).regions(index, finding, raw.shape[-2:], evaluator.size).numpy()
+    lesions = LesionRegions(split, exact=True).regions(index, finding, raw.shape[-2:], evaluator.size).numpy()
     probability = task.probabilities(seen.logits).cpu()
     result = []
     for b, k in enumerate(finding.tolist()):

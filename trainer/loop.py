@@ -192,7 +192,7 @@ class Trainer(Training):
         config, device = self.config, self.accelerator.device
         raw, target, weight = upload(batch.image, device), upload(batch.target, device), upload(batch.weight, device)
         chances = draw(config.seed, self.state.epoch, batch.index, batch.times)
-        # The host knows whose CAM is taken: lesion boxes are looked up by it.
+        # The host knows whose CAM is taken: lesions are looked up by it.
         pair = self.task.drawn(batch.target, self.places(batch.index), chances[:, PAIR])
         located = locate(
             self.accelerator, raw, batch.index, self.lungs["train"] if attend or self.swaps else None, config.size

@@ -44,7 +44,7 @@ class Outcome:
     logits float [N,K]; target int8 [N,K]; pairs: which they are (`task.Pairs`); term float [P], the attention term of
     the trained form, NaN without a region; expected, expected_box, lesion float [P,21], columns of `metrics.localize`
     against the expected region (where its weight is a half or more), against what it was as a part of the lung box (the
-    published region, else the rule's own part), and against lesion boxes, NaN where there is no such ground truth;
+    published region, else the rule's own part), and against lesions, NaN where there is no such ground truth;
     replaced bool [P], whether that part stands in for the region; similarity float [P], rank correlation with the CAM
     of a twin, NaN without one; split: whose images they are.
     """
@@ -197,7 +197,7 @@ class Evaluator:
                 "replaced": 1,
             },
         )
-        drawn = LesionRegions(split)
+        drawn = LesionRegions(split, exact=True)
 
         with evaluating(model):
             for batch in self.loader(name).batches(0):

@@ -16,11 +16,11 @@ class AttentionConfig:
     published: the hard one, gradient zero.
     """
     region: Literal["anatomy", "annotation", "both"] = "anatomy"
-    """anatomy: where the finding is expected; annotation: an image's own lesion boxes, where it has some; both: these,
-    else where it is expected.
+    """anatomy: where the finding is expected; annotation: an image's own lesions (boxes or masks), where it has some;
+    both: these, else where it is expected.
     """
     annotated: float = 1.0
-    """Share of the images with lesion boxes whose boxes are used, for annotation and both: 0.01 tells what 1% annotated
+    """Share of the images with lesions whose lesions are used, for annotation and both: 0.01 tells what 1% annotated
     would give.
     """
     threshold: float = 0.5

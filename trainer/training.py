@@ -90,7 +90,7 @@ class Training:
     tracking: Tracking
     task: Task
     findings: dict[str, Finding]  # of the task
-    annotations: LesionRegions | None  # lesion boxes that are used as regions
+    annotations: LesionRegions | None  # lesions that are used as regions
     attends: bool  # whether there is an attention loss
     identity: dict[str, Any]
     state: State = field(default_factory=State)

@@ -33,14 +33,17 @@ LesionShare = tuple[str, tuple[float, float, float, float]]
 
 @dataclass(frozen=True)
 class Outline:
-    """What a lesion mask is drawn of: polygons in shares of the image's sides, or SIIM's runs (`shards.rle.relative`)
-    over an image of ``size`` (height, width), which are united.
+    """What a lesion mask is drawn of, and united: polygons in shares of the image's sides; SIIM's runs
+    (`shards.rle.relative`) over an image of ``size`` (height, width); COCO's, and image files, of the image's own size
+    or one as wide for its height.
     """
 
     finding: str
     polygons: tuple[tuple[tuple[float, float], ...], ...] = ()
     runs: tuple[str, ...] = ()
     size: tuple[int, int] = (0, 0)
+    masks: tuple[Runs, ...] = ()
+    files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,8 @@ class Source:
 
     def version(self, item: Item) -> str:
         """Changes when the files behind an item do."""
-        stats = [os.stat(path) for path in (item.image, *item.masks) if path]
+        drawn = [path for outline in item.outlines for path in outline.files]
+        stats = [os.stat(path) for path in (item.image, *item.masks, *drawn) if path]
         return " ".join(f"{s.st_size}:{s.st_mtime_ns}" for s in stats)
 
 
@@ -135,6 +139,17 @@ def _parts(outline: Outline, image: Any, where: str) -> Iterator[Image.Image]:
         drawn = Image.fromarray(relative(text, outline.size, where).astype(np.uint8) * 255)
         same = drawn.width * image.height == drawn.height * image.width
         yield drawn if same else drawn.resize((image.width, image.height), Image.Resampling.BOX)
+    masks = [(runs.mask(), "its run lengths") for runs in outline.masks]
+    masks += [(open_mask(path) > 0, path) for path in outline.files]
+    for mask, what in masks:
+        (height, width), whole = mask.shape, (image.width, image.height)
+        if abs(width * image.height - height * image.width) > max(whole):
+            raise InputError(
+                f"{where}: {what}: the mask is {width}x{height} pixels, the image {image.width}x{image.height}; a mask "
+                "has the size of its image"
+            )
+        part = Image.fromarray(mask.astype(np.uint8) * 255)
+        yield part if part.size == whole else part.resize(whole, Image.Resampling.BOX)
     for polygon in outline.polygons:
         drawn = Image.new("L", (image.width, image.height))
         ImageDraw.Draw(drawn).polygon([(x * image.width, y * image.height) for x, y in polygon], fill=255)

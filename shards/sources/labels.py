@@ -13,7 +13,7 @@ NOBODY = ("", "na", "nan", "none", "null", "n/a", "-")  # what stands for nothin
 @dataclass
 class Columns:
     """Names of the columns of a table. ``finding``: one column with names, or several of 0 and 1 named after their
-    finding.
+    finding; ``keep``: what else stays in the samples.
     """
 
     path: str = "path"
@@ -21,6 +21,7 @@ class Columns:
     split: str = ""
     patient: str = ""
     separator: str = "|"
+    keep: Sequence[str] = ()
 
 
 def labelled(

@@ -14,6 +14,7 @@ from shards.errors import InputError, listed, nearest
 from shards.pixels import image_size
 from shards.sample import NO_FINDING, SPLITS, Labels, clean_key, split_of_folder
 from shards.sources.cells import Row, column, read_table
+from shards.sources.drawn import read_outlines
 from shards.sources.finder import Finder
 from shards.sources.item import Item, LesionShare, Source, mixed, present, refuse_missing_class, refuse_torn, separated
 from shards.sources.labels import NOBODY, Columns, contradicts, indicators, labelled
@@ -37,10 +38,14 @@ CORNERS = (
 SIDES = (("x", "y", "w", "h"), ("x", "y", "width", "height"))
 
 
+# Entries of a sample's JSON that have a meaning
+OWN = ("findings", "absent", "uncertain", "boxes", "lesion_masks", "source", "patient")
+
+
 @dataclass
 class Listed:
     """An image of a table. ``boxes``: of its own rows, each with the row, its finding and x0 y0 x1 y1 in pixels of the
-    file.
+    file; ``kept``: other columns of its first row.
     """
 
     path: Path
@@ -48,6 +53,7 @@ class Listed:
     split: str
     patient: str
     boxes: list[tuple[Row, str, tuple[float, float, float, float]]]
+    kept: tuple[tuple[str, str], ...] = ()
 
 
 def read_listed(
@@ -69,8 +75,10 @@ def read_listed(
     """
     flag = f"--csv {path}"
     names, rows = read_table(path, "--csv")
-    for name in (columns.path, *columns.finding, *filter(None, (columns.split, columns.patient))):
+    for name in (columns.path, *columns.finding, *filter(None, (columns.split, columns.patient)), *columns.keep):
         column(names, flag, name)
+    if own := [name for name in columns.keep if name in OWN]:
+        raise InputError(f"--keep-column {own[0]}: is an entry that every sample has; rename the column")
     if "split" in names and not columns.split:
         skipped["column 'split', for --split-column was not given: patients are dealt anew"] += 1
     corners = box_columns(names)
@@ -84,7 +92,8 @@ def read_listed(
         box = box_of(row, corners, flag) if corners and own_boxes else None
         findings = labels.present
         boxes = [(row, findings[0], box)] if box and len(findings) == 1 and findings[0] != NO_FINDING else []
-        other = found.setdefault(image, Listed(image, Labels(), part, who, []))
+        kept = tuple((name, row[name]) for name in columns.keep)
+        other = found.setdefault(image, Listed(image, Labels(), part, who, [], kept))
         rows_of[image].append(row)
         both = Labels(*(tuple(dict.fromkeys(pair)) for pair in map(lambda a, b: (*a, *b), other.labels, labels)))
         if corners:  # a row for each box: what one row shows, others need not
@@ -182,13 +191,14 @@ def table(
     *,
     declared: Sequence[str] | None = None,
     boxes: Path | None = None,
+    lesions: Path | None = None,
     seed: int = 0,
     shares: Sequence[float] = deal.SHARES,
     skip_missing: bool = False,
     unlisted: str = "",
 ) -> Source:
     """Rows of a CSV that name images, findings and, where they are known, splits and patients; ``boxes``: a CSV of
-    lesions.
+    lesion boxes; ``lesions``: a file of lesion masks, see `shards.sources.drawn`.
 
     Without a split column patients are dealt to the splits by ``seed`` and ``shares``; without a patient column every
     image counts as a patient. ``unlisted``: what a finding is that a row does not list, absent or unknown; empty:
@@ -220,18 +230,20 @@ def table(
         part = deal.by_findings([image.labels.present for image in taken], patient, seed, shares)
         parts = [SPLITS[p] for p in part]
     findings = tuple(declared or dict.fromkeys(name for image in taken for name in image.labels.present))
-    lesions = (
+    boxed = (
         _table_boxes(boxes, images, taken, columns, findings, skipped, skip_missing)
         if boxes
         else _own_boxes(taken, flag, image_size, skip_missing)
     )
+    shown = {image.path: image.labels.present for image in taken}
+    outlines = read_outlines(lesions, images, shown, columns.path, skipped, notes) if lesions else {}
     items, sources = [], []
     for image, p, who in zip(taken, parts, patient, strict=True):
-        extra = [("source", image.path.name)]
+        extra = [*image.kept, ("source", image.path.name)]
         if columns.patient:
             extra.append(("patient", str(who)))
         sources.append(str(image.path.relative_to(images)))
-        theirs = lesions.get(image.path, ())
+        theirs = boxed.get(image.path, ())
         if other := sum(name not in image.labels.present for name, _ in theirs):
             skipped["boxes of findings that their image is not labelled with"] += other
         kept = tuple(box for box in theirs if box[0] in image.labels.present)
@@ -245,6 +257,7 @@ def table(
                 extra=tuple(extra),
                 absent=image.labels.absent,
                 uncertain=image.labels.uncertain,
+                outlines=tuple(outlines.get(image.path, ())),
             )
         )
     refuse_torn(items, flag)

@@ -16,9 +16,8 @@ import torch
 from torch.nn import functional as F
 from torchvision.ops import roi_align
 
+from shards.coarse import GRID, LEVELS
 from trainer.lungs.cleanup import ends
-
-GRID, LEVELS = (22, 24), 4  # rows and columns of an outline, and how many values a cell has: two bits
 
 
 class Lungs(NamedTuple):

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from trainer.lungs.box import GRID, LEVELS, Lungs
+from shards.coarse import BYTES, GRID, LEVELS, packed
+from trainer.augment import unpacked
+from trainer.lungs.box import Lungs
 from trainer.lungs.segmenter import LungSegmenter
 from trainer.upload import upload
 
@@ -31,7 +33,7 @@ class LungMemory:
             files.
     """
 
-    ROW = 8 + 1 + GRID[0] * GRID[1] // 4
+    ROW = 8 + 1 + BYTES
 
     def __init__(self, count: int, key: str, folder: Path | None = None) -> None:
         self.key = f"{key}-{GRID[0]}x{GRID[1]}"
@@ -54,8 +56,7 @@ class LungMemory:
         rows = np.empty((len(at), self.ROW), np.uint8)
         rows[:, :8] = np.ascontiguousarray(lungs.boxes.cpu().numpy().astype("<i2")).view(np.uint8)
         rows[:, 8] = 1 + lungs.found.cpu().numpy()
-        levels = (lungs.outlines.cpu() * (LEVELS - 1)).round().numpy().astype(np.uint8).reshape(len(at), -1, 4)
-        rows[:, 9:] = levels[..., 0] | levels[..., 1] << 2 | levels[..., 2] << 4 | levels[..., 3] << 6
+        rows[:, 9:] = packed((lungs.outlines.cpu() * (LEVELS - 1)).round().numpy().astype(np.uint8))
         self.put(at, rows)
         self.news.append(at)
 
@@ -68,10 +69,9 @@ class LungMemory:
         """The lungs of known images int64 [B], on the device; what is copied there is the packed row."""
         rows = torch.from_numpy(self.table[index.numpy()])
         found = rows[:, 8] > 1
-        packed = upload(rows[:, 9:], device)
+        cells = upload(rows[:, 9:], device)
         boxes = upload(torch.from_numpy(np.ascontiguousarray(rows[:, :8].numpy()).view("<i2").astype(np.int64)), device)
-        levels = torch.stack([packed >> shift & LEVELS - 1 for shift in (0, 2, 4, 6)], 2)
-        return Lungs(boxes, levels.view(-1, *GRID).float() / (LEVELS - 1), found)
+        return Lungs(boxes, unpacked(cells), found)
 
     def take_news(self) -> tuple[np.ndarray, np.ndarray]:
         """Positions int64 [n] and rows of what this process has added since the last time."""

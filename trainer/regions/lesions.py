@@ -1,6 +1,8 @@
-"""Lesion boxes as regions: what a radiologist drew, where it was drawn.
+"""Lesion boxes and masks as regions: what a radiologist drew, where it was drawn.
 
-Legend: regions bool [B,S,S] of a batch of B images, S pixels of a side.
+Legend: regions bool [B,S,S] of a batch of B images, S pixels of a side. Where a finding of an image has masks, these
+are its lesions, and its boxes are not drawn. A pixel of which any part is lesion is lesion, so that what is thinner
+than a pixel does not vanish; the share of it in a cell of a coarser map is that of its area.
 """
 
 import math
@@ -8,40 +10,45 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
+from shards.coarse import CUTS
 from shards.dataset import Split
+from trainer.augment import drawn_grids, unpacked
 from trainer.upload import upload
 
 Box = tuple[float, ...]  # x0 y0 x1 y1
 
 
 class LesionRegions:
-    """The lesion boxes of a split, drawn when they are asked for.
+    """The lesions of a split, drawn when they are asked for.
 
     Args:
-        share: of the images with boxes; which, ``seed`` decides, and a smaller share is part of a larger one. None: all
-            of them, and nobody counts them.
+        share: of the images with lesions; which, ``seed`` decides, and a smaller share is part of a larger one. None:
+            all of them, and nobody counts them.
+        exact: masks are read with their samples, as figures want them; else they come from the index, a few bytes each,
+            as training wants them.
     """
 
-    def __init__(self, split: Split, share: float | None = None, seed: int = 0) -> None:
-        self.split, self.limited = split, share is not None
+    def __init__(self, split: Split, share: float | None = None, seed: int = 0, *, exact: bool = False) -> None:
+        self.split, self.limited, self.exact = split, share is not None, exact
         if share is None:
             return
-        position = split.lesions().position
-        with_boxes = position[np.diff(position, prepend=-1) > 0]  # in order; np.unique takes seconds for millions
-        self.known = len(with_boxes)  # images with boxes
-        self.used = with_boxes  # positions of those that are used
+        position = np.sort(np.concatenate([split.lesions().position, split.lesion_masks().position]), kind="stable")
+        marked = position[np.diff(position, prepend=-1) > 0]  # in order; np.unique takes seconds for millions
+        self.known = len(marked)  # images with lesions
+        self.used = marked  # positions of those that are used
         if share < 1:
-            order = np.random.default_rng([seed, len(split)]).permutation(with_boxes)
-            self.used = np.sort(order[: math.ceil(share * len(with_boxes) - 1e-9)])
+            order = np.random.default_rng([seed, len(split)]).permutation(marked)
+            self.used = np.sort(order[: math.ceil(share * len(marked) - 1e-9)])
 
     def has(self, index: torch.Tensor) -> torch.Tensor:
-        """Which findings have boxes in which images: bool [B,K]; ``index`` int64 [B] on the CPU."""
-        every, found = self.split.lesions(), np.zeros((len(index), len(self.split.classes)), bool)
-        for b, position in enumerate(index.tolist()):
-            if self._used(position):
-                first, last = np.searchsorted(every.position, [position, position + 1]).tolist()
-                found[b, every.finding[first:last]] = True
+        """Which findings have lesions in which images: bool [B,K]; ``index`` int64 [B] on the CPU."""
+        found = np.zeros((len(index), len(self.split.classes)), bool)
+        for every in (self.split.lesions(), self.split.lesion_masks()):
+            for b, position in enumerate(index.tolist()):
+                if self._used(position):
+                    found[b, every.finding[_of(every.position, position)]] = True
         return torch.from_numpy(found)
 
     def _used(self, position: int) -> bool:
@@ -55,6 +62,13 @@ class LesionRegions:
         used.
         """
         return self.split.lesion_boxes(position, finding) if self._used(position) else []
+
+    def masks(self, position: int, finding: int) -> np.ndarray:
+        """The masks of a finding in an image, rows of `shards.index.MASK`; none where the image is not used."""
+        every = self.split.lesion_masks()
+        own = _of(every.position, position) if self._used(position) else slice(0)
+        rows: np.ndarray = every.rows[own][every.finding[own] == finding]
+        return rows
 
     def regions(
         self,
@@ -70,10 +84,50 @@ class LesionRegions:
             index, findings: int64 [B] on the CPU, positions in the split and numbers of the task's findings.
             stored: height and width of the stored images.
         """
-        boxes = [
-            self.boxes(position, finding) for position, finding in zip(index.tolist(), findings.tolist(), strict=True)
-        ]
-        return boxes_to_mask(boxes, stored, size, device)
+        asked = list(zip(index.tolist(), findings.tolist(), strict=True))
+        masks = [self.masks(*one) for one in asked]
+        boxes = [[] if len(rows) else self.boxes(*one) for one, rows in zip(asked, masks, strict=True)]
+        regions = boxes_to_mask(boxes, stored, size, device)
+        owners = [b for b, rows in enumerate(masks) for _ in rows]
+        if not owners:
+            return regions
+        if self.exact:
+            drawn = torch.stack([self._exact(*asked[b], size) for b in dict.fromkeys(owners)]).to(device)
+            owners = list(dict.fromkeys(owners))
+        else:
+            drawn = masks_to_regions(np.concatenate(masks), stored, size, device)
+        found = torch.zeros_like(regions, dtype=torch.int32)
+        return regions | (found.index_add_(0, upload(torch.tensor(owners), torch.device(device)), drawn.int()) > 0)
+
+    def _exact(self, position: int, finding: int, size: int) -> torch.Tensor:
+        """The masks of a finding in an image as its JSON has them: bool [size,size]."""
+        masks = self.split.lesion_runs(position, finding)
+        return torch.stack([touched(torch.from_numpy(runs.mask()), size) for runs in masks]).any(0)
+
+
+def _of(positions: np.ndarray, position: int) -> slice:
+    """The lesions of an image among sorted positions."""
+    return slice(*np.searchsorted(positions, [position, position + 1]).tolist())
+
+
+def touched(mask: torch.Tensor, size: int) -> torch.Tensor:
+    """A mask bool [H,W] as bool [size,size]: a pixel of which any part is lesion, is."""
+    return F.adaptive_max_pool2d(mask[None].float(), size)[0] > 0
+
+
+def masks_to_regions(
+    rows: np.ndarray, stored: Sequence[int], size: int, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """Masks of images stored at (height, width), rows [M] of `shards.index.MASK`: bool [M,size,size].
+
+    They travel as few bytes and are drawn on the device.
+    """
+    device = torch.device(device)
+    scale = torch.tensor([size / stored[1], size / stored[0]], dtype=torch.float32).repeat(2)
+    boxes = upload(torch.from_numpy(rows["xyxy"].astype(np.float32)) * scale, device)
+    cells = unpacked(upload(torch.from_numpy(np.ascontiguousarray(rows["cells"])), device))
+    cuts = upload(torch.from_numpy(rows["cut"].astype(np.float32) / CUTS), device)
+    return drawn_grids(cells, boxes, (size, size), cuts)
 
 
 def boxes_to_mask(

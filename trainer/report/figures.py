@@ -32,14 +32,14 @@ class Tile:
 
 
 def panel(shown: list[Tile], columns: int = 4, cam_of: str = "the finding in the title") -> Figure:
-    """Each image beside itself with its CAM; the outlines of lungs cyan, of the expected region green, of lesion boxes
+    """Each image beside itself with its CAM; the outlines of lungs cyan, of the expected region green, of lesions
     red, as far as there are any.
     """
     drawn = (
         ("cyan: lungs", any(t.lungs.any() for t in shown)),
         ("green: expected region", any(t.region.any() for t in shown)),
     )
-    words = [word for word, there in (*drawn, ("red: lesion box", any(t.lesion.any() for t in shown))) if there]
+    words = [word for word, there in (*drawn, ("red: lesion", any(t.lesion.any() for t in shown))) if there]
     legend = "   ".join([*words, f"right half: Grad-CAM of {cam_of}"])
     columns = min(columns, len(shown))
     rows = math.ceil(len(shown) / columns)

@@ -125,7 +125,7 @@ def without_map(found: Found) -> str:
 KINDS = {
     "expected": "expected region",
     "expected_box": "part of the lung box, as published or as the rule has it",
-    "lesion": "lesion boxes",
+    "lesion": "lesions",
 }
 
 LOCALIZATION_WORDS = {
@@ -204,7 +204,7 @@ MEANING = {
     "lift over area": "that share minus the region's share of the image: 0 is no better than a map that is the same "
     "everywhere",
     "pointing hit": "share of those images whose CAM has its peak in the region",
-    "energy in lesion": "as above, in the lesion boxes (red) of the image's own finding, on images that have some",
+    "energy in lesion": "as above, in the lesions (red) of the image's own finding, on images that have some",
     "pointing at lesion": "as above",
     PROBES[
         0
@@ -223,7 +223,7 @@ MEANING = {
 CAUTION = (
     "A region is where a finding is expected, not where it is: a model can look there and be wrong, so read these "
     "figures beside AUC, "
-    "and where there are lesion boxes, beside those of the lesions. Higher is better, but for the loss outside and the "
+    "and where lesions are known, beside those of the lesions. Higher is better, but for the loss outside and the "
     "two rows of random weights."
 )
 HEALTHY = " The CAM of a No Finding image is that of its own class and has no region: nothing is asked of it."
