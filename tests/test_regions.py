@@ -192,6 +192,33 @@ def test_figures_take_the_region_where_its_weight_is_a_half_or_more():
     assert (found.weight[0] > 0).sum() > found.region[0].sum()
 
 
+def test_the_smaller_lung_has_the_larger_weight():
+    lungs, box = chest()  # 160 and 240 pixels
+    rule = Rule(LOWER, place="within", sided=5)
+    left, right = filled((6, 20, 14, 28)), filled((24, 20, 34, 32))
+    found = Regions(["Mine"], {"Mine": rule}, 40)(torch.tensor([0]), box, lungs)
+    share = 1 / (1 + math.exp(-5 * (240 - 160) / 400))
+    assert (found.weight[0][left] == 1).all()
+    assert torch.allclose(found.weight[0][right], torch.tensor((1 - share) / share))
+    assert (found.weight[0][~(left | right)] == 0).all()
+    assert torch.equal(found.region[0], left | right), "figures know no side"
+    mirrored = Regions(["Mine"], {"Mine": rule}, 40)(torch.tensor([0]), torch.tensor([[6, 8, 34, 32]]), lungs.flip(2))
+    assert torch.allclose(mirrored.weight[0].flip(1), found.weight[0])
+    even = lungs.clone()
+    even[0] |= even[0].flip(1)
+    assert torch.equal(weight_of(rule, even), weight_of(Rule(LOWER, place="within"), even)), "alike: no side"
+    gone = Regions(["Mine"], {"Mine": rule}, 40)(torch.tensor([0]), box, torch.zeros_like(lungs))
+    assert torch.equal(gone.weight[0] > 0, filled((6, 20, 34, 32)))
+
+
+def test_one_lung_alone_is_not_where_the_other_would_be():
+    lungs, box = chest()
+    lungs[0, :, 20:] = False
+    weight = weight_of(Rule(BOX, place="within", sided=10), lungs)
+    assert torch.equal(weight > 0, filled((6, 8, 14, 28)))
+    assert torch.isfinite(weight).all()
+
+
 def test_a_rim_is_never_thinner_than_a_pixel():
     assert weight_of(Rule(BOX, place="rim", dilate=0.001)).any()
 

@@ -81,6 +81,14 @@ def test_every_shape(tmp_path, region, expected):
         ),
         ("Mine:\n  region: {rim: lungs}", "rim: expected its width beside it, such as dilate: 0.03"),
         (
+            "Mine:\n  region: {within: lungs, sided: 200}",
+            "sided: 200: expected a slope from 0 to 100",
+        ),
+        (
+            "Mine:\n  region: {between: lungs, sided: 5}",
+            "sided: is of a place at the lungs, within or rim",
+        ),
+        (
             "Mine:\n  region: {within: lungs, half: lower, elsewhere: 1}",
             "elsewhere: 1: expected a weight from 0 to below 1",
         ),

@@ -38,6 +38,7 @@ HALVES: dict[str, Rectangle] = {
 }
 PARTS = ("half", "quadrant", "lung", "box", "rectangles")
 PLACES = ("within", "between", "outside", "rim")
+MOST_SIDED = 100.0  # at a lung that is seen a tenth smaller the other side's weight is 0.0067
 FURTHEST = 0.2  # dilation of a place, in shares of the image's side
 BOX: tuple[Rectangle, ...] = ((0.0, 0.0, 1.0, 1.0),)
 LUNGS = {"right": HALVES["left"], "left": HALVES["right"]}  # the patient's
@@ -64,6 +65,9 @@ class Rule:
         dilate: by how much the lungs (within), the space between them, or both together (outside) are wider than seen,
             in shares of the image's side.
         elsewhere: the weight in [0, 1) of the place beyond the rectangles; what they leave has weight 1.
+        sided: how much more weight the side has whose lung is seen smaller, as fluid, air and collapse make it: the
+            sides' weights are as p to 1 - p, the larger one 1, where p = 1 / (1 + exp(-sided d)) and d is the
+            difference of the two lungs' areas over their sum. 0: both have weight 1.
     """
 
     rectangles: tuple[Rectangle, ...] = ()
@@ -71,6 +75,7 @@ class Rule:
     place: str = ""
     dilate: float = 0.0
     elsewhere: float = 0.0
+    sided: float = 0.0
 
     def inside(self, margin: float = 0.0) -> bool:
         """Whether the region lies in the lung box, dilated by ``margin`` of its sides, or is a place of the lungs,
@@ -149,7 +154,7 @@ def _finding(entry: dict[str, Any], where: str, ready: Finding | None) -> Findin
 
 
 def _rule(region: Any, where: str) -> Rule:
-    known = (*PARTS, *PLACES, "dilate", "elsewhere")
+    known = (*PARTS, *PLACES, "dilate", "elsewhere", "sided")
     if not isinstance(region, dict):
         raise InputError(
             f"{where}: region: expected a place or a part of the lung box, such as {{within: lungs}} or {{half: lower}}"
@@ -171,7 +176,7 @@ def _rule(region: Any, where: str) -> Rule:
     if len(parts) != 1 and not (places and not parts):
         raise InputError(f"{where}: region: expected exactly one of {', '.join(PARTS)}, got {listed(parts) or 'none'}")
     place, part = places[0] if places else "", parts[0] if parts else "box"
-    dilate, elsewhere = region.get("dilate", 0), region.get("elsewhere", 0)
+    dilate, elsewhere, sided = (region.get(name, 0) for name in ("dilate", "elsewhere", "sided"))
     most, of = (FURTHEST, "the image's side") if place else (1, "the box's sides")
     if not _number(dilate) or not 0 <= dilate <= most:
         raise InputError(f"{where}: region: dilate: {dilate}: expected a share of {of}, 0 to {most:g}")
@@ -184,6 +189,10 @@ def _rule(region: Any, where: str) -> Rule:
             f"{where}: region: elsewhere: is the weight of a place beyond its part; give both, such as {{within: "
             f"lungs, half: upper}}"
         )
+    if not _number(sided) or not 0 <= sided <= MOST_SIDED:
+        raise InputError(f"{where}: region: sided: {sided}: expected a slope from 0 to {MOST_SIDED:g}")
+    if sided and place not in ("within", "rim"):
+        raise InputError(f"{where}: region: sided: is of a place at the lungs, within or rim")
     rectangles = tuple(_part(part, region.get(part, True), where))
     if place and rectangles == BOX and (elsewhere or outside):
         what = "elsewhere: is the weight" if elsewhere else "outside: true takes what is left"
@@ -192,7 +201,7 @@ def _rule(region: Any, where: str) -> Rule:
             "such as half: upper"
         )
     if place:
-        return Rule(rectangles, outside, place, float(dilate), float(elsewhere))
+        return Rule(rectangles, outside, place, float(dilate), float(elsewhere), float(sided))
     return Rule(tuple((r[0] - dilate, r[1] - dilate, r[2] + dilate, r[3] + dilate) for r in rectangles), outside)
 
 
@@ -249,7 +258,7 @@ def to_yaml(findings: Findings) -> str:
 def _region(rule: Rule) -> dict[str, Any]:
     """A rule as `_rule` reads it."""
     place: dict[str, Any] = {rule.place: "lungs"} if rule.place else {}
-    place |= {name: value for name in ("dilate", "elsewhere") if (value := getattr(rule, name))}
+    place |= {name: value for name in ("dilate", "elsewhere", "sided") if (value := getattr(rule, name))}
     if not (rule.place and rule.rectangles == BOX):
         place["rectangles"] = [[float(f"{v:.6g}") for v in r] for r in rule.rectangles]
     return place | ({"outside": True} if rule.outside else {})

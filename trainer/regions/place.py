@@ -19,16 +19,13 @@ INF = float("inf")
 
 class Expected(NamedTuple):
     """weight float [B,S,S] in [0,1], 0 where the finding is not expected; replaced bool [B]: the place was unknown or
-    empty, the part of the box stands in.
+    empty, the part of the box stands in; region bool [B,S,S]: where figures say that the finding is expected, on either
+    side: a weight of a half or more, before the sides differ.
     """
 
     weight: torch.Tensor
     replaced: torch.Tensor
-
-    @property
-    def region(self) -> torch.Tensor:
-        """Where figures say that the finding is expected: bool [B,S,S], a weight of a half or more."""
-        return self.weight >= 0.5
+    region: torch.Tensor
 
 
 class Regions:
@@ -57,6 +54,8 @@ class Regions:
         self.has_place = torch.tensor([bool(rule.place) for rule in own], device=self.device)
         self.beyond = torch.tensor([rule.place == "outside" for rule in own], device=self.device)
         self.elsewhere = torch.tensor([rule.elsewhere for rule in own], device=self.device)
+        self.sided = torch.tensor([rule.sided for rule in own], device=self.device)
+        self.uses_sides = any(rule.sided for rule in own)
         self.box = _Rectangles([Rule(BOX)], size, self.device)
 
     def __call__(self, labels: torch.Tensor, boxes: torch.Tensor, lungs: torch.Tensor | None) -> Expected:
@@ -67,7 +66,7 @@ class Regions:
         labels = upload(labels, self.device)
         parts = self.parts(labels, boxes)
         if not self.uses_lungs:
-            return Expected(parts.float(), torch.zeros_like(labels, dtype=torch.bool))
+            return Expected(parts.float(), torch.zeros_like(labels, dtype=torch.bool), parts)
         has_place = self.has_place[labels]
         # Of a place inside the lung box its part of the box stands in, of one outside what its part has beyond the box.
         boxed = self.box(torch.zeros_like(labels), boxes)
@@ -75,14 +74,18 @@ class Regions:
             has_place[:, None, None], parts & (boxed ^ self.beyond[labels][:, None, None]), parts
         ).float()
         if lungs is None:
-            return Expected(stand_in, has_place)
+            return Expected(stand_in, has_place, stand_in > 0)
         place = torch.zeros_like(parts)
         # Of all images: which ones have it, the host does not know
         for number, (name, reach) in enumerate(self.places):
             place |= _place(lungs, name, reach) & (self.place_of[labels] == number)[:, None, None]
         weight = place * torch.where(parts, 1.0, self.elsewhere[labels][:, None, None])
         gone = has_place & ~(lungs.flatten(1).any(1) & (weight > 0).flatten(1).any(1))
-        return Expected(torch.where((has_place & ~gone)[:, None, None], weight, stand_in), gone)
+        taken = (has_place & ~gone)[:, None, None]
+        region = torch.where(taken, weight, stand_in) >= 0.5
+        if self.uses_sides:
+            weight = weight * smaller_side(lungs, self.sided[labels])
+        return Expected(torch.where(taken, weight, stand_in), gone, region)
 
 
 class _Rectangles:
@@ -143,17 +146,32 @@ def _place(lungs: torch.Tensor, name: str, reach: int) -> torch.Tensor:
     return wider(between(lungs), reach)
 
 
-def between(lungs: torch.Tensor) -> torch.Tensor:
-    """What has one lung to its left in its row and the other to its right, and is none: bool [B,S,S] -> bool [B,S,S].
+def smaller_side(lungs: torch.Tensor, sided: torch.Tensor) -> torch.Tensor:
+    """Weights of the two sides of lungs bool [B,S,S] by `Rule.sided`, float [B]: float [B,1,S] in (0,1]."""
+    side, columns = left_side(lungs), lungs.sum(1).float()
+    left, right = (columns * side).sum(1), (columns * ~side).sum(1)
+    share = torch.sigmoid(sided * (right - left) / (left + right).clamp(min=1))
+    of_column = torch.where(side, share[:, None], 1 - share[:, None])
+    return (of_column / torch.maximum(share, 1 - share)[:, None])[:, None]
 
-    The lungs are parted at the emptiest column of the middle, as clean-up does, so that the hollow of one lung's base
-    is not between the two.
+
+def left_side(lungs: torch.Tensor) -> torch.Tensor:
+    """Which columns of lungs bool [B,S,S] are of the one on the image's left: bool [B,S].
+
+    The lungs are parted at the emptiest column of the middle, as clean-up does.
     """
     columns = lungs.sum(1)
     at = torch.arange(lungs.shape[2], device=lungs.device)
     first, last = ends(columns > 0)
     middle = (at >= (first + 0.3 * (last - first))[:, None]) & (at < (first + 0.7 * (last - first))[:, None])
-    side = at < torch.where(middle, columns, lungs.shape[1] + 1).argmin(1, keepdim=True)
+    return at < torch.where(middle, columns, lungs.shape[1] + 1).argmin(1, keepdim=True)
+
+
+def between(lungs: torch.Tensor) -> torch.Tensor:
+    """What has one lung to its left in its row and the other to its right, and is none: bool [B,S,S] -> bool [B,S,S].
+    (The hollow of one lung's base is not between the two.)
+    """
+    side = left_side(lungs)
     one, other = (lungs & side[:, None]).float(), (lungs & ~side[:, None]).float()
     return ~lungs & (one.cumsum(2) > 0) & (other.flip(2).cumsum(2).flip(2) > 0)
 
