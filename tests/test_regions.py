@@ -212,7 +212,7 @@ def test_the_smaller_lung_has_the_larger_weight():
 
 
 def test_one_lung_alone_is_not_where_the_other_would_be():
-    lungs, box = chest()
+    lungs, _ = chest()
     lungs[0, :, 20:] = False
     weight = weight_of(Rule(BOX, place="within", sided=10), lungs)
     assert torch.equal(weight > 0, filled((6, 8, 14, 28)))

@@ -24,7 +24,7 @@ PUBLISHED = {"pvt": "pvt_v2_b2_li", "vgg": "vgg16", "resnet": "resnet50"}
 HUB_SECONDS = 5.0
 
 
-def create(name: str, classes: int, size: int, pretrained: str) -> tuple[nn.Module, str]:
+def create(name: str, classes: int, size: int, pretrained: str, stride: int = 0) -> tuple[nn.Module, str]:
     """The network, and what was loaded into it of a file, in words.
 
     Args:
@@ -32,9 +32,11 @@ def create(name: str, classes: int, size: int, pretrained: str) -> tuple[nn.Modu
         classes: outputs of its head.
         size: pixels of a side of the input, for backbones with a fixed one.
         pretrained: ``true`` (ImageNet weights from timm's hub), ``false``, or a file: safetensors or a state dict.
+        stride: pixels of the input a position of the last feature map, where timm has it; 0: the model's own.
 
     Raises:
-        InputError: no such model, it cannot be built at that size, its weights are not to be had or do not fit.
+        InputError: no such model, it has no such stride, it cannot be built at that size, its weights are not to be had
+            or do not fit.
     """
     name = PUBLISHED.get(name, name)
     bare, _, _ = name.partition(".")
@@ -48,6 +50,8 @@ def create(name: str, classes: int, size: int, pretrained: str) -> tuple[nn.Modu
     cfg = timm.get_pretrained_cfg(bare)
     if cfg is not None and cfg.fixed_input_size:
         options["img_size"] = size
+    if stride:
+        options["output_stride"] = stride
     try:
         if pretrained.lower() != "true":
             net = timm.create_model(name, pretrained=False, **options)
@@ -64,9 +68,13 @@ def create(name: str, classes: int, size: int, pretrained: str) -> tuple[nn.Modu
                 "Give them as a file, --pretrained FILE (safetensors or a state dict), or train from scratch with "
                 "--pretrained false"
             ) from error
-        raise InputError(
-            f"--backbone {name}: timm cannot build it at --size {size} ({str(error).splitlines()[0]})"
-        ) from error
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        if stride and "output_stride" in str(error):
+            raise InputError(
+                f"--attention.stride {stride}: {name} has no other stride than its own ({why}); leave it out, or take "
+                "a finer --attention.layer"
+            ) from error
+        raise InputError(f"--backbone {name}: timm cannot build it at --size {size} ({why})") from error
 
 
 @contextlib.contextmanager

@@ -14,13 +14,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from shards.errors import InputError
 from trainer.backbone import create, head_names
+from trainer.cam import fused, grad_cam, layer_cam, normalize_cam
 from trainer.layers import INPUT, INSIDE, default_layer, is_square, split_names, to_maps, top_layers
-from trainer.losses import TINY, at_least_float32
+from trainer.losses import at_least_float32
+
+__all__ = ["FocusClassifier", "Prediction", "evaluating", "normalize_cam"]
 
 
 class Prediction(NamedTuple):
@@ -40,9 +42,13 @@ class FocusClassifier(nn.Module):
         classes: K.
         size: pixels of a side of the input, for backbones with a fixed one.
         pretrained: ``true`` (ImageNet weights from timm's hub), ``false``, or a file: safetensors or a state dict.
-        layer: module whose output is A; several, separated by commas: the mean of their normalised maps; ``input``: the
+        layer: module whose output is A; several, separated by commas: their normalised maps together; ``input``: the
             energy of the input's gradient in place of a CAM (Ross et al., "Right for the right reasons", IJCAI 2017);
             empty: the last feature map that the prediction depends on.
+        kind: ``gradcam``, or ``layercam``: see `trainer.cam.layer_cam`; its gradient counts as a constant, so that
+            nothing is differentiated twice, which between the layers of a network is slow.
+        fuse: of several layers, ``mean`` or ``product``.
+        stride: pixels of the input a position of the last feature map, 8 or 16; 0: as the backbone has it (32).
         needs_map: without, a backbone that has no feature map is taken, too: `has_map` tells.
 
     Raises:
@@ -62,11 +68,16 @@ class FocusClassifier(nn.Module):
         size: int = 224,
         pretrained: str = "true",
         layer: str = "",
+        kind: str = "gradcam",
+        fuse: str = "mean",
+        stride: int = 0,
         needs_map: bool = True,
     ) -> None:
         super().__init__()
-        self.backbone, self.size, self.layer = backbone, size, layer
-        self.net, self.loaded = create(backbone, classes, size, pretrained)
+        self.backbone, self.size = backbone, size
+        self.options: dict[str, Any] = {"layer": layer, "kind": kind, "fuse": fuse, "stride": stride}
+        self.kind, self.fuse = kind, fuse
+        self.net, self.loaded = create(backbone, classes, size, pretrained, stride)
         self.layers = split_names(layer or default_layer(self.net))
         known = [name for name, _ in self.net.named_modules()]
         for name in self.layers:
@@ -106,9 +117,7 @@ class FocusClassifier(nn.Module):
 
     def untrained(self) -> "FocusClassifier":
         """The same network with random weights."""
-        return FocusClassifier(
-            self.backbone, self.net.num_classes, size=self.size, pretrained="false", layer=self.layer
-        )
+        return FocusClassifier(self.backbone, self.net.num_classes, size=self.size, pretrained="false", **self.options)
 
     @contextlib.contextmanager
     def _awake(self) -> Iterator[None]:
@@ -131,7 +140,12 @@ class FocusClassifier(nn.Module):
         try:
             cam = self(trial, cam=True).cam
             assert cam is not None
-            self.map_side = min(cam.shape[1:])
+            if cam.shape[1] != cam.shape[2]:
+                raise InputError(
+                    f"--attention.layer {layer or ','.join(self.layers)}: its map has {cam.shape[1]} x {cam.shape[2]} "
+                    "positions, and of a square image it must be square; choose another layer"
+                )
+            self.map_side = cam.shape[1]
             if layer or self._depends(trial):
                 return True
             fallback = True  # a map, if one that says nothing yet
@@ -146,8 +160,8 @@ class FocusClassifier(nn.Module):
             self.layers = [name]
             with contextlib.suppress(InputError, RuntimeError):
                 cam = self(trial, cam=True).cam
-                if cam is not None and self._depends(trial):
-                    self.map_side = min(cam.shape[1:])
+                if cam is not None and cam.shape[1] == cam.shape[2] and self._depends(trial):
+                    self.map_side = cam.shape[1]
                     return True
         self.layers = before
         if not fallback and needed:
@@ -308,7 +322,7 @@ class FocusClassifier(nn.Module):
                 torch.autograd.grad(
                     logits.gather(1, column[:, None]).sum(),
                     kept,
-                    create_graph=differentiable,
+                    create_graph=differentiable and self.kind == "gradcam",
                     retain_graph=True,
                     allow_unused=True,
                 )
@@ -335,8 +349,9 @@ class FocusClassifier(nn.Module):
                 maps.append(energy / energy.detach().amax((1, 2), keepdim=True).clamp(min=1e-30))
                 continue
             features = features if differentiable else features.detach()
-            maps.append(grad_cam(to_maps(features, self.net), to_maps(gradient, self.net)))
-        return maps[0] if len(maps) == 1 else _mean_map(maps)
+            take = grad_cam if self.kind == "gradcam" else layer_cam
+            maps.append(take(to_maps(features, self.net), to_maps(gradient, self.net)))
+        return maps[0] if len(maps) == 1 else fused(maps, self.fuse)
 
     def _run(self, x: torch.Tensor, at_map: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """Logits; ``at_map`` is given each feature map on its way, and gives what the network goes on with."""
@@ -351,36 +366,6 @@ class FocusClassifier(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def grad_cam(features: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """Selvaraju et al. 2017, eq. 1 and 2: features, gradient [B,C,h,w] -> [B,h,w], not negative, at least float32."""
-    features, gradient = at_least_float32(features), at_least_float32(gradient)
-    with torch.autocast(features.device.type, enabled=False):
-        return F.relu((features * gradient.mean((2, 3), keepdim=True)).sum(1))
-
-
-def normalize_cam(cam: torch.Tensor, size: int) -> torch.Tensor:
-    """To [0,1] as published: minus the minimum, divided by (1e-7 + maximum), then bilinear to size x size.
-
-    Args:
-        cam: raw, not negative, [B,h,w], any float type; computed in at least float32.
-
-    Returns:
-        [B,size,size]. A constant map becomes 0 everywhere; a map whose peak is below 1e-6 carries no gradient.
-    """
-    cam = at_least_float32(cam)
-    cam = cam - cam.amin((1, 2), keepdim=True)
-    peak = cam.amax((1, 2), keepdim=True)
-    cam = cam / (1e-7 + peak)
-    alive = peak > TINY
-    cam = torch.where(alive, cam, cam.detach())
-    return F.interpolate(cam[:, None], (size, size), mode="bilinear", align_corners=False)[:, 0]
-
-
-def _mean_map(maps: list[torch.Tensor]) -> torch.Tensor:
-    """The mean of maps [B,h,w] of several sizes, each normalised to [0,1], at the size of the largest."""
-    return torch.stack([normalize_cam(m, max(m.shape[1] for m in maps)) for m in maps]).mean(0)
 
 
 @contextlib.contextmanager

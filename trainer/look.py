@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from trainer.augment import lung_masks, resize
-from trainer.classifier import FocusClassifier, normalize_cam
+from trainer.cam import normalize_cam
+from trainer.classifier import FocusClassifier
 from trainer.launching import Accelerator
 from trainer.lungs import LungFinder
 from trainer.regions import Expected, Regions

@@ -25,7 +25,7 @@ from shards.loader import Batch
 from shards.sample import NO_FINDING
 from trainer.augment import LABELS, PAIR, SWAPS, augment, draw
 from trainer.balance import StepSums
-from trainer.classifier import normalize_cam
+from trainer.cam import normalize_cam
 from trainer.context import swap_context
 from trainer.launching import loader_of, on_main, plan_of, seed_step, share_buffers
 from trainer.look import locate

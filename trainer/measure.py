@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from shards.dataset import Split
 from shards.loader import Batch, Loader
 from shards.plan import EpochPlan
-from trainer.classifier import FocusClassifier, evaluating, normalize_cam
+from trainer.cam import normalize_cam
+from trainer.classifier import FocusClassifier, evaluating
 from trainer.content import Figures, Probe
 from trainer.gather import Table
 from trainer.launching import loader_of

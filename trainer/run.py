@@ -52,6 +52,12 @@ def save_model(
     save_weights(path, model.state_dict(), metadata)
 
 
+def map_options(config: Config) -> dict[str, Any]:
+    """How a model's CAM is taken, as `FocusClassifier` takes it."""
+    a = config.attention
+    return {"layer": a.layer, "kind": a.map, "fuse": a.fuse, "stride": a.stride}
+
+
 @dataclass
 class Run:
     """A run folder, opened: its best model is in eval mode; segmenter None: trained without one; metadata of the
@@ -87,8 +93,8 @@ def open_run(path: Path) -> Run:
         options: dict[str, Any] = {
             "size": config.size,
             "pretrained": "false",
-            "layer": config.attention.layer,
             "needs_map": False,
+            **map_options(config),
         }
         model = FocusClassifier(config.backbone, len(config.classes), **options)
         model.load_state_dict(load_file(path / MODEL))

@@ -28,9 +28,16 @@ class AttentionConfig:
     reported.
     """
     layer: str = ""
-    """Module whose output gives the CAM, such as stages.3; several, with commas: their mean; input: the input's
-    gradient; empty: the last feature map.
+    """Module whose output gives the CAM, such as stages.3; several, with commas: see fuse; input: the input's gradient;
+    empty: the last feature map.
     """
+    map: Literal["gradcam", "layercam"] = "gradcam"
+    """gradcam: a channel's mean gradient weighs it; layercam: the gradient at every place, for earlier, finer layers.
+    """
+    fuse: Literal["mean", "product"] = "mean"
+    """Of several layers: the mean of their normalised maps, or their product."""
+    stride: Literal[0, 8, 16] = 0
+    """Pixels of the input a position of the last feature map, for backbones that can; 0: their own, mostly 32."""
     mode: Literal["train", "eval"] = "train"
     """train: the CAM of the training forward, which costs nothing; eval: of a second forward in eval mode, as
     published.
