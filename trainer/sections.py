@@ -87,7 +87,7 @@ class BalanceConfig:
     """
     lam: float | None = None
     """Lambda of the policy fixed, in [0, 1]; 1 is plain cross-entropy and pays nothing for attention; empty: 0.5,
-    with several findings an image 0.8.
+    with several findings an image 0.9.
     """
     low: float = 0.2
     """Lower clamp of ratio, balanced and constrained."""
