@@ -42,6 +42,10 @@ def test_ratio_is_a_over_ce_plus_a_clamped_and_survives():
 
 def test_fixed_and_published_do_not_follow_losses():
     assert Balance("fixed", 0.25).value(40) == 0.25
+    ramped = Balance("fixed", 0.8, ramp=0.5)
+    assert [ramped.value(0, done) for done in (0.0, 0.25, 0.5, 0.9)] == pytest.approx([1.0, 0.9, 0.8, 0.8])
+    assert ramped.value(0, 0.0) == 1.0
+    assert Balance("fixed", 0.5, ramp=0.0).value(0, 0.0) == 0.5
     assert Balance("published").value(10) == published_lambda(10)
     assert not Balance("fixed").follows_losses
 

@@ -142,7 +142,7 @@ def test_a_file_may_say_false_and_is_checked_like_flags(tmp_path):
         ),
         (
             ["--attention.annotated", "0.1"],
-            r"--attention\.annotated 0\.1: no lesion boxes are used with --attention\.region anatomy",
+            r"--attention\.annotated 0\.1: no lesions are used with --attention\.region anatomy",
         ),
         (["--best", "last", "--patience", "3"], "--patience 3: with --best last no epoch is better"),
     ],

@@ -44,21 +44,30 @@ class Balance:
                 it is divided by 3 (kin to Rezende & Viola, "Taming VAEs", 2018: a constraint met by moving a
                 multiplier). It begins at ``high``.
         lam: for ``fixed``.
+        ramp: for ``fixed``: the share of the run in which lambda falls from 1 to ``lam``, so that what a finding looks
+            like is learnt before where it is.
         low, high: clamp of the adaptive ones.
         epsilon: for ``constrained``, in nats.
     """
 
     def __init__(
-        self, policy: str, lam: float = 0.5, low: float = 0.2, high: float = 0.95, epsilon: float = 0.05
+        self,
+        policy: str,
+        lam: float = 0.5,
+        low: float = 0.2,
+        high: float = 0.95,
+        epsilon: float = 0.05,
+        ramp: float = 0.0,
     ) -> None:
-        self.policy, self.lam, self.low, self.high, self.epsilon = policy, lam, low, high, epsilon
+        self.policy, self.lam, self.ramp = policy, lam, ramp
+        self.low, self.high, self.epsilon = low, high, epsilon
         self.means: torch.Tensor | None = None  # float64 [2] on the CPU: CE, A or the norms of their gradients
         self.current, self.best = high, math.inf  # of `constrained`
 
-    def value(self, epoch: int) -> float:
-        """Lambda of the next step."""
+    def value(self, epoch: int, done: float = 1.0) -> float:
+        """Lambda of the next step; ``done``: share of the run before it."""
         if self.policy == "fixed":
-            return self.lam
+            return 1 - (1 - self.lam) * done / self.ramp if done < self.ramp else self.lam
         if self.policy == "published":
             return published_lambda(epoch)
         if self.policy == "constrained":

@@ -29,7 +29,8 @@ CLAMPED = ("ratio", "balanced", "constrained")  # policies of lambda that have b
 # LibAUC, jfhealthcare and EVA-X agree on it
 CHEXPERT = "Edema: ones, Atelectasis: ones, zeros"
 # Binary cross-entropy, a mean over cells, is a small number: with 0.5 attention is learnt alone (bench/several.md).
-LAMBDA = {"one": 0.5, "any": 0.9}
+LAMBDA = {"one": 0.5, "any": 0.8}
+RAMP = {"one": 0.0, "any": 0.5}
 SWAPPED = 0.75  # share of the images whose surroundings are swapped where attention is trained
 
 
@@ -100,6 +101,8 @@ class Config:
         """Settle what is left empty and depends on the kind of labels, so that a run's config.yaml says it."""
         self.balance.policy = self.balance.policy or "fixed"
         self.balance.lam = self.lam
+        if self.balance.ramp is None:
+            self.balance.ramp = RAMP[self.labels.kind] if self.balance.policy == "fixed" else 0.0
         self.best = self.best or ("auc" if self.labels.kind == "any" else "accuracy")
 
     def problems(self) -> list[str]:
@@ -113,6 +116,7 @@ class Config:
                 ("swap.dilate", self.swap.dilate),
                 ("swap.feather", self.swap.feather),
                 ("balance.lam", self.lam),
+                ("balance.ramp", self.balance.ramp or 0.0),
                 ("balance.low", self.balance.low),
                 ("balance.high", self.balance.high),
                 ("augment.flip", self.augment.flip),
@@ -216,6 +220,11 @@ class Config:
             found.append(
                 f"--balance.lam {self.balance.lam}: is of the policy fixed, {self.balance.policy} finds its own; leave "
                 "one of the two out"
+            )
+        if self.balance.policy != "fixed" and self.balance.ramp:
+            found.append(
+                f"--balance.ramp {self.balance.ramp}: is of the policy fixed, {self.balance.policy} finds its own way; "
+                "leave one of the two out"
             )
         if self.attention.region == "anatomy" and self.attention.annotated != 1:
             found.append(

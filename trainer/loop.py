@@ -91,7 +91,7 @@ class Trainer(Training):
                         state.epoch * images + state.position, taken, config.epochs * images, state.warmup
                     )
                     seed_step(config.seed, state.step, self.accelerator.process_index)
-                    lam = self.balance.value(state.epoch) if self.attends else 1.0
+                    lam = self.lam
                     sums = self.step(group, lam)
                     self.tell_balance(sums)
 
@@ -111,6 +111,13 @@ class Trainer(Training):
                 # Once an epoch: share the lungs, validate, keep the best, save.
                 with self.clock.paused():
                     self.end_epoch(bar)
+
+    @property
+    def lam(self) -> float:
+        """Lambda of the next step; 1 is plain cross-entropy and pays nothing for attention."""
+        state, config = self.state, self.config
+        done = (state.epoch + state.position / len(self.plan)) / config.epochs
+        return self.balance.value(state.epoch, done) if self.attends else 1.0
 
     def _progress(self) -> Any:
         """The bar of the run."""
@@ -296,7 +303,7 @@ class Trainer(Training):
         share_buffers(self.model)
         self.refuse_not_finite()
         outcome = self.evaluator.measure("val", cams=self.attends)
-        lam = self.balance.value(state.epoch) if self.attends else 1.0
+        lam = self.lam
         figures = validation_figures(outcome, lam, config.attention)
         self.balance.validated(figures["val_loss"])
         self.schedule.validated(figures["val_weighted" if config.optim.watch == "weighted" else "val_loss"])

@@ -87,7 +87,11 @@ class BalanceConfig:
     """
     lam: float | None = None
     """Lambda of the policy fixed, in [0, 1]; 1 is plain cross-entropy and pays nothing for attention; empty: 0.5,
-    with several findings an image 0.9.
+    with several findings an image 0.8.
+    """
+    ramp: float | None = None
+    """Share of the run in which lambda falls from 1 to lam (policy fixed), so that what a finding looks like is learnt
+    before where it is; empty: 0, with several findings an image 0.5.
     """
     low: float = 0.2
     """Lower clamp of ratio, balanced and constrained."""

@@ -165,13 +165,13 @@ class Training:
     def launch(self) -> dict[str, Any]:
         """How the run is carried out: it may change, but not unsaid."""
         c, acc = self.config, self.accelerator
-        # Whose rate is a function of the run's length
+        # Rate and lambda may be functions of the run's length
         return {
             "images a step": c.batch * acc.num_processes * c.accumulate,
             "precision": acc.mixed_precision,
             "optim.lr": c.optim.lr,
             "optim.clip": c.optim.clip,
-        } | ({"epochs": c.epochs} if c.optim.schedule == "cosine" else {})
+        } | ({"epochs": c.epochs} if c.optim.schedule == "cosine" or c.balance.ramp else {})
 
     def restore(self) -> None:
         """Model, optimizer, schedule, scaler, lambda, lungs, position; then the log is cut back to that step."""
