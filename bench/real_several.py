@@ -25,7 +25,7 @@ from step import processor
 from shards.dataset import Split
 from shards.names import lists
 from shards.targets import MultiLabel
-from trainer.multilabel import RESAMPLES, Cells, _Sorted
+from trainer.multilabel import RESAMPLES, Cells, Sorted
 from trainer.regions.lesions import boxes_to_mask
 
 HERE = Path(__file__).parent
@@ -118,10 +118,10 @@ def macro(runs: list[Path], often: list[np.ndarray] | None = None) -> float:
     return float(np.mean(values))
 
 
-CACHE: dict[Path, tuple[list[_Sorted], int]] = {}
+CACHE: dict[Path, tuple[list[Sorted], int]] = {}
 
 
-def _sorted(run: Path) -> tuple[list[_Sorted], int]:
+def _sorted(run: Path) -> tuple[list[Sorted], int]:
     if run not in CACHE:
         lines = lines_of(run)
         names = list(lines[0]["labels"])
@@ -129,7 +129,7 @@ def _sorted(run: Path) -> tuple[list[_Sorted], int]:
             [[-1 if line["labels"][n] is None else line["labels"][n] for n in names] for line in lines], np.int8
         )
         cells = Cells(names, np.array([[line["probability"][n] for n in names] for line in lines]), target)
-        CACHE[run] = [_Sorted.of(*cells._scored(k, cells.probability)) for k in range(len(names))], len(lines)
+        CACHE[run] = [Sorted.of(*cells._scored(k, cells.probability)) for k in range(len(names))], len(lines)
     return CACHE[run]
 
 

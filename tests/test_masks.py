@@ -2,6 +2,7 @@
 
 import csv
 import json
+import pickle
 import shutil
 
 import numpy as np
@@ -15,6 +16,7 @@ from shards.dataset import Split
 from shards.errors import InputError
 from shards.index import MASK
 from shards.rle import Runs
+from trainer import evaluate, train
 from trainer.augment import augment, draw, unpacked
 from trainer.build import build
 from trainer.command import resolve
@@ -268,6 +270,59 @@ def test_a_training_and_its_figures_use_masks(masked, tmp_path):
     split = job.splits["val"]
     lesions = LesionRegions(split, exact=True).regions(outcome.pairs.image, outcome.pairs.finding, (SIDE, SIDE), SIDE)
     assert lesions.flatten(1).any(1).tolist() == (outcome.pairs.finding == 1).tolist()
+
+
+@pytest.fixture(scope="module")
+def trained(masked, tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained") / "run"
+    flags = ["--shards", str(masked[0]), "--out", str(out), "--task", "No Finding,Mass", "--epochs", "1"]
+    flags += ["--backbone", "test_resnet", "--pretrained", "false", "--size", "64", "--batch", "4"]
+    train.main([*flags, "--workers", "0", "--tracker", "none"])
+    return out
+
+
+def test_maps_are_written_for_whoever_measures_them(masked, trained, tmp_path):
+    """As CheXlocalize's evaluation reads them: a pickle of a map each, and run lengths."""
+    where = ["--run", str(trained), "--shards", str(masked[0]), "--workers", "0"]
+    evaluate.main([*where, "--maps", str(tmp_path / "maps"), "--by", "drain"])
+    lines = list(csv.DictReader((tmp_path / "maps" / "maps.csv").read_text().splitlines()))
+    split = Split(masked[0], "test", ("No Finding", "Mass"))
+    assert [line["finding"] for line in lines].count("Mass") == 3
+    assert len(lines) == len(split) == 6
+    truth = json.loads((tmp_path / "maps/chexlocalize/truth.json").read_text())
+    hot = json.loads((tmp_path / "maps/chexlocalize/segmentations.json").read_text())
+    hits = []
+    for line in lines:
+        raw = torch.from_numpy(np.load(tmp_path / "maps" / line["map"]))
+        height, width = int(line["height"]), int(line["width"])
+        full = torch.nn.functional.interpolate(raw[None, None], (height, width), mode="bilinear")[0, 0]
+        assert divmod(int(full.argmax()), width) == (int(line["y"]), int(line["x"]))
+        assert np.asarray(Image.open(tmp_path / "maps" / line["picture"])).shape == (height, width)
+        if line["finding"] != "Mass":
+            continue
+        image = line["image"].replace("/", "_")
+        with (tmp_path / "maps/chexlocalize" / f"{image}_Mass_map.pkl").open("rb") as file:
+            info = pickle.load(file)  # ours
+        assert info["cxr_dims"] == (width, height)
+        assert torch.equal(info["map"][0, 0], raw)
+        lesion = Runs.of(**truth[image]["Mass"]).mask()
+        assert bool(Runs.of(**hot[image]["Mass"]).mask().any()) == (line["named"] == "1" and bool(raw.any()))
+        hits.append(bool(raw.any()) and bool(lesion.ravel()[int(full.argmax())]))
+    report = json.loads((trained / "report.json").read_text())["test"]
+    assert report["lesions"]["Mass"]["model"]["hit"] == np.mean(hits)
+    # By drain: the same images, in parts.
+    groups = report["by"]["drain"]
+    assert set(groups) == {"0", "1"}
+    assert sum(group["images"] for group in groups.values()) == 6
+    assert sum(group["per_finding"]["Mass"]["present"] for group in groups.values() if group["per_finding"]) == 3
+    page = (trained / "report.html").read_text()
+    assert "by drain" in page
+    for more, words in (
+        (["--maps", str(tmp_path / "maps")], "is there and not an empty folder"),
+        (["--by", "tube"], "have no such column"),
+    ):
+        with pytest.raises(InputError, match=words):
+            evaluate.main([*where, *more])
 
 
 @pytest.mark.parametrize(

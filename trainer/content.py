@@ -48,6 +48,18 @@ class Probe(TypedDict):
     random: Found | None
 
 
+class OfLesions(TypedDict, total=False):
+    """Figures of maps against known lesions (`trainer.papers`), of all pairs or those of a finding: of the model, of
+    what knows no image (constant), of random weights; true_positives: of the model where it says the finding is there.
+    """
+
+    images: int
+    model: Found | None
+    constant: Found | None
+    random: Found | None
+    true_positives: Found | None
+
+
 class Figures(TypedDict, total=False):
     """Of a split: classification (`Task.figures`), localization by kind and finding (``all``: of all), the probe.
 
@@ -78,6 +90,8 @@ class Figures(TypedDict, total=False):
     binary: dict[str, float]
     at_threshold: dict[str, float]
     localization: dict[str, dict[str, Found | None]]
+    lesions: dict[str, OfLesions]
+    by: dict[str, dict[str, dict[str, Any]]]  # column, value: `trainer.groups.by_column`
     probe: Probe | None
 
 
@@ -100,8 +114,8 @@ class Training(TypedDict, total=False):
 
 class Content(TypedDict, total=False):
     """All of it. By split: images, the fingerprint of those measured or trained on; lungs_not_found, keys;
-    regions_replaced, how many. From val: iou_threshold, numbers of `metrics.THRESHOLDS`; threshold, of the probability,
-    one or by finding.
+    regions_replaced, how many. From val: iou_threshold, box_threshold (by kind of map), numbers of
+    `metrics.THRESHOLDS`; threshold, of the probability, one or by finding.
     """
 
     findings: tuple[str, ...] | list[str]
@@ -113,6 +127,7 @@ class Content(TypedDict, total=False):
     lungs_not_found: dict[str, list[str]]
     regions_replaced: dict[str, int]
     iou_threshold: dict[str, int | None] | None
+    box_threshold: dict[str, int | None]
     threshold: float | dict[str, float | None] | None
     val: Figures
     test: Figures

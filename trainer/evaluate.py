@@ -14,7 +14,7 @@ if __name__ == "__main__":  # what is wrong with the flags is said before torch 
     _run(_check)
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
@@ -33,9 +33,12 @@ from trainer.command import parse
 from trainer.config import Config
 from trainer.content import Content, Measured, Training
 from trainer.drawing import short
+from trainer.groups import by_column
 from trainer.launching import close, on_main, set_threads, start
+from trainer.lesion_figures import lesion_figures
 from trainer.look import look
 from trainer.lungs import LungFinder
+from trainer.maps import refuse_full, write_maps
 from trainer.measure import Evaluator, Outcome
 from trainer.options import EvaluateConfig
 from trainer.regions.lesions import LesionRegions
@@ -103,11 +106,17 @@ def finish(
     training: Training,
     out: Path,
     known: Content | None = None,
+    *,
+    by: Sequence[str] = (),
+    maps: str = "",
 ) -> Content:
     """Evaluate val and test, probe the model, and write the run's reports. Returns the content of report.json.
 
-    ``known``: what a report.json of the run says already. What is not measured now stays as it is there, and where
-    there is no val, thresholds are those that the run's own validation images chose.
+    Args:
+        known: what a report.json of the run says already. What is not measured now stays as it is there, and where
+            there is no val, thresholds are those that the run's own validation images chose.
+        by: columns of the samples that figures are split by.
+        maps: a folder for the maps of what the report shows.
 
     InputError: the report could not be written; the run is as it was.
     """
@@ -138,9 +147,21 @@ def finish(
             content[split] = outcomes[split].report(intervals=True, chosen=thresholds, threshold=point)
         elif split in known:
             content[split] = known[split]
+    lesions, content["box_threshold"] = lesion_figures(evaluator, outcomes, point, known.get("box_threshold"))
+    for split in MEASURED:
+        if split in lesions:
+            content[split]["lesions"] = lesions[split]
+    for split in MEASURED:
+        if by and split in outcomes:
+            content[split]["by"] = {column: by_column(outcomes[split], column) for column in by}
     content["config"] = known.get("config") or asdict(config)
     shown: Measured = "test" if "test" in splits else "val"
     content[shown]["probe"] = evaluator.probe(shown, outcomes[shown])
+
+    if maps:
+        evaluator.accelerator.print(
+            f"{write_maps(evaluator, shown, outcomes[shown], point, Path(maps))} maps of {shown} are in {maps}"
+        )
 
     def write() -> None:
         try:
@@ -255,12 +276,18 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{path} has not finished: these are figures of its best model so far, of epoch {training['best_epoch']}")
     if not own and accelerator.is_main_process:
         tell_overlap(config, old.get("images", {}).get("train"), opened.findings, splits)
+    if options.maps:
+        if not model.has_map:
+            raise InputError(f"--maps {options.maps}: this run's backbone, {config.backbone}, has no feature map")
+        refuse_full(Path(options.maps))
+        accelerator.wait_for_everyone()  # before one of them makes it
     model.to(accelerator.device)
     lungs = {}
     if segmenter is not None and model.has_map:
         segmenter.to(accelerator.device)
         lungs = {n: LungFinder(segmenter, config.size, len(s), s.fingerprint) for n, s in splits.items()}
-    kept = old if own else {name: old.get(name) for name in ("iou_threshold", "threshold", "config") if name in old}
+    chosen = ("iou_threshold", "box_threshold", "threshold", "config")
+    kept = old if own else {name: old.get(name) for name in chosen if name in old}
     known = cast(Content, {"config": asdict(config)} | dict(kept))
     evaluator = evaluator_of(
         accelerator,
@@ -271,7 +298,7 @@ def main(argv: list[str] | None = None) -> None:
         splits,
         lungs,
     )
-    content = finish(evaluator, config, opened.findings, training, out, known)
+    content = finish(evaluator, config, opened.findings, training, out, known, by=options.columns, maps=options.maps)
     if accelerator.is_main_process:
         print(table({path.resolve().name: content}))
         print(f"wrote {out / 'report.html'}")

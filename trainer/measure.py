@@ -319,6 +319,12 @@ class Evaluator:
         assert seen.raw_cam is not None
         return rank_correlation(_grays(seen.raw_cam), _grays(other))[:, None]
 
+    def random(self) -> "Evaluator":
+        """The same of the network with random weights."""
+        other = replace(self, model=random_twin(self.model, self.seed).to(self.accelerator.device))
+        other.loaders = self.loaders
+        return other
+
     def probe(self, name: str, seen: Outcome) -> Probe | None:
         """Two tests that a localization figure cannot pass by chance; None where no finding has an expected region.
 
@@ -338,11 +344,8 @@ class Evaluator:
             drops.append(
                 (auc - changed.auc(), self.task.auc_interval(seen.logits, seen.target, changed.logits, seen.patients))
             )
-        twin = random_twin(self.model, self.seed).to(self.accelerator.device)
-        other = replace(self, model=twin)
-        other.loaders = self.loaders
         with evaluating(self.model):
-            chance = other.measure(name, twin=self.model)
+            chance = self.random().measure(name, twin=self.model)
         # A map that is zero everywhere, which some networks have before they are trained, is no map to compare with:
         # nothing is in the region.
         known = chance.expected[:, 0] > 0  # NaN is not

@@ -161,7 +161,7 @@ class Cells:
         resamples = RESAMPLES if self.target.size < MANY else RESAMPLES // 5  # a thousand would take minutes
         who = np.arange(len(self.target)) if groups is None else np.unique(groups, return_inverse=True)[1]
         rng, patients = np.random.default_rng(0), int(who.max()) + 1 if len(who) else 0
-        sorted_ = [[_Sorted.of(*self._scored(k, score)) for k in range(len(self.findings))] for score in scores]
+        sorted_ = [[Sorted.of(*self._scored(k, score)) for k in range(len(self.findings))] for score in scores]
         for _ in range(resamples):
             often = np.bincount(rng.integers(0, patients, patients), minlength=patients)[who]
             yield np.array([[one.auc(often) for one in of_score] for of_score in sorted_])
@@ -172,7 +172,7 @@ class Cells:
 
 
 @dataclass(frozen=True)
-class _Sorted:
+class Sorted:
     """Cells of a finding by their score, for AUROCs in which an image counts several times, or not."""
 
     image: np.ndarray  # of each cell
@@ -180,7 +180,8 @@ class _Sorted:
     ties: np.ndarray  # the first cell of each score
 
     @classmethod
-    def of(cls, image: np.ndarray, truth: np.ndarray, score: np.ndarray) -> "_Sorted":
+    def of(cls, image: np.ndarray, truth: np.ndarray, score: np.ndarray) -> "Sorted":
+        """Of cells: the image of each, whether it is present, its score."""
         order = np.argsort(score, kind="stable")
         score = score[order]
         ties = np.flatnonzero(np.concatenate([[True], score[1:] != score[:-1]])) if len(score) else np.zeros(0, int)

@@ -104,10 +104,20 @@ class EvaluateConfig:
     """Folder or URL of packed shards with val, or test, or both."""
     out: str = ""
     """Folder for the reports; empty: the run folder for its own shards, RUN/evaluate_<dataset> for others."""
+    by: str = ""
+    """Columns of the samples, with commas, that figures are split by, such as drain,view."""
+    maps: str = ""
+    """A new folder for the maps of all pairs of test (or val, where there is no test): NPY, PNG, and as CheXlocalize's.
+    """
     batch: int = 32
     """Images per process and forward."""
     workers: int = 2
     """Loader processes per process."""
+
+    @property
+    def columns(self) -> list[str]:
+        """See ``by``."""
+        return [name.strip() for name in self.by.split(",") if name.strip()]
 
     def problems(self) -> list[str]:
         """Everything that is wrong with the values, each naming its flag."""

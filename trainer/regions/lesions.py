@@ -99,6 +99,17 @@ class LesionRegions:
         found = torch.zeros_like(regions, dtype=torch.int32)
         return regions | (found.index_add_(0, upload(torch.tensor(owners), torch.device(device)), drawn.int()) > 0)
 
+    def stored(self, position: int, finding: int, stored: tuple[int, int]) -> np.ndarray:
+        """The exact lesions of a finding in an image, at the size (height, width) that it is stored at: bool [H,W]."""
+        lesion = np.zeros(stored, bool)
+        if len(self.masks(position, finding)):
+            for runs in self.split.lesion_runs(position, finding):
+                lesion |= runs.mask()
+            return lesion
+        for x0, y0, x1, y1 in self.boxes(position, finding):
+            lesion[max(0, math.floor(y0)) : math.ceil(y1), max(0, math.floor(x0)) : math.ceil(x1)] = True
+        return lesion
+
     def _exact(self, position: int, finding: int, size: int) -> torch.Tensor:
         """The masks of a finding in an image as its JSON has them: bool [size,size]."""
         masks = self.split.lesion_runs(position, finding)

@@ -8,13 +8,14 @@ from typing import Any
 from markupsafe import Markup
 
 from shards.sample import NO_FINDING
-from trainer.content import Content, Figures, Found, Measured
+from trainer.content import Content, Figures, Found, Measured, OfLesions
 from trainer.multilabel import AT_POINT
 from trainer.report.template import render, small
 from trainer.report.words import (
     CAUTION,
     HEALTHY,
     KINDS,
+    LESION_WORDS,
     LOCALIZATION_WORDS,
     MEANING,
     NO_INTERVAL,
@@ -146,6 +147,10 @@ def _tables(content: Content, split: Measured) -> list[Rows]:
                 f"{what}, {found['images']} {'pairs of image and finding' if several else 'images'}{without_map(found)}"
             )
             tables.append(_localization(found, head))
+    if found_lesions := figures.get("lesions"):
+        tables += _lesions(found_lesions, content["findings"])
+    for column, groups in figures.get("by", {}).items():
+        tables.append(_by_column(column, groups))
     if not several:
         confusion: list[list[Cell]] = [
             [name, *map(str, line)] for name, line in zip(content["findings"], figures["confusion"], strict=True)
@@ -161,6 +166,58 @@ def _tables(content: Content, split: Measured) -> list[Rows]:
         ]
         tables.append(([f"{content['findings'][1]} from a probability of", *names.values()], rows))
     return tables
+
+
+def _lesions(of: dict[str, OfLesions], findings: Sequence[str]) -> list[Rows]:
+    """Maps against known lesions as papers print it, each figure beside its floor: of all pairs, then by finding."""
+    every = of["all"]
+    kinds = {
+        "model": "model",
+        "constant": "mean lesion of val, whatever the image",
+        "random": "random weights",
+        "true_positives": "model, where it says so",
+    }
+    shown = [kind for kind in kinds if every.get(kind)]
+    rows: list[list[Cell]] = []
+    for name, words in LESION_WORDS.items():
+        cells = [_of_lesion(every[kind], name) for kind in shown]  # type: ignore[literal-required]
+        if any(cell != NOTHING for cell in cells):
+            rows.append([words, *cells])
+    tables: list[Rows] = [([f"lesions, {every['images']} pairs", *(kinds[kind] for kind in shown)], rows)]
+    names = [name for name in findings if name in of]
+    if len(names) > 1:
+        figures = ("hit", "energy", "miou", "t_iou 0.1", "t_iou 0.3", "t_iou 0.5")
+        head = ["lesions of", "pairs"]
+        head += [f"{LESION_WORDS[name]}{of_what}" for name in figures for of_what in ("", ", mean lesion")]
+        lines: list[list[Cell]] = []
+        for name in names:
+            both = (of[name].get("model"), of[name].get("constant"))
+            lines.append([name, str(of[name]["images"]), *(_of_lesion(f, n) for n in figures for f in both)])
+        tables.append((head, lines))
+    return tables
+
+
+def _by_column(column: str, groups: dict[str, dict[str, Any]]) -> Rows:
+    """A row for each finding and value of a column of the samples."""
+    head = [f"by {column}", "images", "with it", "AUC against all without it", "AUC against those of the same value"]
+    head += ["energy in lesion", "pointing at lesion"]
+    rows: list[list[Cell]] = []
+    for value, group in groups.items():
+        for name, of in group["per_finding"].items():
+            cells: list[Cell] = [f"{name}, {value}", str(group["images"]), str(of["present"])]
+            cells += [_figure((of[figure], of[f"{figure}_95"] or NO_INTERVAL)) for figure in ("auc", "auc_within")]
+            lesion = of.get("lesion")
+            cells += [_figure((lesion[f], lesion[f"{f}_95"])) if lesion else NOTHING for f in ("energy", "pointing")]
+            rows.append(cells)
+    return head, rows
+
+
+def _of_lesion(found: Found | None, name: str) -> Cell:
+    """A figure of `trainer.papers.figures`; ``t_iou 0.1``: one of several steps."""
+    kind, _, step = name.partition(" ")
+    if not found or kind not in found:
+        return NOTHING
+    return _number(found[kind][step]) if step else _figure((found[kind], found.get(f"{kind}_95", NO_INTERVAL)))
 
 
 def _of_cells(figures: Figures) -> Rows:

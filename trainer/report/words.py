@@ -139,6 +139,20 @@ LOCALIZATION_WORDS = {
 }
 
 
+LESION_WORDS = {
+    "hit": "hit rate",
+    "energy": "energy in lesion",
+    "miou": "mIoU, Otsu",
+    "t_iou 0.1": "T(IoU) 0.1",
+    "t_iou 0.3": "T(IoU) 0.3",
+    "t_iou 0.5": "T(IoU) 0.5",
+    "t_iou 0.7": "T(IoU) 0.7",
+    "t_iobb 0.1": "T(IoBB) 0.1",
+    "t_iobb 0.5": "T(IoBB) 0.5",
+    "t_iobb 0.9": "T(IoBB) 0.9",
+}
+
+
 def probes(probe: Probe) -> dict[str, tuple[float, list[float]]]:
     """The figures of `Evaluator.probe` in words, each with its 95% interval."""
     chance = probe["random"]
