@@ -87,7 +87,7 @@ class BalanceConfig:
     """
     lam: float | None = None
     """Lambda of the policy fixed, in [0, 1]; 1 is plain cross-entropy and pays nothing for attention; empty: 0.5,
-    with several findings an image 0.8.
+    with several findings an image 0.7.
     """
     ramp: float | None = None
     """Share of the run in which lambda falls from 1 to lam (policy fixed), so that what a finding looks like is learnt
