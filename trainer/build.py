@@ -30,7 +30,7 @@ from trainer.regions.lesions import LesionRegions
 from trainer.report.write import rehearse
 from trainer.rules import Finding, of_task, read_findings, rules_of, without_rule
 from trainer.rules import to_yaml as findings_to_yaml
-from trainer.run import FINDINGS, LUNGS, evaluator_of, map_options, run_findings, task_of
+from trainer.run import FINDINGS, LUNGS, evaluator_of, model_options, run_findings, task_of
 from trainer.schedule import Schedule
 from trainer.sections import OptimConfig
 from trainer.task import Task
@@ -138,10 +138,9 @@ def check(config: Config) -> Parts:
     model = FocusClassifier(
         config.backbone,
         len(task.findings),
-        size=config.size,
         pretrained=pretrained,
         needs_map=config.looks,
-        **map_options(config),
+        **model_options(config),
     )
     annotations = annotated(config, splits["train"])
     attends = not config.plain and bool(rules_of(findings) or annotations)

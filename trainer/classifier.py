@@ -9,7 +9,7 @@ network runs in the launcher's precision, so it costs the gradient of the head a
 
 import contextlib
 import difflib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -49,6 +49,8 @@ class FocusClassifier(nn.Module):
             nothing is differentiated twice, which between the layers of a network is slow.
         fuse: of several layers, ``mean`` or ``product``.
         stride: pixels of the input a position of the last feature map, 8 or 16; 0: as the backbone has it (32).
+        arguments: of timm's model.
+        normal: mean and standard deviation of pixels; None: the backbone's own.
         needs_map: without, a backbone that has no feature map is taken, too: `has_map` tells.
 
     Raises:
@@ -71,13 +73,16 @@ class FocusClassifier(nn.Module):
         kind: str = "gradcam",
         fuse: str = "mean",
         stride: int = 0,
+        arguments: Mapping[str, Any] | None = None,
+        normal: tuple[float, float] | None = None,
         needs_map: bool = True,
     ) -> None:
         super().__init__()
         self.backbone, self.size = backbone, size
         self.options: dict[str, Any] = {"layer": layer, "kind": kind, "fuse": fuse, "stride": stride}
+        self.options |= {"arguments": dict(arguments or {}), "normal": normal}
         self.kind, self.fuse = kind, fuse
-        self.net, self.loaded = create(backbone, classes, size, pretrained, stride)
+        self.net, self.loaded = create(backbone, classes, size, pretrained, stride, arguments)
         self.layers = split_names(layer or default_layer(self.net))
         known = [name for name, _ in self.net.named_modules()]
         for name in self.layers:
@@ -99,8 +104,9 @@ class FocusClassifier(nn.Module):
             torch.Tensor
         ] = []  # with ``keeps``: the last forward's feature maps, where the gradients of both losses meet
         config: dict[str, Any] = self.net.pretrained_cfg  # type: ignore[assignment]
-        self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1), persistent=False)
+        mean, std = ([value] * 3 for value in normal) if normal else (config["mean"], config["std"])
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self.to(memory_format=torch.channels_last)
         with self._explained(f"at --size {size}"), torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

@@ -8,7 +8,7 @@ kornia is imported, so that what is wrong with a command is said at once.
 
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from shards.errors import InputError, nearest
 from shards.names import NUMBER, known_as, lists, policy
@@ -51,7 +51,14 @@ class Config:
     paper.
     """
     backbone: str = "pvt"
-    """pvt, vgg, resnet (the published ones) or any timm model."""
+    """pvt, vgg, resnet (the published ones), any timm model, hf-hub:USER/NAME, or local-dir:FOLDER with a config.json.
+    """
+    backbone_args: str = ""
+    """Arguments of timm's model, such as 'drop_path_rate=0.1, patch_size=16'."""
+    mean: float | None = None
+    """Of the pixels, in [0, 1], as the weights were trained with; empty: the backbone's own."""
+    std: float | None = None
+    """Their standard deviation; give both or none."""
     pretrained: str = "true"
     """true: ImageNet weights from the hub; false: none; or a file (safetensors or a state dict), or a run folder of
     this trainer.
@@ -124,6 +131,17 @@ class Config:
             )
             if not 0 <= value <= 1
         ]
+        if (self.mean is None) != (self.std is None):
+            lacking, given = ("std", "mean") if self.std is None else ("mean", "std")
+            found.append(f"--{given} {getattr(self, given)}: needs --{lacking} beside it")
+        elif self.mean is not None and self.std is not None and not (0 <= self.mean <= 1 and 0 < self.std <= 1):
+            found.append(
+                f"--mean {self.mean} --std {self.std}: expected shares of the full range, such as 0.53 and 0.26"
+            )
+        try:
+            arguments(self.backbone_args)
+        except InputError as error:
+            found.append(str(error))
         if self.balance.low > self.balance.high:
             found.append(f"--balance.low {self.balance.low}: is above --balance.high {self.balance.high}")
         least = {
@@ -312,3 +330,17 @@ class Config:
         if self.swap.probability is not None:
             return self.swap.probability
         return 0.0 if self.plain or self.attention.form == "published" else SWAPPED
+
+
+def arguments(text: str) -> dict[str, Any]:
+    """``img_size=518, qkv_bias=false``: names and numbers, true, false or words. InputError: not of that kind."""
+    found: dict[str, Any] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, sign, value = (piece.strip() for piece in part.partition("="))
+        if not sign or not name.isidentifier() or not value:
+            raise InputError(f"--backbone_args {text}: expected NAME=VALUE, separated by commas, such as img_size=518")
+        word = {"true": True, "false": False, "none": None}
+        number = re.fullmatch(r"[+-]?(\d+)(\.\d*)?(e[+-]?\d+)?", value)
+        plain: Any = value if number is None else float(value) if number[2] or number[3] else int(value)
+        found[name] = word.get(value.lower(), plain)
+    return found

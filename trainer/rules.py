@@ -67,7 +67,7 @@ class Rule:
         elsewhere: the weight in [0, 1) of the place beyond the rectangles; what they leave has weight 1.
         sided: how much more weight the side has whose lung is seen smaller, as fluid, air and collapse make it: the
             sides' weights are as p to 1 - p, the larger one 1, where p = 1 / (1 + exp(-sided d)) and d is the
-            difference of the two lungs' areas over their sum. 0: both have weight 1.
+            difference of the two lungs' areas over their sum, beyond what the heart takes. 0: both have weight 1.
     """
 
     rectangles: tuple[Rectangle, ...] = ()

@@ -16,7 +16,7 @@ from shards.names import known_as
 from trainer.checkpoint import save_weights
 from trainer.classifier import FocusClassifier
 from trainer.command import from_yaml
-from trainer.config import Config
+from trainer.config import Config, arguments
 from trainer.content import Content
 from trainer.lungs.load import load_segmenter
 from trainer.lungs.memory import LungFinder
@@ -52,10 +52,12 @@ def save_model(
     save_weights(path, model.state_dict(), metadata)
 
 
-def map_options(config: Config) -> dict[str, Any]:
-    """How a model's CAM is taken, as `FocusClassifier` takes it."""
+def model_options(config: Config) -> dict[str, Any]:
+    """What a model is made of beside its backbone, and how its CAM is taken, as `FocusClassifier` takes it."""
     a = config.attention
-    return {"layer": a.layer, "kind": a.map, "fuse": a.fuse, "stride": a.stride}
+    normal = (config.mean, config.std) if config.mean is not None and config.std is not None else None
+    maps = {"layer": a.layer, "kind": a.map, "fuse": a.fuse, "stride": a.stride}
+    return {"size": config.size, "arguments": arguments(config.backbone_args), "normal": normal, **maps}
 
 
 @dataclass
@@ -91,10 +93,9 @@ def open_run(path: Path) -> Run:
         with safe_open(path / MODEL, "pt") as file:
             metadata: dict[str, str] = file.metadata() or {}
         options: dict[str, Any] = {
-            "size": config.size,
             "pretrained": "false",
             "needs_map": False,
-            **map_options(config),
+            **model_options(config),
         }
         model = FocusClassifier(config.backbone, len(config.classes), **options)
         model.load_state_dict(load_file(path / MODEL))
