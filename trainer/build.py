@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from timm.optim import param_groups_layer_decay
 
 from shards import atomic
 from shards.dataset import Split
@@ -17,6 +18,7 @@ from shards.sample import NO_FINDING, SPLITS
 from shards.store import open_store
 from shards.targets import ABSENT, PRESENT
 from trainer import checkpoint
+from trainer.backbone import head_names
 from trainer.balance import Balance
 from trainer.classifier import FocusClassifier
 from trainer.command import flat, from_yaml, to_yaml
@@ -72,10 +74,21 @@ def identity(config: Config, splits: dict[str, Split], segmenter: str, findings:
     }
 
 
-def make_optimizer(model: torch.nn.Module, o: OptimConfig) -> tuple[torch.optim.Optimizer, Schedule]:
+def make_optimizer(model: FocusClassifier, o: OptimConfig) -> tuple[torch.optim.Optimizer, Schedule]:
     """Optimizer and schedule."""
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[o.name]
-    optimizer = kind(model.parameters(), lr=o.lr, weight_decay=o.weight_decay)
+    parameters: Any = model.parameters()
+    if o.layer_decay < 1 or o.frozen:
+        head = tuple(head_names(model.net))
+        of_head = {id(p) for name, p in model.net.named_parameters() if name.startswith(head)}
+        parameters = param_groups_layer_decay(model.net, o.weight_decay, layer_decay=o.layer_decay)
+        parameters = [
+            {**group, "params": own, "frozen": waits, "lr": o.lr * group["lr_scale"]}
+            for group in parameters
+            for waits in (True, False)
+            if (own := [p for p in group["params"] if (id(p) not in of_head) == waits])
+        ]
+    optimizer = kind(parameters, lr=o.lr, weight_decay=o.weight_decay)
     return optimizer, Schedule(optimizer, o.schedule, o.lr)
 
 

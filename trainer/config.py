@@ -172,7 +172,18 @@ class Config:
             found.append(
                 "--balance.high 1: constrained starts there, and from cross-entropy alone it would never move; lower it"
             )
-        for name in ("weight_decay", "clip", "warmup"):
+        if not 0 < self.optim.layer_decay <= 1:
+            found.append(f"--optim.layer_decay {self.optim.layer_decay}: must lie above 0 and not above 1")
+        if not 0 <= self.optim.ema < 1:
+            found.append(f"--optim.ema {self.optim.ema}: must lie in [0, 1), such as 0.999")
+        if self.optim.frozen and self.optim.schedule != "cosine":
+            found.append(
+                f"--optim.frozen {self.optim.frozen}: is of --optim.schedule cosine, whose rate is a function of the "
+                "images seen"
+            )
+        if self.optim.frozen >= self.epochs:
+            found.append(f"--optim.frozen {self.optim.frozen}: leaves none of {self.epochs} epochs for the backbone")
+        for name in ("weight_decay", "clip", "warmup", "frozen"):
             if getattr(self.optim, name) < 0:
                 found.append(f"--optim.{name} {getattr(self.optim, name)}: must not be negative")
         if not 0 <= self.augment.scale < 1:

@@ -27,14 +27,13 @@ from trainer.augment import LABELS, PAIR, SWAPS, augment, draw
 from trainer.balance import StepSums
 from trainer.cam import normalize_cam
 from trainer.context import swap_context
-from trainer.launching import loader_of, on_main, plan_of, seed_step, share_buffers
+from trainer.launching import loader_of, plan_of, seed_step, share_buffers
 from trainer.look import locate
 from trainer.losses import attention_term
 from trainer.measure import validation_figures
 from trainer.regions.lesions import attended_regions
 from trainer.regions.place import Regions, has_region
 from trainer.rules import Rule, rules_of
-from trainer.run import MODEL, save_model, stored_as
 from trainer.training import NOT_FINITE, Training
 from trainer.upload import Download, upload
 
@@ -88,7 +87,11 @@ class Trainer(Training):
                     # A step: its learning rate, its random numbers, its lambda.
                     taken = sum(batch.total for batch in group)
                     self.schedule.before_step(
-                        state.epoch * images + state.position, taken, config.epochs * images, state.warmup
+                        state.epoch * images + state.position,
+                        taken,
+                        config.epochs * images,
+                        state.warmup,
+                        config.optim.frozen * images,
                     )
                     seed_step(config.seed, state.step, self.accelerator.process_index)
                     lam = self.lam
@@ -188,6 +191,8 @@ class Trainer(Training):
             accelerator.clip_grad_norm_(self.net.parameters(), config.optim.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.average:
+            self.average.update()
         swapped = torch.stack([batch.swapped for batch in batches]).sum(0)
         terms = torch.stack([own[:-1].sum(), own[-1]])
         return torch.cat([losses, terms.double(), norms, swapped.double()])
@@ -302,7 +307,8 @@ class Trainer(Training):
         config, accelerator, state = self.config, self.accelerator, self.state
         share_buffers(self.model)
         self.refuse_not_finite()
-        outcome = self.evaluator.measure("val", cams=self.attends)
+        with self.averaged():
+            outcome = self.evaluator.measure("val", cams=self.attends)
         lam = self.lam
         figures = validation_figures(outcome, lam, config.attention)
         self.balance.validated(figures["val_loss"])
@@ -311,9 +317,7 @@ class Trainer(Training):
         score = score_of(figures, config.chosen_by, state.epoch)
         if score > state.best or state.best_epoch < 0:  # the first in any case: what its figures lack, weights have
             state.best, state.best_epoch, state.since_best = score, state.epoch, 0
-            stored, precision = stored_as(self.splits["train"]), accelerator.mixed_precision
-            path = Path(config.out) / MODEL
-            on_main(accelerator, lambda: save_model(path, self.model, config, stored, state.epoch, precision))
+            self.keep()
         self.write({"step": state.step, "epoch": state.epoch, **figures})
         state.epoch, state.position = state.epoch + 1, 0
         self.save()

@@ -26,6 +26,7 @@ from trainer.rules import Finding, of_task, read_file, read_findings, rules_of
 from trainer.task import AnyOf, OneOf, Task
 from trainer.task.any_of import by_finding
 
+LAST_STEP = "model_last_step.safetensors"  # beside a model of averaged weights: those of the last step themselves
 MODEL, LUNGS, FINDINGS = "model.safetensors", "lungs.safetensors", "findings.yaml"
 
 

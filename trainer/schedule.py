@@ -40,7 +40,8 @@ class Schedule:
     above.
 
     Args:
-        optimizer: its groups' lr are set.
+        optimizer: its groups' lr are set; a group may have ``lr_scale``, by which its rate is smaller, and ``frozen``,
+            whether it waits until the epochs of the head alone are over.
         kind: plateau or cosine.
         lr: the rate that cosine's factors are of.
     """
@@ -49,11 +50,15 @@ class Schedule:
         self.optimizer, self.kind, self.lr = optimizer, kind, lr
         self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=10, min_lr=1e-10)
 
-    def before_step(self, seen: int, images: int, total: int, warmup: int) -> None:
-        """Set the rate of the step that takes ``images`` after ``seen`` of ``total``."""
+    def before_step(self, seen: int, images: int, total: int, warmup: int, frozen: int = 0) -> None:
+        """Set the rate of the step that takes ``images`` after ``seen`` of ``total``; the first ``frozen`` train the
+        head alone.
+        """
         if self.kind == "cosine":
             for group in self.optimizer.param_groups:
-                group["lr"] = self.lr * cosine(seen, images, total, warmup)
+                rate = self.lr * group.get("lr_scale", 1.0)
+                waits = seen < frozen and group.get("frozen", False)
+                group["lr"] = 0.0 if waits else rate * cosine(seen, images, total, warmup)
 
     def validated(self, figure: float) -> None:
         """Tell what plateau watches, once an epoch."""

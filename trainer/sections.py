@@ -119,6 +119,14 @@ class OptimConfig:
     """What plateau watches: validation cross-entropy, or (published) lambda-weighted with attention."""
     clip: float = 1.0
     """Largest norm of the gradient; 0: no clipping, as published."""
+    layer_decay: float = 1.0
+    """The learning rate of each layer below the head is so many times that of the one above it, such as 0.75."""
+    frozen: int = 0
+    """Epochs in which the head alone is trained, before the rest; for cosine."""
+    ema: float = 0.0
+    """Decay of a running mean of the weights, such as 0.999, which is then what is measured and kept (the last step's
+    own stand beside it); 0: none.
+    """
 
 
 @dataclass(frozen=True)

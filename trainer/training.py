@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from shards.dataset import Split
 from shards.errors import InputError
 from trainer import checkpoint
+from trainer.average import Average
 from trainer.balance import Balance, StepSums
 from trainer.classifier import FocusClassifier
 from trainer.command import flat
@@ -23,7 +24,7 @@ from trainer.lungs.memory import LungFinder
 from trainer.measure import Evaluator
 from trainer.regions.lesions import LesionRegions
 from trainer.rules import Finding
-from trainer.run import read_report
+from trainer.run import LAST_STEP, MODEL, read_report, save_model, stored_as
 from trainer.schedule import Schedule
 from trainer.task import Task
 from trainer.tracking import Tracking
@@ -100,7 +101,12 @@ class Training:
         self.clock = Clock()
         # `StepSums` of this process since the last line of the log
         self.logged = torch.zeros(len(StepSums._fields), dtype=torch.float64, device=device)
+        self.average = Average(self.model, self.config.optim.ema) if self.config.optim.ema else None
         self.unseen: Download | None = None  # sums of the last step, of which lambda does not know yet
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Within the block the model has the weights that are measured and kept."""
+        return self.average.applied() if self.average else contextlib.nullcontext()
 
     def refuse_not_finite(self) -> None:
         """InputError on every process where losses since the last line, or weights, are not finite: nothing of the kind
@@ -110,6 +116,22 @@ class Training:
         # Norms of gradients may overflow in half precision: lambda leaves such a step out.
         if not math.isfinite(sums.ce + sums.attention) or checkpoint.not_finite(self.model):
             raise InputError(NOT_FINITE.format(step=self.state.step))
+
+    def keep(self) -> None:
+        """The model as it is now, as the best one; where weights are averaged, those of the last step beside it."""
+        stored, precision = stored_as(self.splits["train"]), self.accelerator.mixed_precision
+
+        def write(name: str) -> None:
+            path = Path(self.config.out) / name
+            on_main(
+                self.accelerator,
+                lambda: save_model(path, self.model, self.config, stored, self.state.epoch, precision),
+            )
+
+        with self.averaged():
+            write(MODEL)
+        if self.average:
+            write(LAST_STEP)
 
     def save(self) -> None:
         """The checkpoint that `--resume` goes on from. Every process takes part: lungs are shared first."""
@@ -136,6 +158,7 @@ class Training:
                 "schedule": self.schedule.state_dict(),
                 "scaler": scaler.state_dict() if scaler is not None else None,
                 "balance": self.balance.state_dict(),
+                "average": self.average.state_dict() if self.average else None,
                 "logged": logged,
                 "unseen": unseen,
             }
@@ -196,6 +219,8 @@ class Training:
         if content["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(content["scaler"])
         self.balance.load_state_dict(content["balance"])
+        if self.average:
+            self.average.load_state_dict(content["average"])
         self.recall_lungs(path.with_name("lungs.pt"))
         self.state = State(**content["state"])
         was = content["launch"]
