@@ -88,6 +88,7 @@ def _csv(a: argparse.Namespace) -> None:
         declared=declared,
         boxes=a.boxes,
         lesions=a.lesions,
+        devices=_names(a.devices) if a.devices else (),
         seed=a.seed,
         shares=_shares(a),
         skip_missing=a.on_bad == "skip",

@@ -99,6 +99,9 @@ def parser() -> tuple[CommandParser, dict[str, CommandParser]]:
     )
     table.add_argument("--lesions", type=Path, help=lesions)
     table.add_argument(
+        "--devices", default="", help="names in --boxes and --lesions that are no findings, such as 'Chest Drain'"
+    )
+    table.add_argument(
         "--keep-column",
         default="",
         help="columns that stay in the samples, such as drain,view: what reports can be split by (evaluate --by)",

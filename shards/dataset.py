@@ -205,6 +205,10 @@ class Split:
             self._lesion_masks = LesionMasks(*self._truth("masks", MASK))
         return self._lesion_masks
 
+    def marks(self, names: Sequence[str]) -> tuple[Lesions, LesionMasks]:
+        """Boxes and masks of what is no finding of the task, such as devices; ``finding`` counts ``names``."""
+        return Lesions(*self._truth("boxes", BOX, "xyxy", names)), LesionMasks(*self._truth("masks", MASK, "", names))
+
     def lesion_boxes(self, position: int, finding: int) -> list[tuple[float, ...]]:
         """The boxes of a finding, by its number in the task, that a sample shows: x0 y0 x1 y1 as `Lesions`."""
         if self._lesions is None and f"{self.split}.boxes.npy" not in self._entry["tables"]:
@@ -221,8 +225,12 @@ class Split:
         name = exact_or_known_as(self.classes[finding], (mask.finding for mask in masks), self.where)
         return [mask.runs for mask in masks if mask.finding == name]
 
-    def _truth(self, kind: str, dtype: np.dtype, column: str = "") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of the lesions in a table that are of the task: position, finding, and the rows or their ``column``."""
+    def _truth(
+        self, kind: str, dtype: np.dtype, column: str = "", others: Sequence[str] = ()
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of the lesions in a table that are of the task, or of ``others`` in its images: position, finding, and the
+        rows or their ``column``.
+        """
         table, names = self._lesion_table(kind, dtype), list(self._boxed)
         if table is None and (kind == "boxes" or self._version > 2):  # of an earlier version: every sample is asked
             table, names = from_samples((self.meta(p) for p in range(len(self))), kind, dtype)
@@ -233,11 +241,12 @@ class Split:
         position = np.searchsorted(self.rows, row)
         of_task = position < len(self.rows)
         of_task[of_task] = self.rows[position[of_task]] == row[of_task]
-        numbers = {exact_or_known_as(name, names, self.where): k for k, name in enumerate(self.classes)}
+        wanted = others or self.classes
+        numbers = {exact_or_known_as(name, names, self.where): k for k, name in enumerate(wanted)}
         place = np.array([numbers.get(name, -1) for name in names] or [-1], np.int64)
         finding = place[table["finding"].astype(np.int64)]
         kept = np.flatnonzero(of_task & (finding >= 0))
-        if self.classes:
+        if self.classes and not others:
             kept = kept[self._of_set[self._set[position[kept]], finding[kept]] == PRESENT]
         values = table[column] if column else table
         if len(kept) < len(table):  # all of a mapped table stay where they are

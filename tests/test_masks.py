@@ -343,6 +343,57 @@ def test_lesions_that_are_none(tmp_path, lesion, words):
         pack(tmp_path, tmp_path / "out")
 
 
+def test_what_is_avoided_is_no_region(tmp_path):
+    """A device inside the lesion's region: on healthy images, too."""
+    lesions = images(tmp_path)
+    as_runs(tmp_path, lesions)
+    boxes = [(name, "Chest Drain", 20, 10, 30, 60) for name in [*lesions][:6]] + [
+        ("x ä/00.png", "Chest Drain", 1, 1, 9, 9)
+    ]
+    with (tmp_path / "boxes.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("path", "finding", "x0", "y0", "x1", "y1"), *boxes])
+    out = pack(tmp_path, tmp_path / "out", "--boxes", str(tmp_path / "boxes.csv"), "--devices", "Chest Drain")
+    (tmp_path / "mass.yaml").write_text("Mass:\n  region: {rectangles: [[0, 0, 0.9, 0.9]]}\n")
+    flags = ["--shards", str(out), "--task", "No Finding,Mass", "--backbone"]
+    flags += ["test_resnet", "--pretrained", "false", "--size", "64", "--batch", "4", "--workers", "0"]
+    flags += [
+        "--tracker",
+        "none",
+        "--epochs",
+        "1",
+        "--swap.probability",
+        "0",
+        "--findings",
+        str(tmp_path / "mass.yaml"),
+    ]
+
+    def made(name, *more):
+        return build(resolve([*flags, "--out", str(tmp_path / name), *more]))
+
+    plain = made("plain")
+    for more in ([], ["--attention.region", "both"]):
+        job = made(f"run{len(more)}", "--attention.avoid", "Chest Drain", *more)
+        assert job.avoided.images > 1
+        seen = 0
+        for batch in job.loader.batches(0):
+            region, whole = job.prepare(batch, True).region, plain.prepare(batch, True).region
+            for b, position in enumerate(batch.index.tolist()):
+                drain = [
+                    box.xyxy for box in job.splits["train"].meta(position)["boxes"] if box.finding == "Chest Drain"
+                ]
+                if batch.target[b, 1] != 1 or more:
+                    continue
+                expected = whole[b].clone()
+                for x0, y0, x1, y1 in drain:
+                    expected[int(y0) : int(y1), int(x0) : int(x1)] = 0
+                assert torch.equal(region[b], expected)
+                seen += bool(drain)
+        assert seen or more
+    job.train()
+    with pytest.raises(InputError, match="no training image has a box or mask of that name"):
+        made("other", "--attention.avoid", "Pacemaker")
+
+
 def test_a_table_of_masks_does_not_leave_its_folder(tmp_path):
     lesions = images(tmp_path)
     as_table(tmp_path, lesions, "mask", lambda *_: "../secret.png")

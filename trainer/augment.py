@@ -68,8 +68,8 @@ def augment(
     masks: torch.Tensor | None = None,
     outlines: torch.Tensor | None = None,
 ) -> Augmented:
-    """Transform images float [B,1,H,W], boxes int64 [B,4], masks bool [B,H,W] and the outlines in the boxes by the same
-    sampled maps.
+    """Transform images float [B,1,H,W], boxes int64 [B,4], masks bool [B,H,W] or [B,M,H,W] and the outlines in the
+    boxes by the same sampled maps.
 
     A box becomes the rectangle around its transformed corners, cut at the image; an outline becomes a mask bool [B,H,W]
     of what it says is lung, drawn once, at its final place. What comes in from outside is black.
@@ -85,7 +85,8 @@ def augment(
         warp = kornia.geometry.transform.warp_affine
         images = warp(images, matrix[:, :2], size, align_corners=True)
         if masks is not None:
-            masks = warp(masks[:, None].float(), matrix[:, :2], size, align_corners=True)[:, 0] >= 0.5
+            moved = warp(masks.view(len(masks), -1, *size).float(), matrix[:, :2], size, align_corners=True)
+            masks = moved.view(masks.shape) >= 0.5
         if boxes is not None:
             boxes = _move_boxes(boxes, matrix, width, height)
     return Augmented(_expose(images, d, signed, strength), boxes, masks, lungs)

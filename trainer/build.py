@@ -28,7 +28,7 @@ from trainer.loop import Trainer
 from trainer.lungs.load import load_segmenter
 from trainer.lungs.memory import LungFinder
 from trainer.lungs.segmenter import LungSegmenter
-from trainer.regions.lesions import LesionRegions
+from trainer.regions.lesions import Avoided, LesionRegions
 from trainer.report.write import rehearse
 from trainer.rules import Finding, of_task, read_findings, rules_of, without_rule
 from trainer.rules import to_yaml as findings_to_yaml
@@ -266,6 +266,7 @@ def make(config: Config, parts: Parts) -> Trainer:
         task=task,
         findings=findings,
         annotations=parts.annotations,
+        avoided=avoided(config, splits["train"]),
         attends=parts.attends,
         identity=identity(config, splits, key, findings),
     )
@@ -304,6 +305,20 @@ def findings_changed(config: Config, findings: dict[str, Finding]) -> bool:
         now = of_task(read_findings(config.findings), config.classes)
         return any(finding != findings.get(name) for name, finding in now.items())
     return False
+
+
+def avoided(config: Config, split: Split) -> Avoided | None:
+    """What --attention.avoid names. InputError: no training image has such a box or mask."""
+    names = [name.strip() for name in config.attention.avoid.split(",") if name.strip()]
+    if not names or config.plain:
+        return None
+    found = Avoided(split, names)
+    if not found.images:
+        raise InputError(
+            f"--attention.avoid {config.attention.avoid}: no training image has a box or mask of that name; pack them "
+            "(--boxes, --lesions), or leave it out"
+        )
+    return found
 
 
 def annotated(config: Config, split: Split) -> LesionRegions | None:

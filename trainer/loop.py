@@ -214,6 +214,9 @@ class Trainer(Training):
             if self.annotations
             else None
         )
+        if self.avoided:
+            avoided = self.avoided.regions(batch.index, raw.shape[-2:], config.size, device)
+            lesions = torch.stack([avoided, torch.zeros_like(avoided) if lesions is None else lesions], 1)
         attended, pairs, draws = (upload(x, device) for x in (*pair, chances))
         chance = draws[:, LABELS]
         outlines = located.outlines if attend and self.regions.uses_lungs else None
@@ -233,13 +236,18 @@ class Trainer(Training):
                 torch.zeros(2, device=device),
             )
         region = self.regions(attended, boxes, lungs).weight
-        if lesions is not None:
+        if self.avoided and lesions is not None:
+            avoided, lesions = lesions.unbind(1)
+            region = region.masked_fill(avoided, 0)
+        if self.annotations and lesions is not None:
             region = attended_regions(region, lesions, config.attention.region)
         swapped = torch.zeros(2, device=device)
         if self.swaps:
             found = upload(located.found, device)
             inside = found & ~(self.task.may_show(target) & self.shows_outside).any(1)
             healthy = found & self.task.healthy(target)
+            if not self.annotations:
+                lesions = None
             if lesions is not None:  # what else an image may show must stay where it is
                 lesions = lesions & (self.task.may_show(target).sum(1) == 1)[:, None, None]
             images, lenders = swap_context(

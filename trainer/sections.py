@@ -23,6 +23,10 @@ class AttentionConfig:
     """Share of the images with lesions whose lesions are used, for annotation and both: 0.01 tells what 1% annotated
     would give.
     """
+    avoid: str = ""
+    """Names of boxes or masks in the samples, with commas, such as devices, where no finding is expected: energy there
+    is paid for. Lesions stay regions.
+    """
     threshold: float = 0.5
     """CAM values above it are hot, in [0, 1]: for the forms published and coverage, and for the coverage that is
     reported.

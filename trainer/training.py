@@ -22,7 +22,7 @@ from trainer.config import Config
 from trainer.launching import on_main
 from trainer.lungs.memory import LungFinder
 from trainer.measure import Evaluator
-from trainer.regions.lesions import LesionRegions
+from trainer.regions.lesions import Avoided, LesionRegions
 from trainer.rules import Finding
 from trainer.run import LAST_STEP, MODEL, read_report, save_model, stored_as
 from trainer.schedule import Schedule
@@ -92,6 +92,7 @@ class Training:
     task: Task
     findings: dict[str, Finding]  # of the task
     annotations: LesionRegions | None  # lesions that are used as regions
+    avoided: Avoided | None  # where regions have no part
     attends: bool  # whether there is an attention loss
     identity: dict[str, Any]
     state: State = field(default_factory=State)

@@ -192,13 +192,15 @@ def table(
     declared: Sequence[str] | None = None,
     boxes: Path | None = None,
     lesions: Path | None = None,
+    devices: Sequence[str] = (),
     seed: int = 0,
     shares: Sequence[float] = deal.SHARES,
     skip_missing: bool = False,
     unlisted: str = "",
 ) -> Source:
     """Rows of a CSV that name images, findings and, where they are known, splits and patients; ``boxes``: a CSV of
-    lesion boxes; ``lesions``: a file of lesion masks, see `shards.sources.drawn`.
+    lesion boxes; ``lesions``: a file of lesion masks, see `shards.sources.drawn`; ``devices``: names in these two that
+    are no findings.
 
     Without a split column patients are dealt to the splits by ``seed`` and ``shares``; without a patient column every
     image counts as a patient. ``unlisted``: what a finding is that a row does not list, absent or unknown; empty:
@@ -231,11 +233,11 @@ def table(
         parts = [SPLITS[p] for p in part]
     findings = tuple(declared or dict.fromkeys(name for image in taken for name in image.labels.present))
     boxed = (
-        _table_boxes(boxes, images, taken, columns, findings, skipped, skip_missing)
+        _table_boxes(boxes, images, taken, columns, (*findings, *devices), skipped, skip_missing)
         if boxes
         else _own_boxes(taken, flag, image_size, skip_missing)
     )
-    shown = {image.path: image.labels.present for image in taken}
+    shown = {image.path: (*image.labels.present, *devices) for image in taken}
     outlines = read_outlines(lesions, images, shown, columns.path, skipped, notes) if lesions else {}
     items, sources = [], []
     for image, p, who in zip(taken, parts, patient, strict=True):
@@ -244,9 +246,9 @@ def table(
             extra.append(("patient", str(who)))
         sources.append(str(image.path.relative_to(images)))
         theirs = boxed.get(image.path, ())
-        if other := sum(name not in image.labels.present for name, _ in theirs):
+        kept = tuple(box for box in theirs if box[0] in shown[image.path])
+        if other := len(theirs) - len(kept):
             skipped["boxes of findings that their image is not labelled with"] += other
-        kept = tuple(box for box in theirs if box[0] in image.labels.present)
         items.append(
             Item(
                 p,

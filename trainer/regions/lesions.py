@@ -88,16 +88,12 @@ class LesionRegions:
         masks = [self.masks(*one) for one in asked]
         boxes = [[] if len(rows) else self.boxes(*one) for one, rows in zip(asked, masks, strict=True)]
         regions = boxes_to_mask(boxes, stored, size, device)
-        owners = [b for b, rows in enumerate(masks) for _ in rows]
+        if not self.exact:
+            return _with_masks(regions, masks, stored, size)
+        owners = [b for b, rows in enumerate(masks) if len(rows)]
         if not owners:
             return regions
-        if self.exact:
-            drawn = torch.stack([self._exact(*asked[b], size) for b in dict.fromkeys(owners)]).to(device)
-            owners = list(dict.fromkeys(owners))
-        else:
-            drawn = masks_to_regions(np.concatenate(masks), stored, size, device)
-        found = torch.zeros_like(regions, dtype=torch.int32)
-        return regions | (found.index_add_(0, upload(torch.tensor(owners), torch.device(device)), drawn.int()) > 0)
+        return _united(regions, owners, torch.stack([self._exact(*asked[b], size) for b in owners]).to(device))
 
     def stored(self, position: int, finding: int, stored: tuple[int, int]) -> np.ndarray:
         """The exact lesions of a finding in an image, at the size (height, width) that it is stored at: bool [H,W]."""
@@ -114,6 +110,41 @@ class LesionRegions:
         """The masks of a finding in an image as its JSON has them: bool [size,size]."""
         masks = self.split.lesion_runs(position, finding)
         return torch.stack([touched(torch.from_numpy(runs.mask()), size) for runs in masks]).any(0)
+
+
+class Avoided:
+    """Where a map shall not lie: boxes and masks of devices, or of whatever else is no finding.
+
+    Args:
+        names: as the samples call them.
+    """
+
+    def __init__(self, split: Split, names: Sequence[str]) -> None:
+        self.boxes, self.masks = split.marks(names)
+        self.images = len(np.unique(np.concatenate([self.boxes.position, self.masks.position])))
+
+    def regions(
+        self, index: torch.Tensor, stored: Sequence[int], size: int, device: torch.device | str = "cpu"
+    ) -> torch.Tensor:
+        """All of it in each image: bool [B,size,size]; ``index`` int64 [B] on the CPU, ``stored`` (height, width)."""
+        positions = index.tolist()
+        boxes = [list(map(tuple, self.boxes.xyxy[_of(self.boxes.position, p)].tolist())) for p in positions]
+        masks = [self.masks.rows[_of(self.masks.position, p)] for p in positions]
+        return _with_masks(boxes_to_mask(boxes, stored, size, device), masks, stored, size)
+
+
+def _with_masks(regions: torch.Tensor, masks: Sequence[np.ndarray], stored: Sequence[int], size: int) -> torch.Tensor:
+    """Regions bool [B,S,S] and the masks of each image, rows of `shards.index.MASK`."""
+    owners = [b for b, rows in enumerate(masks) for _ in rows]
+    if not owners:
+        return regions
+    return _united(regions, owners, masks_to_regions(np.concatenate(masks), stored, size, regions.device))
+
+
+def _united(regions: torch.Tensor, owners: Sequence[int], drawn: torch.Tensor) -> torch.Tensor:
+    """Regions bool [B,S,S] and what is drawn bool [M,S,S] of the images ``owners``."""
+    found = torch.zeros_like(regions, dtype=torch.int32)
+    return regions | (found.index_add_(0, upload(torch.tensor(owners), regions.device), drawn.int()) > 0)
 
 
 def _of(positions: np.ndarray, position: int) -> slice:
