@@ -26,13 +26,15 @@ def _phantom(a: argparse.Namespace) -> None:
         if a.shortcut_kind != "marker":
             raise InputError(f"--shortcut-kind {a.shortcut_kind}: with --several the shortcut is a mark in the corner")
         names = SEVERAL if a.findings == ",".join(FINDINGS) else _names(a.findings)
-        shares = {"share": a.several, "unknown": a.unknown, "uncertain": a.uncertain}
+        shares: dict[str, Any] = {"share": a.several, "unknown": a.unknown, "uncertain": a.uncertain}
+        shares["lesion_masks"] = a.lesion_masks
         of_mark = {"shortcut": a.shortcut, "shortcut_test": a.shortcut_test}
         _pack(a, SeveralPhantoms(a.count, a.seed, size=a.size, findings=names, **shares, **of_mark), "phantom")
         return
     if a.unknown or a.uncertain:
         raise InputError("--unknown and --uncertain are of --several: one finding an image is always known")
-    shortcut = {"shortcut": a.shortcut, "shortcut_test": a.shortcut_test, "kind": a.shortcut_kind}
+    shortcut: dict[str, Any] = {"shortcut": a.shortcut, "shortcut_test": a.shortcut_test, "kind": a.shortcut_kind}
+    shortcut["lesion_masks"] = a.lesion_masks
     _pack(a, Phantoms(a.count, a.seed, size=a.size, findings=_names(a.findings), **shortcut), "phantom")
 
 

@@ -42,6 +42,10 @@ def parser() -> tuple[CommandParser, dict[str, CommandParser]]:
     )
     phantom.add_argument("--uncertain", type=float, default=0.0, help="with --several: share that is called uncertain")
 
+    phantom.add_argument(
+        "--lesion-masks", action="store_true", help="keep the lesions' outlines, which are then truth in place of boxes"
+    )
+
     nih = commands.add_parser("nih", help="NIH ChestX-ray14 as downloaded")
     nih.add_argument(
         "--images", type=Path, required=True, help="folder with the images at any depth (images_001/images/*.png ...)"

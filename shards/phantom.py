@@ -8,6 +8,7 @@ import numpy as np
 from shards.chest import Chest
 from shards.errors import InputError
 from shards.lesions import bounds, consolidation, effusion, emphysema, expose, insert, mass, pneumothorax, stamp
+from shards.rle import Runs
 from shards.sample import (
     CARDIOMEGALY,
     EFFUSION,
@@ -17,6 +18,7 @@ from shards.sample import (
     SPLITS,
     SUBCUTANEOUS_EMPHYSEMA,
     LesionBox,
+    LesionMask,
     Sample,
 )
 from shards.sources.item import Item, Source
@@ -41,6 +43,7 @@ class Phantoms(Source):
         shortcut_test: the same for test.
         kind: of the shortcut: ``marker``, a technician's mark in the corner, or ``tube``, a tube or wire inside one
             lung.
+        lesion_masks: keep the lesions' outlines beside their boxes.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Phantoms(Source):
         shortcut: float | None = None,
         shortcut_test: float = 0.0,
         kind: str = "marker",
+        lesion_masks: bool = False,
     ) -> None:
         if kind not in KINDS:
             raise InputError(f"--shortcut-kind {kind}: expected {' or '.join(KINDS)}")
@@ -67,7 +71,7 @@ class Phantoms(Source):
             for i in range(n)
         ]
         super().__init__(items, {}, tuple(names), size)
-        self.seed, self.kind = seed, kind
+        self.seed, self.kind, self.lesion_masks = seed, kind, lesion_masks
         self.shortcut = {"train": shortcut, "val": shortcut, "test": shortcut if shortcut is None else shortcut_test}
 
     def load(self, item: Item) -> Sample:
@@ -76,7 +80,7 @@ class Phantoms(Source):
         rng = np.random.default_rng([self.seed, part, i])
         agreement = self.shortcut[item.split]
         if agreement is None:
-            return phantom(item.key, item.findings[0], rng, self.size)
+            return self._kept(phantom(item.key, item.findings[0], rng, self.size))
         # Its own random numbers: apart from the shortcut the image is the one without it.
         of_marker = np.random.default_rng([self.seed, part, i, 1])
         marker = _marker_class(of_marker, i % len(self.classes), len(self.classes), agreement)
@@ -85,6 +89,12 @@ class Phantoms(Source):
         if tube is None:
             stamp(sample.image, marker, of_marker)
         sample.extra["marker"] = marker
+        return self._kept(sample)
+
+    def _kept(self, sample: Sample) -> Sample:
+        """Without the lesions' outlines, unless they are wanted."""
+        if not self.lesion_masks:
+            sample.lesion_masks = []
         return sample
 
     def settings(self) -> dict[str, Any]:
@@ -95,6 +105,7 @@ class Phantoms(Source):
             "shortcut": self.shortcut,
             "findings": self.classes,
             "kind": self.kind,
+            "lesion_masks": self.lesion_masks,
         }
 
 
@@ -177,8 +188,11 @@ def several_phantoms(
     if tube is not None:
         insert(chest, image, *tube)
     image = expose(image, rng)
-    boxes = [LesionBox(name, bounds(place)) for name in findings for place in lesions[name] if place.any()]
-    return Sample(key, image, tuple(findings) or (NO_FINDING,), np.where(lungs, 255, 0).astype(np.uint8), boxes)
+    places = [(name, place) for name in findings for place in lesions[name] if place.any()]
+    sample = Sample(key, image, tuple(findings) or (NO_FINDING,), np.where(lungs, 255, 0).astype(np.uint8))
+    sample.boxes = [LesionBox(name, bounds(place)) for name, place in places]
+    sample.lesion_masks = [LesionMask(name, Runs.drawn(place)) for name, place in places]
+    return sample
 
 
 class SeveralPhantoms(Source):
@@ -192,6 +206,7 @@ class SeveralPhantoms(Source):
         unknown, uncertain: shares of the cells of which the label says nothing, or that it is uncertain.
         shortcut: None, else the correlation in [-1,1] in train and val of a mark in the corner, one of two, with the
             first finding's being there; shortcut_test: in test.
+        lesion_masks: as `Phantoms`.
     """
 
     def __init__(
@@ -206,6 +221,7 @@ class SeveralPhantoms(Source):
         uncertain: float = 0.0,
         shortcut: float | None = None,
         shortcut_test: float = 0.0,
+        lesion_masks: bool = False,
     ) -> None:
         _check(count, size, findings, SEVERAL, shortcut, shortcut_test)
         if not (0 < share < 1 and unknown >= 0 and uncertain >= 0 and unknown + uncertain < 1):
@@ -214,7 +230,7 @@ class SeveralPhantoms(Source):
                 "last "
                 "two together below 1"
             )
-        self.seed, self.drawn = seed, (share, unknown, uncertain)
+        self.seed, self.drawn, self.lesion_masks = seed, (share, unknown, uncertain), lesion_masks
         self.shortcut = {"train": shortcut, "val": shortcut, "test": shortcut if shortcut is None else shortcut_test}
         items = [
             self._item(split, i, tuple(findings))
@@ -254,6 +270,8 @@ class SeveralPhantoms(Source):
         sample = several_phantoms(item.key, shown, np.random.default_rng([self.seed, part, i]), self.size)
         sample.findings, sample.absent, sample.uncertain = item.findings, item.absent, item.uncertain
         sample.boxes = [box for box in sample.boxes if box.finding in item.findings]
+        masks = sample.lesion_masks if self.lesion_masks else []
+        sample.lesion_masks = [mask for mask in masks if mask.finding in item.findings]
         sample.extra = {"shown": list(shown)}
         agreement = self.shortcut[item.split]
         if agreement is not None:
@@ -275,4 +293,5 @@ class SeveralPhantoms(Source):
             "shortcut": self.shortcut,
             "findings": self.classes,
             "several": self.drawn,
+            "lesion_masks": self.lesion_masks,
         }

@@ -2,7 +2,10 @@ import numpy as np
 import pytest
 import torch
 
+from shards.__main__ import main
+from shards.dataset import Split
 from shards.errors import InputError
+from shards.lesions import bounds
 from shards.phantom import Phantoms, split_sizes
 from shards.sample import FINDINGS, NO_FINDING
 from trainer.lungs import lung_boxes
@@ -119,3 +122,27 @@ def test_the_tubes_correlation_is_the_parameter():
             agree[item.split].append(sample.extra["marker"] == source.classes.index(sample.findings[0]))
     assert 0.68 < np.mean(agree["train"]) < 0.82  # 0.5 its own, half of the others by chance
     assert np.mean(agree["test"]) == 0
+
+
+def test_outlines_of_lesions_are_kept_where_they_are_wanted(tmp_path):
+    main(["phantom", "--out", str(tmp_path / "with"), "--count", "20", "--size", "64", "--seed", "0", "--lesion-masks"])
+    main(["phantom", "--out", str(tmp_path / "without"), "--count", "20", "--size", "64", "--seed", "0"])
+    several = ["--several", "0.5", "--unknown", "0.3", "--count", "30", "--size", "64", "--seed", "0", "--lesion-masks"]
+    main(["phantom", "--out", str(tmp_path / "several"), *several])
+    found, other, many = (Split(tmp_path / name, "train") for name in ("with", "without", "several"))
+    for p in range(len(found)):
+        meta = found.meta(p)
+        assert meta["boxes"] == other.meta(p)["boxes"]
+        assert "lesion_masks" not in other.meta(p) or not other.meta(p)["lesion_masks"]
+        assert [mask.finding for mask in meta["lesion_masks"]] == [box.finding for box in meta["boxes"]]
+        for mask, box in zip(meta["lesion_masks"], meta["boxes"], strict=True):
+            assert bounds(mask.runs.mask()) == box.xyxy
+        assert (found.image(p) == other.image(p)).all()
+    masks = [
+        (mask.finding, meta["findings"])
+        for p in range(len(many))
+        for meta in [many.meta(p)]
+        for mask in meta["lesion_masks"]
+    ]
+    assert masks
+    assert all(name in shown for name, shown in masks)
