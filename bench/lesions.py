@@ -11,10 +11,12 @@ Beside every hit rate stands the one point that most lesions of the other images
 energy their mean map, beside all of it cross-entropy. A finished run is not repeated, an interrupted one is resumed;
 its figures stand in bench/lesions.jsonl. Writes bench/lesions.md.
 
-CXR_FOCUS_REAL_DATA names a folder with `lesions/`.
+CXR_FOCUS_REAL_DATA names a folder with `lesions/` and `nih/meta`.
 """
 
 import argparse
+import csv
+import gzip
 import json
 import os
 import subprocess
@@ -33,6 +35,7 @@ from step import processor
 
 from shards.dataset import Split
 from shards.targets import SingleLabel
+from trainer.papers import overlap
 from trainer.regions.lesions import LesionRegions
 
 QUESTIONS = ("Effusion", "Pneumothorax", "Cardiomegaly", "Pneumonia", "Consolidation")
@@ -120,6 +123,34 @@ def floor(shards: Path, finding: str) -> tuple[float, float]:
     return float(hits), float(((maps["test"] * mean).sum((1, 2)) / mean.sum()).mean())
 
 
+def second_reader(data: Path, finding: str) -> dict[str, float]:
+    """The box of BBox_List_2017 against the boxes of ChestX-Det in the images that both marked, as if it were a
+    model's: hits of its middle, its share that lies in them, T(IoU). No model's figure can mean more.
+    """
+    marked: dict[str, list[list[float]]] = defaultdict(list)
+    for row in rows_of(data / "lesions/boxes.csv"):
+        if row["finding"] == finding and row["source"] == "chestxdet":
+            marked[row["image"].split(".")[0]].append([float(row[edge]) for edge in ("x0", "y0", "x1", "y1")])
+    both = []
+    with gzip.open(data / "nih/meta/BBox_List_2017.csv.gz", "rt") as file:
+        for name, of, x, y, w, h, *_ in list(csv.reader(file))[1:]:
+            if of.replace("Infiltrate", "Infiltration") == finding and (second := marked.get(name.split(".")[0])):
+                left, top, width, height = (float(v) / 1024 for v in (x, y, w, h))
+                both.append(([[left, top, left + width, top + height]], second))
+    grid = (np.arange(256) + 0.5) / 256
+    hits, energy, ious = [], [], []
+    for first, second in both:
+        truth = np.zeros((256, 256), bool)
+        for x0, y0, x1, y1 in second:
+            truth |= ((grid >= y0) & (grid < y1))[:, None] & ((grid >= x0) & (grid < x1))
+        x0, y0, x1, y1 = first[0]
+        hits.append(truth[min(255, int((y0 + y1) * 128)), min(255, int((x0 + x1) * 128))])
+        energy.append(truth[int(y0 * 256) : int(np.ceil(y1 * 256)), int(x0 * 256) : int(np.ceil(x1 * 256))].mean())
+        ious.append(max(overlap(first[0], box)[0] for box in second))
+    found = {"images": float(len(both)), "hit": float(np.mean(hits)), "energy": float(np.mean(energy))}
+    return found | {f"t_iou {t}": float(np.mean(np.array(ious) >= t)) for t in (0.1, 0.3, 0.5)} if both else {}
+
+
 FIGURES = {
     "AUC": real.auc,
     "pointing at lesion": place("lesion", "pointing"),
@@ -136,7 +167,7 @@ def printed(run: Path, finding: str) -> dict[str, float]:
     return {n: found[n] if " " not in n else found[n.split()[0]][n.split()[1]] for n in PRINTED}
 
 
-def section(question: str, runs: dict[str, list[Path]], shards: list[Path]) -> str:
+def section(question: str, runs: dict[str, list[Path]], shards: list[Path], data: Path) -> str:
     """Markdown of one question."""
     if question == SEVERAL:
         return several(runs)
@@ -159,6 +190,10 @@ def section(question: str, runs: dict[str, list[Path]], shards: list[Path]) -> s
             row.append(cells[i] + (f"; {cells[i + 1]}" if k else ""))
             i += k + 1
         lines.append(f"| {name} | {' | '.join(row)} |")
+    reader = second_reader(data, question)
+    if reader:
+        told = ", ".join(f"{name} {value:.3f}" for name, value in reader.items() if name != "images")
+        lines[0] += f"Second reader, {reader['images']:.0f} images that two read: {told}.\n"
     for name in PRINTED:
         row = [f"{np.mean([printed(run, question)[name] for run in of]):.3f}" for of in runs.values()]
         lines.append(f"| {name} (papers) | {' | '.join(row)} |")
@@ -217,7 +252,7 @@ def main() -> None:
             if all((run / "report.json").exists() for run in folders):
                 of[arm] = folders
         if BASE in of:
-            text += f"\n## {q}\n\n{section(q, of, [shards[q, s] for s in range(a.seeds)])}"
+            text += f"\n## {q}\n\n{section(q, of, [shards[q, s] for s in range(a.seeds)], data)}"
     (HERE / "lesions.md").write_text(text)
     print(text)
 
