@@ -56,6 +56,7 @@ ARMS: dict[str, list[str]] = {
     "all lesions": LESIONS,
 }
 SHARES = "0.5,0.1,0.4"
+FEW = 5  # images that two read: fewer say nothing
 
 
 def shards_of(data: Path, work: Path, question: str, seed: int) -> Path:
@@ -137,6 +138,8 @@ def second_reader(data: Path, finding: str) -> dict[str, float]:
             if of.replace("Infiltrate", "Infiltration") == finding and (second := marked.get(name.split(".")[0])):
                 left, top, width, height = (float(v) / 1024 for v in (x, y, w, h))
                 both.append(([[left, top, left + width, top + height]], second))
+    if len(both) < FEW:
+        return {}
     grid = (np.arange(256) + 0.5) / 256
     hits, energy, ious = [], [], []
     for first, second in both:
@@ -148,7 +151,7 @@ def second_reader(data: Path, finding: str) -> dict[str, float]:
         energy.append(truth[int(y0 * 256) : int(np.ceil(y1 * 256)), int(x0 * 256) : int(np.ceil(x1 * 256))].mean())
         ious.append(max(overlap(first[0], box)[0] for box in second))
     found = {"images": float(len(both)), "hit": float(np.mean(hits)), "energy": float(np.mean(energy))}
-    return found | {f"t_iou {t}": float(np.mean(np.array(ious) >= t)) for t in (0.1, 0.3, 0.5)} if both else {}
+    return found | {f"t_iou {t}": float(np.mean(np.array(ious) >= t)) for t in (0.1, 0.3, 0.5)}
 
 
 FIGURES = {
