@@ -15,7 +15,7 @@ from shards.sample import SPLITS, Labels, split_of_folder
 from shards.sources.folders import folder_finding
 from shards.sources.item import Item, Source, mixed, refuse_missing_class, refuse_torn
 from shards.sources.labels import Columns
-from shards.sources.tables import ANONYMOUS, Listed, _own_boxes, alike_patients, read_listed
+from shards.sources.tables import ANONYMOUS, Tabled, _own_boxes, alike_patients, read_listed
 
 
 def dicom(
@@ -42,7 +42,7 @@ def dicom(
         raise InputError(f"--path {root}: no such folder")
     skipped: dict[str, int] = defaultdict(int)
     notes: list[str] = []
-    listed_images: dict[Path, Listed] = {}
+    listed_images: dict[Path, Tabled] = {}
     cells = False  # a column for each finding
     if labels is not None:
         rows, cells = read_listed(labels, root, columns or Columns(), declared, skipped, notes, skip_bad)

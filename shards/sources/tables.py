@@ -43,7 +43,7 @@ OWN = ("findings", "absent", "uncertain", "boxes", "lesion_masks", "source", "pa
 
 
 @dataclass
-class Listed:
+class Tabled:
     """An image of a table. ``boxes``: of its own rows, each with the row, its finding and x0 y0 x1 y1 in pixels of the
     file; ``kept``: other columns of its first row.
     """
@@ -66,7 +66,7 @@ def read_listed(
     skip: bool,
     *,
     own_boxes: bool = True,
-) -> tuple[list[Listed], bool]:
+) -> tuple[list[Tabled], bool]:
     """The images that a table lists, in its order, and whether it has a column of 1, 0, -1 and nothing for each
     finding. Several rows of an image, one for each box or finding, are put together.
 
@@ -82,7 +82,7 @@ def read_listed(
     if "split" in names and not columns.split:
         skipped["column 'split', for --split-column was not given: patients are dealt anew"] += 1
     corners = box_columns(names)
-    finder, found = Finder(images), dict[Path, Listed]()
+    finder, found = Finder(images), dict[Path, Tabled]()
     rows_of: dict[Path, list[Row]] = defaultdict(list)
     torn: set[Path] = set()
     for row, labels in labelled(rows, names, columns, declared, flag, skipped, notes, skip):
@@ -93,7 +93,7 @@ def read_listed(
         findings = labels.present
         boxes = [(row, findings[0], box)] if box and len(findings) == 1 and findings[0] != NO_FINDING else []
         kept = tuple((name, row[name]) for name in columns.keep)
-        other = found.setdefault(image, Listed(image, Labels(), part, who, [], kept))
+        other = found.setdefault(image, Tabled(image, Labels(), part, who, [], kept))
         rows_of[image].append(row)
         both = Labels(*(tuple(dict.fromkeys(pair)) for pair in map(lambda a, b: (*a, *b), other.labels, labels)))
         if corners:  # a row for each box: what one row shows, others need not
@@ -294,7 +294,7 @@ def alike_patients(patients: Iterable[str]) -> list[str]:
 
 
 def _own_boxes(
-    taken: Sequence[Listed], flag: str, size: Callable[[Path], tuple[int, int]], skip: bool
+    taken: Sequence[Tabled], flag: str, size: Callable[[Path], tuple[int, int]], skip: bool
 ) -> dict[Path, list[LesionShare]]:
     """The boxes of the table's own rows, by image."""
     found = {}
@@ -316,7 +316,7 @@ def _own_boxes(
 def _table_boxes(
     path: Path,
     images: Path,
-    known: Sequence[Listed],
+    known: Sequence[Tabled],
     columns: Columns,
     findings: Sequence[str],
     skipped: dict[str, int],
