@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from shards.dataset import Split
 from trainer.classifier import evaluating
 from trainer.gather import Table
 from trainer.look import look
@@ -22,30 +21,29 @@ from trainer.task import Point
 
 
 @torch.no_grad()
-def maps(evaluator: Evaluator, name: str, chosen: np.ndarray, pairs: Any) -> Iterator[tuple[int, torch.Tensor]]:
-    """The raw map [h,w], on the CPU, of each of the chosen pairs of a split, numbers into ``pairs``; every process has
-    its share of them.
+def maps(
+    evaluator: Evaluator, name: str, chosen: np.ndarray, pairs: Any
+) -> Iterator[tuple[int, torch.Tensor, tuple[int, int]]]:
+    """The raw map [h,w], on the CPU, of each of the chosen pairs of a split, numbers into ``pairs``, and the size
+    (height, width) that its image is stored at; every process has its share of them.
     """
     split, accelerator = evaluator.splits[name], evaluator.accelerator
     own = chosen[accelerator.process_index :: accelerator.num_processes]
     regions = evaluator.regions(split)
     with evaluating(evaluator.model):
         for some in np.array_split(own, range(evaluator.batch, len(own), evaluator.batch)):
-            for same in _of_one_size(split, some, pairs):
+            groups: dict[tuple[int, int], list[tuple[int, np.ndarray]]] = {}  # of one stored size
+            for number in some.tolist():
+                image = split.image(int(pairs.image[number]))
+                groups.setdefault((image.shape[0], image.shape[1]), []).append((number, image))
+            for size, group in groups.items():
+                same = torch.tensor([number for number, _ in group])
                 index, finding = pairs.image[same], pairs.finding[same]
-                raw = torch.from_numpy(np.stack([split.image(int(p)) for p in index]))[:, None]
-                raw = raw.to(accelerator.device)
+                raw = torch.from_numpy(np.stack([image for _, image in group]))[:, None].to(accelerator.device)
                 seen = look(accelerator, evaluator.model, raw, index, finding.to(raw.device), None, regions, finding)
                 assert seen.raw_cam is not None
-                yield from zip(same.tolist(), seen.raw_cam.float().cpu(), strict=True)
-
-
-def _of_one_size(split: Split, numbers: np.ndarray, pairs: Any) -> list[torch.Tensor]:
-    """Numbers of pairs, those together whose images are stored at one size."""
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for number in numbers.tolist():
-        groups.setdefault(split.image(int(pairs.image[number])).shape, []).append(number)
-    return [torch.tensor(group) for group in groups.values()]
+                for number, cam in zip(same.tolist(), seen.raw_cam.float().cpu(), strict=True):
+                    yield number, cam, size
 
 
 def rows_of(evaluator: Evaluator, name: str, outcome: Outcome, chosen: np.ndarray) -> torch.Tensor:
@@ -54,8 +52,8 @@ def rows_of(evaluator: Evaluator, name: str, outcome: Outcome, chosen: np.ndarra
     table = Table(len(chosen), {"row": COLUMNS})
     place = {number: i for i, number in enumerate(chosen.tolist())}
     own = torch.ones(1, dtype=torch.bool)
-    for number, raw in maps(evaluator, name, chosen, outcome.pairs):
-        truth, boxes = truth_of(lesions, int(outcome.pairs.image[number]), int(outcome.pairs.finding[number]))
+    for number, raw, size in maps(evaluator, name, chosen, outcome.pairs):
+        truth, boxes = truth_of(lesions, int(outcome.pairs.image[number]), int(outcome.pairs.finding[number]), size)
         row = against(raw, truth, boxes)
         # A figure that is unknown travels as -1
         table.write(torch.tensor([place[number]]), own, {"row": row.nan_to_num(-1)[None]}, {"row": own})
@@ -112,5 +110,6 @@ def constant(outcome: Outcome, chosen: np.ndarray, floors: dict[int, Floor]) -> 
     for i, number in enumerate(chosen.tolist()):
         image, finding = int(outcome.pairs.image[number]), int(outcome.pairs.finding[number])
         if finding in floors:
-            rows[i] = against(floors[finding].map, *truth_of(lesions, image, finding))
+            height, width = outcome.split.image(image).shape
+            rows[i] = against(floors[finding].map, *truth_of(lesions, image, finding, (height, width)))
     return rows

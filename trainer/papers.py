@@ -105,11 +105,13 @@ def figures(rows: torch.Tensor, threshold: int | None) -> dict[str, Any] | None:
     return found
 
 
-def truth_of(lesions: LesionRegions, position: int, finding: int) -> tuple[np.ndarray, list[list[float]]]:
-    """The lesion of a finding in an image, at stored size, and its boxes, in shares: those that are known, else the
-    rectangles around its masks.
+def truth_of(
+    lesions: LesionRegions, position: int, finding: int, stored: tuple[int, int]
+) -> tuple[np.ndarray, list[list[float]]]:
+    """The lesion of a finding in an image, at the size (height, width) that it is stored at, and its boxes, in shares:
+    those that are known, else the rectangles around its masks.
     """
-    height, width = lesions.split.image(position).shape
+    height, width = stored
     truth = lesions.stored(position, finding, (height, width))
     boxes = [list(box) for box in lesions.boxes(position, finding)]
     boxes = boxes or lesions.masks(position, finding)["xyxy"].astype(float).tolist()
@@ -127,11 +129,9 @@ class Floor:
         positions = np.unique(np.concatenate([e.position[e.finding == finding] for e in every]))
         self.split, self.images = split.split, len(positions)
         total = torch.zeros(SIDE, SIDE)
-        for some in torch.from_numpy(positions).split(64):
-            of = torch.full_like(some, finding)
-            for position, k in zip(some.tolist(), of.tolist(), strict=True):
-                stored = split.image(position).shape
-                total += lesions.regions(torch.tensor([position]), torch.tensor([k]), stored, SIDE)[0]
+        for position in positions.tolist():
+            stored = split.image(position).shape
+            total += lesions.regions(torch.tensor([position]), torch.tensor([finding]), stored, SIDE)[0]
         self.map = total / max(1, self.images)
 
 
