@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.context import Swap, blend, kept_box, kept_mask, partners, swap_context, under
+from trainer.context import Swap, blend, kept_box, kept_mask, lend_devices, partners, swap_context, under
 from trainer.probe import blurred, probed
 from trainer.rules import Rule
 
@@ -210,6 +210,27 @@ def test_a_lesion_beyond_the_lung_box_stays():
     swapped = swap(images, boxes, [True] * 2, torch.zeros(2, 2), ALWAYS, lesions=lesions, healthy=[False] * 2)
     assert (swapped[0, 0][lesions[0]] == 0.9).all()
     assert swapped[0, 0, 35, 35] == pytest.approx(0.3)
+
+
+def test_devices_are_lent_to_healthy_images_without_any():
+    """0 has a drain; 1 is free; 2 is ill; 3 is free and has a drain; 4 is free, and its lungs lie elsewhere."""
+    images = torch.rand(5, 1, S, S)
+    boxes = torch.tensor([[5, 5, 35, 35], [6, 5, 36, 35], [5, 5, 35, 35], [5, 6, 35, 36], [5, 5, 15, 15]])
+    devices = torch.zeros(5, S, S, dtype=torch.bool)
+    devices[0, 10:30, 8:10], devices[3, 12:20, 28:30] = True, True
+    free, draws = torch.tensor([False, True, False, True, True]), torch.zeros(5, 2)
+    settings = Swap(probability=0.0, feather=0.1, devices=1.0)
+    lent, lenders = lend_devices(images, boxes, devices, free, draws, settings)
+    assert lenders.tolist() == [0, 0, 2, 3, 4]
+    assert torch.equal(lent[[0, 2, 3, 4]], images[[0, 2, 3, 4]])
+    assert torch.equal(lent[1][:, devices[0]], images[0][:, devices[0]])
+    far = kept_mask(devices[:1], 0.05)[0] == 0
+    assert torch.equal(lent[1][:, far], images[1][:, far])
+    assert far.float().mean() > 0.7
+    draws[:, 1] = 0.9  # the other of the two
+    assert lend_devices(images, boxes, devices, free, draws, settings).lenders.tolist() == [0, 3, 2, 3, 4]
+    draws[:, 0] = 0.5
+    assert lend_devices(images, boxes, devices, free, draws, Swap(devices=0.4)).lenders.tolist() == [0, 1, 2, 3, 4]
 
 
 def test_blend_ends():

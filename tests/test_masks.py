@@ -4,6 +4,7 @@ import csv
 import json
 import pickle
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,10 +17,11 @@ from shards.dataset import Split
 from shards.errors import InputError
 from shards.index import MASK
 from shards.rle import Runs
-from trainer import evaluate, train
+from trainer import evaluate, loop, train
 from trainer.augment import augment, draw, unpacked
 from trainer.build import build
 from trainer.command import resolve
+from trainer.look import locate
 from trainer.regions.lesions import LesionRegions, masks_to_regions, touched
 from trainer.sections import Strength
 
@@ -343,7 +345,7 @@ def test_lesions_that_are_none(tmp_path, lesion, words):
         pack(tmp_path, tmp_path / "out")
 
 
-def test_what_is_avoided_is_no_region(tmp_path):
+def test_what_is_avoided_is_no_region(tmp_path, monkeypatch):
     """A device inside the lesion's region: on healthy images, too."""
     lesions = images(tmp_path)
     as_runs(tmp_path, lesions)
@@ -390,6 +392,18 @@ def test_what_is_avoided_is_no_region(tmp_path):
                 seen += bool(drain)
         assert seen or more
     job.train()
+    # Lent: none of these images has lungs
+    monkeypatch.setattr(loop, "locate", lambda *a: replace(located := locate(*a), found=torch.ones_like(located.found)))
+    more = ["--balance.lam", "1", "--batch", "12"]
+    lends = made("lends", "--attention.avoid", "Chest Drain", "--swap.devices", "1", *more)
+    plain, changed = made("cross-entropy", *more), 0
+    for batch in lends.loader.batches(0):
+        now, before = lends.prepare(batch, False).images, plain.prepare(batch, False).images
+        other = (now != before).flatten(1).any(1)
+        assert not (other & (batch.target[:, 1] == 1)).any()  # healthy ones alone
+        changed += int(other.sum())
+    assert changed
+    lends.train()
     with pytest.raises(InputError, match="no training image has a box or mask of that name"):
         made("other", "--attention.avoid", "Pacemaker")
 

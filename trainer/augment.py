@@ -20,9 +20,10 @@ from shards.coarse import GRID, LEVELS
 from trainer.sections import Strength
 from trainer.upload import upload
 
-DRAWS = 15  # random numbers that one image uses
+DRAWS = 17  # random numbers that one image uses
 SWAPS = slice(11, 13)  # of these, for the context swap: whether, and with whom
 PAIR, LABELS = 13, 14  # which of its findings is attended to; what uncertain ones become
+LENDS = slice(15, 17)  # for another image's devices: whether, and whose
 # SplitMix64's, as signed numbers
 GOLDEN, *MIX = (x - 2**64 for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 

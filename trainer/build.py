@@ -285,6 +285,11 @@ def announce_swap(trainer: Trainer) -> None:
             f"context swap {what}: the region of {listed(fixed)} is unknown, or reaches beyond the lung box, whose "
             f"surroundings must then stay{but if trainer.annotations else ''}"
         )
+    if trainer.avoided and config.swap.devices:
+        say(
+            f"{trainer.avoided.images} of {len(trainer.splits['train'])} training images have devices to lend "
+            f"({config.attention.avoid})"
+        )
     if trainer.swaps and config.batch == 1:
         say("context swap does nothing with --batch 1: partners come from the same batch")
 
@@ -310,7 +315,7 @@ def findings_changed(config: Config, findings: dict[str, Finding]) -> bool:
 def avoided(config: Config, split: Split) -> Avoided | None:
     """What --attention.avoid names. InputError: no training image has such a box or mask."""
     names = [name.strip() for name in config.attention.avoid.split(",") if name.strip()]
-    if not names or config.plain:
+    if not names or (config.plain and not config.swap.devices):
         return None
     found = Avoided(split, names)
     if not found.images:

@@ -122,6 +122,7 @@ class Config:
                 ("swap.probability", self.swap_probability),
                 ("swap.dilate", self.swap.dilate),
                 ("swap.feather", self.swap.feather),
+                ("swap.devices", self.swap.devices),
                 ("balance.lam", self.lam),
                 ("balance.ramp", self.balance.ramp or 0.0),
                 ("balance.low", self.balance.low),
@@ -138,6 +139,8 @@ class Config:
             found.append(
                 f"--mean {self.mean} --std {self.std}: expected shares of the full range, such as 0.53 and 0.26"
             )
+        if self.swap.devices and not self.attention.avoid:
+            found.append(f"--swap.devices {self.swap.devices}: which devices? name them by --attention.avoid")
         try:
             arguments(self.backbone_args)
         except InputError as error:

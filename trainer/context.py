@@ -13,6 +13,7 @@ Who gives what to whom; "k around b" is what is kept of image b, with the rest o
     lesions of b   b     <-  host around lesions    host: healthy, its lungs lie like b's
                    host  <-  other around a piece   of the shape of b's lesions, so that a seam is no sign
                                                     of disease; other: healthy as well
+    devices of k   b     <-  k's devices            b: healthy, without any, its lungs lie like k's
 
 All of it is decided on the device: a list of partners on the host would wait for the device at every step, and grow
 with the square of B.
@@ -132,6 +133,29 @@ def swap_context(
     swapped = partners(free[:, None] & inside & other & fits, draws, settings.probability)
     lenders = torch.where(free, swapped, lenders)
     return Swapped(blend(images, kept, images[lenders]), lenders)
+
+
+def lend_devices(
+    images: torch.Tensor,
+    boxes: torch.Tensor,
+    devices: torch.Tensor,
+    free: torch.Tensor,
+    draws: torch.Tensor,
+    settings: Swap,
+) -> Swapped:
+    """Images [B,1,S,S] of which some have another's devices, at their place in the chest: so that a drain is no sign of
+    what it treats.
+
+    Args:
+        devices: bool [B,S,S].
+        free: bool [B]: which images may get some; those that have their own get none.
+        draws: float [B,2], whether and whose.
+    """
+    alike, has = under(boxes, images.shape[-1], ALIKE, 0.0), devices.flatten(1).any(1)
+    lenders = partners((free & ~has)[:, None] & has & alike & alike.T, draws, settings.devices)
+    borrows = lenders != torch.arange(len(images), device=images.device)
+    lent = kept_mask(devices, settings.feather / 2)[lenders] * borrows[:, None, None]
+    return Swapped(blend(images[lenders], lent, images), lenders)
 
 
 def _lay_lesions(

@@ -23,10 +23,10 @@ from shards import atomic
 from shards.errors import InputError, finite
 from shards.loader import Batch
 from shards.sample import NO_FINDING
-from trainer.augment import LABELS, PAIR, SWAPS, augment, draw
+from trainer.augment import LABELS, LENDS, PAIR, SWAPS, augment, draw
 from trainer.balance import StepSums
 from trainer.cam import normalize_cam
-from trainer.context import swap_context
+from trainer.context import lend_devices, swap_context
 from trainer.launching import loader_of, plan_of, seed_step, share_buffers
 from trainer.look import locate
 from trainer.losses import attention_term
@@ -73,6 +73,7 @@ class Trainer(Training):
         if self.inside:
             self.inside.add(NO_FINDING)
         self.swaps = bool(self.inside or self.annotations) and config.swap_probability > 0
+        self.lends = self.avoided is not None and config.swap.devices > 0
         self.has_rule = torch.tensor([name in self.rules for name in split.classes])
         self.shows_outside = torch.tensor([name not in self.inside for name in split.classes], device=device)
 
@@ -206,9 +207,8 @@ class Trainer(Training):
         chances = draw(config.seed, self.state.epoch, batch.index, batch.times)
         # The host knows whose CAM is taken: lesions are looked up by it.
         pair = self.task.drawn(batch.target, self.places(batch.index), chances[:, PAIR])
-        located = locate(
-            self.accelerator, raw, batch.index, self.lungs["train"] if attend or self.swaps else None, config.size
-        )
+        finder = self.lungs["train"] if attend or self.swaps or self.lends else None
+        located = locate(self.accelerator, raw, batch.index, finder, config.size)
         lesions = (
             self.annotations.regions(batch.index, pair.finding, raw.shape[-2:], config.size, device)
             if self.annotations
@@ -236,16 +236,18 @@ class Trainer(Training):
                 torch.zeros(2, device=device),
             )
         region = self.regions(attended, boxes, lungs).weight
+        found = upload(located.found, device)
+        healthy = found & self.task.healthy(target)
         if self.avoided and lesions is not None:
             avoided, lesions = lesions.unbind(1)
             region = region.masked_fill(avoided, 0)
+            if self.lends:
+                images = lend_devices(images, boxes, avoided, healthy, draws[:, LENDS], config.swap).images
         if self.annotations and lesions is not None:
             region = attended_regions(region, lesions, config.attention.region)
         swapped = torch.zeros(2, device=device)
         if self.swaps:
-            found = upload(located.found, device)
             inside = found & ~(self.task.may_show(target) & self.shows_outside).any(1)
-            healthy = found & self.task.healthy(target)
             if not self.annotations:
                 lesions = None
             if lesions is not None:  # what else an image may show must stay where it is

@@ -145,6 +145,10 @@ class Swap:
     """How far the kept box reaches beyond the lung box, in shares of its sides."""
     feather: float = 0.04
     """Width of the seam, in shares of the image's side."""
+    devices: float = 0.0
+    """Share of the images without a finding that get the devices of another image of the batch: those that
+    attention.avoid names, where they are.
+    """
 
 
 @dataclass(frozen=True)
