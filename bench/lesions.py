@@ -8,8 +8,8 @@ by those arms alone that say so. EfficientNet-Lite0 from ImageNet weights, 224 p
 last model. Truth are the radiologists' boxes.
 
 Beside every hit rate stands the one point that most lesions of the other images (train and val) hold, beside every
-energy their mean map, beside all of it cross-entropy. A finished run is not repeated, an interrupted one is resumed;
-its figures stand in bench/lesions.jsonl. Writes bench/lesions.md.
+energy their mean map, beside all of it cross-entropy. A finished run is not repeated, an interrupted one is resumed.
+Writes bench/lesions.md.
 
 CXR_FOCUS_REAL_DATA names a folder with `lesions/` and `nih/meta`.
 """
@@ -29,14 +29,11 @@ from typing import Any
 
 import numpy as np
 import real
-import torch
-from real import COMMON, HERE, Seen, call, compared, place, rows_of, write
+from real import COMMON, HERE, Seen, call, compared, floor_of_others, place, rows_of, write
 from step import processor
 
-from shards.dataset import Split
 from shards.targets import SingleLabel
 from trainer.papers import overlap
-from trainer.regions.lesions import LesionRegions
 
 QUESTIONS = ("Effusion", "Pneumothorax", "Cardiomegaly", "Pneumonia", "Consolidation")
 SEVERAL = "several"
@@ -107,23 +104,6 @@ def train(work: Path, question: str, arm: str, seed: int, shards: Path) -> Path:
     return run
 
 
-def floor(shards: Path, finding: str) -> tuple[float, float]:
-    """Hits of the point that most lesions of train and val hold, and the energy that their mean map has in the lesions
-    of test.
-    """
-    maps: dict[str, np.ndarray] = {}
-    for name in ("train", "val", "test"):
-        split = Split(shards, name, SingleLabel(("No Finding", finding), (finding,)))
-        lesions = split.lesions()
-        positions = np.unique(lesions.position[lesions.finding == 1])
-        index = torch.from_numpy(positions)
-        drawn = LesionRegions(split).regions(index, torch.ones_like(index), split.image(0).shape, 128)
-        maps[name] = drawn.numpy()
-    mean = np.concatenate([maps["train"], maps["val"]]).mean(0)
-    hits = maps["test"].reshape(len(maps["test"]), -1)[:, mean.argmax()].mean()
-    return float(hits), float(((maps["test"] * mean).sum((1, 2)) / mean.sum()).mean())
-
-
 def second_reader(data: Path, finding: str) -> dict[str, float]:
     """The box of BBox_List_2017 against the boxes of ChestX-Det in the images that both marked, as if it were a
     model's: hits of its middle, its share that lies in them, T(IoU). No model's figure can mean more.
@@ -176,7 +156,11 @@ def section(question: str, runs: dict[str, list[Path]], shards: list[Path], data
         return several(runs)
     arms = {arm: [Seen(run, question) for run in of] for arm, of in runs.items()}
     first = arms[BASE][0]
-    floors = [floor(shard, question) for shard in shards]
+    floors = [
+        known
+        for shard in shards
+        if (known := floor_of_others(shard, SingleLabel(("No Finding", question), (question,)), 1))
+    ]
     boxed = sum(map(bool, first.place["lesion"]))
     lines = [
         f"{len(shards)} seeds, about {len(first.keys)} test images each, {boxed} of them with boxes. Floor: the "

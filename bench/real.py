@@ -40,6 +40,8 @@ from sklearn.metrics import roc_auc_score
 from step import processor
 
 from shards.dataset import Split
+from shards.targets import Targets
+from trainer.papers import SIDE, Floor
 from trainer.regions.lesions import LesionRegions
 
 HERE = Path(__file__).parent
@@ -436,6 +438,22 @@ def floor(shards: Path, finding: str) -> tuple[float, float]:
             hits.append(tested.reshape(len(tested), -1)[:, mean.argmax()].mean())
             energy.append(((tested * mean).sum((1, 2)) / mean.sum()).mean())
     return float(np.mean(hits)), float(np.mean(energy))
+
+
+def floor_of_others(shards: Path, labels: Targets, finding: int) -> tuple[float, float] | None:
+    """What knows the lesions of train and val alone gets on test: hits of the point that most of them hold, energy of
+    their mean map. None where either side has none.
+    """
+    floors = [Floor(Split(shards, name, labels), finding) for name in ("train", "val")]
+    test = Split(shards, "test", labels)
+    lesions, images = test.lesions(), sum(floor.images for floor in floors)
+    index = torch.from_numpy(np.unique(lesions.position[lesions.finding == finding]))
+    if not (images and len(index)):
+        return None
+    mean = sum(floor.map * floor.images for floor in floors) / images
+    drawn = LesionRegions(test).regions(index, torch.full_like(index, finding), test.image(0).shape, SIDE)
+    hits = drawn.flatten(1)[:, mean.argmax()].float().mean()
+    return float(hits), float(((drawn * mean).sum((1, 2)) / mean.sum()).mean())
 
 
 def section(question: str, runs: dict[str, list[Path]], shards: Path) -> str:

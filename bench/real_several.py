@@ -4,7 +4,7 @@ the default, paired by seed and patient.
 NIH images with all their labels: the archive's text, and what radiologists boxed. The findings of nih14 with at least
 20 images in train; 60/10/30 of the patients, dealt by the seed. EfficientNet-Lite0 from ImageNet weights, 224 px, AdamW
 with some augmentation, the last model. Beside pointing stands its floor: the one point that most lesion boxes of train
-hold.
+and val hold.
 
 CXR_FOCUS_REAL_DATA names a folder with `nih/` and `lesions/`. A finished run is not repeated, an interrupted one is
 resumed. Writes bench/real_several.md.
@@ -19,14 +19,13 @@ from datetime import date
 from pathlib import Path
 
 import numpy as np
-from real import COMMON, call, rows_of, write
+from real import COMMON, call, floor_of_others, rows_of, write
 from step import processor
 
 from shards.dataset import Split
 from shards.names import lists
 from shards.targets import MultiLabel
 from trainer.multilabel import RESAMPLES, Cells, Sorted
-from trainer.regions.lesions import boxes_to_mask
 
 HERE = Path(__file__).parent
 BCE, DEFAULT = "binary cross-entropy", "default"
@@ -157,28 +156,13 @@ def interval(arms: dict[str, list[Path]]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def floor(shards: Path, names: list[str]) -> dict[str, float]:
-    """By finding: share of the test images with boxes whose lesion holds the point that most lesions of train hold."""
-    held: dict[str, dict[str, np.ndarray]] = {}
-    for name in ("train", "test"):
-        split = Split(shards, name, MultiLabel(names))
-        lesions = split.lesions()
-        for k, finding in enumerate(names):
-            of = lesions.finding == k
-            boxes = [lesions.xyxy[of & (lesions.position == p)].tolist() for p in np.unique(lesions.position[of])]
-            if boxes:
-                held.setdefault(finding, {})[name] = boxes_to_mask(boxes, (512, 512), 128).numpy()
-    return {
-        finding: float(masks["test"].reshape(len(masks["test"]), -1)[:, masks["train"].mean(0).argmax()].mean())
-        for finding, masks in held.items()
-        if len(masks) == 2
-    }
-
-
 def table(work: Path, arms: dict[str, list[Path]], shards: list[Path]) -> str:
     """Markdown."""
     names = findings_of(shards[0])
-    floors = [floor(shard, names) for shard in shards]
+    floors = [
+        {name: known[0] for k, name in enumerate(names) if (known := floor_of_others(shard, MultiLabel(names), k))}
+        for shard in shards
+    ]
     reports = {
         arm: [json.loads((run / "report.json").read_text())["test"] for run in runs] for arm, runs in arms.items()
     }
