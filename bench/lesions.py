@@ -18,6 +18,7 @@ import argparse
 import csv
 import gzip
 import json
+import math
 import os
 import subprocess
 import sys
@@ -32,8 +33,10 @@ import real
 from real import COMMON, HERE, Seen, call, compared, floor_of_others, place, rows_of, write
 from step import processor
 
-from shards.targets import SingleLabel
+from shards.dataset import Split
+from shards.targets import MultiLabel, SingleLabel
 from trainer.papers import overlap
+from trainer.regions.lesions import LesionRegions
 
 QUESTIONS = ("Effusion", "Pneumothorax", "Cardiomegaly", "Pneumonia", "Consolidation")
 SEVERAL = "several"
@@ -48,10 +51,11 @@ ARMS: dict[str, list[str]] = {
     "rectangles": [*BEFORE[:-2], "--findings", str(HERE / "boxed.yaml")],
     "shape of the lungs": BEFORE,
     "default": ["--findings", str(HERE / "declared.yaml")],
-    "lesions of 1%": [*LESIONS, "--attention.annotated", "0.01"],
-    "lesions of 10%": [*LESIONS, "--attention.annotated", "0.1"],
+    "lesions of 1%": LESIONS,
+    "lesions of 10%": LESIONS,
     "all lesions": LESIONS,
 }
+ANNOTATED = {"lesions of 1%": 0.01, "lesions of 10%": 0.1}  # of the training images with a finding
 SHARES = "0.5,0.1,0.4"
 FEW = 5  # images that two read: fewer say nothing
 
@@ -99,9 +103,20 @@ def train(work: Path, question: str, arm: str, seed: int, shards: Path) -> Path:
         arms = ARMS[arm]
         if question == SEVERAL and "0.5" in arms:
             raise SystemExit(f"error: the arm {arm} is of one finding an image")
+        if arm in ANNOTATED:
+            arms = [*arms, "--attention.annotated", str(annotated(shards, question, ANNOTATED[arm]))]
         call("trainer.train", *flags, *arms, *(["--resume"] if (run / "checkpoints/last.pt").exists() else []))
         call("trainer.evaluate", "--run", str(run), "--shards", str(shards), "--workers", "0", "--by", "drain")
     return run
+
+
+def annotated(shards: Path, question: str, share: float) -> float:
+    """The share of the images with lesions that are so many of the training images with a finding."""
+    classes = EIGHT if question == SEVERAL else ("No Finding", question)
+    split = Split(shards, "train", MultiLabel(EIGHT) if question == SEVERAL else SingleLabel(classes, classes[1:]))
+    targets = split.targets(np.arange(len(split)))
+    positive = int((targets[:, 0 if question == SEVERAL else 1 :] == 1).any(1).sum())
+    return min(1.0, math.ceil(share * positive) / len(LesionRegions(split, 1.0).used))
 
 
 def second_reader(data: Path, finding: str) -> dict[str, float]:
