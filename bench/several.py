@@ -56,7 +56,7 @@ ARMS = {
     BCE: ["--balance.lam", "1"],
     DEFAULT: [],
     "swap alone": ["--balance.lam", "1", "--swap.probability", "0.75"],
-    "ramp to 0.8": ["--balance.lam", "0.8"],
+    "ramp to 0.8": ["--balance.lam", "0.8", "--balance.ramp", "0.5"],
     "lambda 0.9": ["--balance.lam", "0.9", "--balance.ramp", "0"],
     "lambda 0.85": ["--balance.lam", "0.85", "--balance.ramp", "0"],
     "lambda 0.8": ["--balance.lam", "0.8", "--balance.ramp", "0"],

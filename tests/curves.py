@@ -50,7 +50,7 @@ MOVING = [
 ]
 MOVING += ["--augment.gamma", "0.2", "--augment.noise", "0.02", "--augment.invert", "0.1"]
 RUNS = {
-    "resnet": ["--backbone", "test_resnet", "--optim.lr", "1e-4", *MOVING],
+    "resnet": ["--backbone", "test_resnet", "--optim.lr", "1e-4", "--balance.lam", "0.5", *MOVING],
     "vit": [
         "--backbone",
         "test_vit",

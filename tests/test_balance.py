@@ -5,7 +5,10 @@ import pytest
 import torch
 from conftest import GOLDEN
 
+from trainer import loop
 from trainer.balance import MOMENTUM, Balance, StepSums, published_lambda
+from trainer.build import build
+from trainer.command import resolve
 from trainer.config import Config
 from trainer.context import Swap
 from trainer.loop import squared_norm
@@ -159,3 +162,14 @@ def test_the_swap_is_on_where_attention_has_a_gradient():
     assert config.swap_probability == 0.0
     config.swap = Swap(probability=0.25)
     assert config.swap_probability == 0.25
+
+
+def test_while_lambda_falls_no_epoch_is_the_best(flags, tmp_path, monkeypatch):
+    """Else a run is over, or kept, before attention has begun."""
+    monkeypatch.setattr(loop, "score_of", lambda figures, best, epoch: -float(epoch))  # each worse than the one before
+    job = build(resolve([*flags, "--epochs", "5", "--patience", "1", "--balance.ramp", "0.6"]))
+    kept = []
+    monkeypatch.setattr(job, "keep", lambda: kept.append((job.state.epoch, round(job.lam, 3))))
+    job.train()
+    assert kept == [(0, 0.9), (1, 0.8), (2, 0.7)]
+    assert (job.state.best_epoch, job.state.epoch) == (2, 4)

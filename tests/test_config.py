@@ -197,3 +197,23 @@ def test_settings_that_do_nothing_are_told(flags, capsys):
     ):
         assert f"note: {words}" in said
     assert "note: --swap.dilate 0.1 is of the context swap, which is off" in said
+
+
+@pytest.mark.parametrize(
+    ("more", "lam", "ramp"),
+    [
+        ([], 0.7, 0.5),
+        (["--labels.kind", "any", "--task", "nih14"], 0.7, 0.5),
+        (["--balance.lam", "0.5"], 0.5, 0.0),  # what is said is so throughout
+        (["--balance.lam", "0.5", "--balance.ramp", "0.2"], 0.5, 0.2),
+        (["--balance.ramp", "0"], 0.7, 0.0),
+        (["--balance.policy", "ratio"], 0.7, 0.0),
+        (["--attention.form", "published"], 0.5, 0.0),
+    ],
+)
+def test_what_lambda_is_where_nothing_is_said(tmp_path, more, lam, ramp):
+    config = parse(Config, [*NEEDED, *more])
+    assert (config.balance.lam, config.balance.ramp) == (lam, ramp)
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    again = from_yaml(Config, tmp_path / "c.yaml")
+    assert (again.balance.lam, again.balance.ramp) == (lam, ramp)

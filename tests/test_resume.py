@@ -90,7 +90,7 @@ def test_resume_refuses_what_does_not_fit(flags, tmp_path):
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     for given, words in (
         (("--task", "np"), "--task ne, other rules of its findings, other images in --shards"),
-        (("--balance.lam", "0.3"), "--balance.lam 0.5"),
+        (("--balance.lam", "0.3"), "--balance.lam 0.7"),
         (("--swap.probability", "0.3"), "no --swap.probability"),
         (("--backbone", "resnet34"), "--backbone resnet18"),
         (("--size", "96"), "--size 64"),
@@ -266,7 +266,7 @@ def test_the_remedies_of_a_loss_that_is_not_finite_can_be_given(flags, tmp_path,
     )
     assert "note: optim.lr was 1e-05 before, now it is 1e-06" in capsys.readouterr().out
     assert job.optimizer.param_groups[0]["lr"] == pytest.approx(1e-6)
-    assert [change["what"] for change in job.state.changes] == ["optim.lr", "optim.clip"]
+    assert [change["what"] for change in job.state.changes] == ["optim.lr", "optim.clip", "epochs"]
 
 
 def test_another_precision_is_written_down(flags, tmp_path, monkeypatch):
@@ -278,7 +278,10 @@ def test_another_precision_is_written_down(flags, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     loop.main(["--out", str(tmp_path / "run"), "--resume", "--epochs", "2"])
     training = content_of(tmp_path / "run")["training"]
-    assert training["changes"] == [{"step": 4, "what": "precision", "from": "no", "to": "bf16"}]
+    assert training["changes"] == [
+        {"step": 4, "what": "precision", "from": "no", "to": "bf16"},
+        {"step": 4, "what": "epochs", "from": 1, "to": 2},  # lambda is a function of the run's length
+    ]
     assert "precision no up to step 4, then bf16" in (tmp_path / "run/report.html").read_text()
 
 

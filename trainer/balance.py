@@ -67,7 +67,7 @@ class Balance:
     def value(self, epoch: int, done: float = 1.0) -> float:
         """Lambda of the next step; ``done``: share of the run before it."""
         if self.policy == "fixed":
-            return 1 - (1 - self.lam) * done / self.ramp if done < self.ramp else self.lam
+            return 1 - (1 - self.lam) * done / self.ramp if self.falls(done) else self.lam
         if self.policy == "published":
             return published_lambda(epoch)
         if self.policy == "constrained":
@@ -78,6 +78,10 @@ class Balance:
             return self._clamp(0.5)
         ce, attention = self.means.tolist()
         return self._clamp(attention / (ce + attention) if ce + attention > 0 else 0.5)
+
+    def falls(self, done: float) -> bool:
+        """Whether lambda is still on its way down to ``lam``."""
+        return self.policy == "fixed" and done < self.ramp
 
     def _clamp(self, lam: float) -> float:
         return min(max(lam, self.low), self.high)

@@ -28,9 +28,9 @@ from trainer.sections import (
 CLAMPED = ("ratio", "balanced", "constrained")  # policies of lambda that have bounds
 # LibAUC, jfhealthcare and EVA-X agree on it
 CHEXPERT = "Edema: ones, Atelectasis: ones, zeros"
-# Binary cross-entropy, a mean over cells, is a small number: with 0.5 attention is learnt alone (bench/several.md).
-LAMBDA = {"one": 0.5, "any": 0.7}
-RAMP = {"one": 0.0, "any": 0.5}
+# With 0.5 from the start attention is learnt first and alone: maps then hardly depend on the image (bench/LOG.md).
+LAMBDA, RAMP = 0.7, 0.5
+PUBLISHED_LAMBDA = 0.5
 SWAPPED = 0.75  # share of the images whose surroundings are swapped where attention is trained
 
 
@@ -107,9 +107,10 @@ class Config:
     def __post_init__(self) -> None:
         """Settle what is left empty and depends on the kind of labels, so that a run's config.yaml says it."""
         self.balance.policy = self.balance.policy or "fixed"
-        self.balance.lam = self.lam
         if self.balance.ramp is None:
-            self.balance.ramp = RAMP[self.labels.kind] if self.balance.policy == "fixed" else 0.0
+            chosen = self.balance.policy != "fixed" or self.balance.lam is not None
+            self.balance.ramp = 0.0 if chosen or self.attention.form == "published" else RAMP
+        self.balance.lam = self.lam
         self.best = self.best or ("auc" if self.labels.kind == "any" else "accuracy")
 
     def problems(self) -> list[str]:
@@ -248,7 +249,7 @@ class Config:
     def idle(self) -> list[str]:
         """Settings of a new run that others leave without effect."""
         found = []
-        if self.balance.policy != "fixed" and self.balance.lam != LAMBDA[self.labels.kind]:
+        if self.balance.policy != "fixed" and self.balance.lam != self.default_lam:
             found.append(
                 f"--balance.lam {self.balance.lam}: is of the policy fixed, {self.balance.policy} finds its own; leave "
                 "one of the two out"
@@ -326,7 +327,12 @@ class Config:
     @property
     def lam(self) -> float:
         """Lambda of the policy fixed."""
-        return LAMBDA[self.labels.kind] if self.balance.lam is None else self.balance.lam
+        return self.default_lam if self.balance.lam is None else self.balance.lam
+
+    @property
+    def default_lam(self) -> float:
+        """What it is where nothing is said."""
+        return PUBLISHED_LAMBDA if self.attention.form == "published" else LAMBDA
 
     @property
     def plain(self) -> bool:

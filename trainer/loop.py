@@ -119,9 +119,12 @@ class Trainer(Training):
     @property
     def lam(self) -> float:
         """Lambda of the next step; 1 is plain cross-entropy and pays nothing for attention."""
-        state, config = self.state, self.config
-        done = (state.epoch + state.position / len(self.plan)) / config.epochs
-        return self.balance.value(state.epoch, done) if self.attends else 1.0
+        return self.balance.value(self.state.epoch, self.passed) if self.attends else 1.0
+
+    @property
+    def passed(self) -> float:
+        """The share of the run that is done."""
+        return (self.state.epoch + self.state.position / len(self.plan)) / self.config.epochs
 
     def _progress(self) -> Any:
         """The bar of the run."""
@@ -324,8 +327,11 @@ class Trainer(Training):
         self.balance.validated(figures["val_loss"])
         self.schedule.validated(figures["val_weighted" if config.optim.watch == "weighted" else "val_loss"])
         state.since_best += 1
-        score = score_of(figures, config.chosen_by, state.epoch)
-        if score > state.best or state.best_epoch < 0:  # the first in any case: what its figures lack, weights have
+        # While lambda falls, no model is what the run is for: the latest is kept, and nothing is waited for
+        early = self.attends and self.balance.falls(self.passed)
+        score = -math.inf if early else score_of(figures, config.chosen_by, state.epoch)
+        # The first in any case: what its figures lack, weights have
+        if early or score > state.best or state.best_epoch < 0:
             state.best, state.best_epoch, state.since_best = score, state.epoch, 0
             self.keep()
         self.write({"step": state.step, "epoch": state.epoch, **figures})
