@@ -17,7 +17,7 @@ from shards.errors import InputError
 from shards.pack import pack
 from shards.phantom import SeveralPhantoms
 from shards.plan import BalancedPlan, EpochPlan
-from shards.targets import MultiLabel
+from shards.targets import UNCERTAIN, MultiLabel
 from trainer import checkpoint, predict
 from trainer import train as loop
 from trainer.augment import draw, hashed
@@ -304,6 +304,19 @@ def test_shards_of_several_findings(several):
         assert {box.finding for box in meta["boxes"]} <= set(meta["findings"])
         assert ("No Finding" in meta["findings"]) == (len(meta["absent"]) == 4)
     assert len(split.lesions().position) > 20
+
+
+def test_what_training_makes_of_uncertain_cells_is_said(several):
+    task = AnyOf(FINDINGS, uncertain={"Effusion": "ones", "Cardiomegaly": "smooth"})
+    told = {name: task.told(Split(several, name, task.labels)) for name in ("train", "val")}
+    split = Split(several, "train", task.labels)
+    said = {"Effusion": "taken as present", "Pneumothorax": "left out", "Cardiomegaly": "taken as likely"}
+    for name, words in said.items():
+        count = split.tally(UNCERTAIN)[FINDINGS.index(name)]
+        assert count
+        assert re.search(rf"{name} \d+ of \d+ \({count} uncertain, {words}", told["train"])
+    assert "uncertain" in told["val"]  # unknown in every figure
+    assert "taken" not in told["val"]
 
 
 MOVING = [

@@ -28,6 +28,17 @@ KNOWN = {"ones": 1.0, "zeros": 0.0}
 EASY_ABSENT, EASY_PRESENT, MARGIN = 4.0, 1.0, 0.05
 
 
+# What training makes of an uncertain cell, in words
+TAKEN = {
+    "ignore": "left out",
+    "ones": "taken as present",
+    "zeros": "taken as absent",
+    "smooth": "taken as likely",
+    "smooth-zeros": "taken as unlikely",
+    "drop": "dropped with its image",
+}
+
+
 @dataclass(frozen=True)
 class AnyOf:
     """Any number of findings an image: binary cross-entropy over cells, an image and a finding, as far as they are
@@ -251,7 +262,8 @@ class AnyOf:
         tallies = {what: split.tally(what).tolist() for what in (PRESENT, ABSENT, UNCERTAIN, UNKNOWN)}
         each, lacking, training = [], [], split.split == "train"
         for name, present, absent, uncertain, unknown in zip(self.names, *tallies.values(), strict=True):
-            open_ = [f"{n} {word}" for n, word in ((uncertain, "uncertain"), (unknown, "unknown")) if n]
+            doubt = f"uncertain, {TAKEN[self.uncertain.get(name, 'ignore')]}" if training else "uncertain"
+            open_ = [f"{n} {word}" for n, word in ((uncertain, doubt), (unknown, "unknown")) if n]
             each.append(f"{name} {present} of {present + absent}{f' ({listed(open_)})' if open_ else ''}")
             if not present or not absent:
                 lacking.append(name)
