@@ -51,6 +51,8 @@ ARMS: dict[str, list[str]] = {
     "rectangles": [*BEFORE[:-2], "--findings", str(HERE / "boxed.yaml")],
     "shape of the lungs": BEFORE,
     "default": ["--findings", str(HERE / "declared.yaml")],
+    "both sides alike": ["--findings", str(HERE / "unsided.yaml")],
+    "finer maps": ["--findings", str(HERE / "declared.yaml"), "--attention.stride", "16"],
     "lesions of 1%": LESIONS,
     "lesions of 10%": LESIONS,
     "all lesions": LESIONS,

@@ -49,11 +49,13 @@ MOVING = [
     "0.2",
 ]
 MOVING += ["--augment.gamma", "0.2", "--augment.noise", "0.02", "--augment.invert", "0.1"]
+BEFORE = ["--findings", str(FILE.with_name("findings.yaml"))]  # of defaults that have changed since
 RUNS = {
-    "resnet": ["--backbone", "test_resnet", "--optim.lr", "1e-4", "--balance.lam", "0.5", *MOVING],
+    "resnet": ["--backbone", "test_resnet", "--optim.lr", "1e-4", *BEFORE, "--balance.lam", "0.5", *MOVING],
     "vit": [
         "--backbone",
         "test_vit",
+        *BEFORE,
         "--attention.region",
         "both",
         "--attention.annotated",
