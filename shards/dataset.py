@@ -89,6 +89,11 @@ class Split:
         self.fingerprint = digest.hexdigest()
         self._files: OrderedDict[int, int] = OrderedDict()
 
+    @property
+    def lists_absent(self) -> bool:
+        """Whether what a sample's labels do not name is absent, not unmentioned."""
+        return asked_in(self.store.index()).absent
+
     def _table(self, name: str, dtype: Any, entry: dict[str, Any], rows: int | None) -> np.ndarray:
         path = self.store.table(name, entry["tables"].get(name, {}))
         try:

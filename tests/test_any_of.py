@@ -551,7 +551,7 @@ def test_a_balanced_epoch_has_as_many_of_each_group():
         (["--loss.pos_weight", "Effusion: balanced"], "none and balanced are for all findings alike"),
         (["--best", "accuracy"], "--best accuracy: is of one finding an image"),
         (["--attention.form", "published"], "is of one finding an image"),
-        (["--task", "Effusion,Pleural Effusion"], "expected different names of findings"),
+        (["--task", "Effusion,Pleural Effusion"], "Effusion and Pleural Effusion are names of one finding"),
         (["--task", "No Finding"], "or one finding at least"),
         (["--task", "Effusion,Fibrosis"], "has no images with finding 'Fibrosis'"),
         (["--labels.kind", "one", "--labels.uncertain", "ones"], "--labels.uncertain ones: is of --labels.kind any"),

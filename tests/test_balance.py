@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import GOLDEN
 
 from trainer import loop
@@ -173,3 +174,13 @@ def test_while_lambda_falls_no_epoch_is_the_best(flags, tmp_path, monkeypatch):
     job.train()
     assert kept == [(0, 0.9), (1, 0.8), (2, 0.7)]
     assert (job.state.best_epoch, job.state.epoch) == (2, 4)
+
+
+def test_a_longer_run_does_not_raise_lambda_again(flags, tmp_path):
+    job = build(resolve([*flags, "--epochs", "2", "--balance.ramp", "0.5"]))
+    job.train()
+    assert job.lam == 0.7
+    AcceleratorState._reset_state(True)
+    job = build(resolve(["--out", str(tmp_path / "run"), "--resume", "--epochs", "8"]))
+    assert job.lam == 0.7
+    assert not job.balance.falls(job.passed)

@@ -49,7 +49,7 @@ def test_the_probes_of_a_run_are_reported(flags, tmp_path):
     place = content["test"]["localization"]["expected"]["all"]
     assert 0 <= place["iou"] <= 1
     assert place["iou_threshold"] == (1 + content["iou_threshold"]["expected"]) / 16
-    text = (tmp_path / "run/resnet18_phantom_nep_la0.5_t0.5.txt").read_text()
+    text = (tmp_path / "run/resnet18_phantom_nep_la0.7_t0.5.txt").read_text()
     page = (tmp_path / "run/report.html").read_text()
     for figure in PROBES:
         assert figure in text
@@ -128,7 +128,7 @@ def test_maps_that_are_zero_are_nothing_to_compare_with(flags, tmp_path, monkeyp
     monkeypatch.setattr("trainer.measure.random_twin", dead)
     loop.main([*flags, "--epochs", "1"])
     assert json.loads((tmp_path / "run/report.json").read_text())["test"]["probe"]["random"] is None
-    assert "energy, random weights" not in (tmp_path / "run/resnet18_phantom_ne_la0.5_t0.5.txt").read_text()
+    assert "energy, random weights" not in (tmp_path / "run/resnet18_phantom_ne_la0.7_t0.5.txt").read_text()
 
 
 def test_a_report_is_of_its_checkpoint(flags, tmp_path, monkeypatch, capsys):
@@ -261,3 +261,21 @@ def test_another_run_s_report_is_never_overwritten(trained, flags, tmp_path, sha
                 "0",
             ]
         )
+
+
+def test_other_images_are_measured_at_the_run_s_own_thresholds(trained, tmp_path):
+    """Whatever val of their own they bring."""
+    own = content_of(tmp_path / "run")
+    for splits in (("val", "test"), ("val",)):
+        other = tmp_path / "-".join(splits)
+        pack(Phantoms(60, 5, size=64), other, dataset=other.name)
+        index = json.loads((other / "index.json").read_text())
+        index["splits"] = {name: entry for name, entry in index["splits"].items() if name in splits}
+        (other / "index.json").write_text(json.dumps(index))
+        evaluate.main(["--run", str(tmp_path / "run"), "--shards", str(other), "--workers", "0"])
+        content = content_of(tmp_path / "run" / f"evaluate_{other.name}")
+        for name in ("threshold", "iou_threshold", "box_threshold"):
+            assert content[name] == own[name]
+        for split in splits:
+            assert content[split]["at_threshold"]["threshold"] == own["threshold"]
+            assert content[split]["images"]

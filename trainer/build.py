@@ -224,6 +224,11 @@ def announce(config: Config, parts: Parts) -> None:
         )
     for name, split in parts.splits.items():
         say(f"{name}: {parts.task.told(split)}")
+    if parts.attends and config.balance.ramp:
+        say(
+            f"lambda falls from 1 to {config.lam:g} over {config.balance.ramp * config.epochs:g} of {config.epochs} "
+            "epochs; the best model and patience begin there"
+        )
     if config.resume and findings_changed(config, parts.findings):
         say(
             f"note: the run keeps the rules of its own {FINDINGS}; {config.findings or 'the ready-made findings'} now "
@@ -271,6 +276,7 @@ def make(config: Config, parts: Parts) -> Trainer:
         identity=identity(config, splits, key, findings),
     )
     trainer.state.warmup = config.optim.warmup * parts.per_step
+    trainer.state.length = config.epochs * len(splits["train"])
     return trainer
 
 

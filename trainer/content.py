@@ -129,6 +129,7 @@ class Content(TypedDict, total=False):
     iou_threshold: dict[str, int | None] | None
     box_threshold: dict[str, int | None]
     threshold: float | dict[str, float | None] | None
+    foreign: bool  # of other images than the run's own: thresholds are those of the run's val
     val: Figures
     test: Figures
     config: dict[str, Any]

@@ -107,6 +107,7 @@ def finish(
     out: Path,
     known: Content | None = None,
     *,
+    foreign: bool = False,
     by: Sequence[str] = (),
     maps: str = "",
 ) -> Content:
@@ -115,6 +116,7 @@ def finish(
     Args:
         known: what a report.json of the run says already. What is not measured now stays as it is there, and where
             there is no val, thresholds are those that the run's own validation images chose.
+        foreign: whether these are other images than the run's own, whose val then chooses nothing that is known.
         by: columns of the samples that figures are split by.
         maps: a folder for the maps of what the report shows.
 
@@ -139,15 +141,18 @@ def finish(
     content["lungs_not_found"] = known.get("lungs_not_found", {}) | without
     replaced = {name: int(outcome.replaced.sum()) for name, outcome in outcomes.items()}
     content["regions_replaced"] = known.get("regions_replaced", {}) | replaced
-    thresholds = outcomes["val"].thresholds() if "val" in outcomes else known.get("iou_threshold")
-    point = outcomes["val"].operating_point() if "val" in outcomes else known.get("threshold")
-    content["iou_threshold"], content["threshold"] = thresholds, point
+    foreign = foreign and known.get("threshold") is not None
+    chooses = "val" in outcomes and not foreign
+    thresholds = outcomes["val"].thresholds() if chooses else known.get("iou_threshold")
+    point = outcomes["val"].operating_point() if chooses else known.get("threshold")
+    content["iou_threshold"], content["threshold"], content["foreign"] = thresholds, point, foreign
     for split in MEASURED:
         if split in outcomes:
             content[split] = outcomes[split].report(intervals=True, chosen=thresholds, threshold=point)
         elif split in known:
             content[split] = known[split]
-    lesions, content["box_threshold"] = lesion_figures(evaluator, outcomes, point, known.get("box_threshold"))
+    boxes = known.get("box_threshold")
+    lesions, content["box_threshold"] = lesion_figures(evaluator, outcomes, point, boxes, keep=foreign)
     for split in MEASURED:
         if split in lesions:
             content[split]["lesions"] = lesions[split]
@@ -298,7 +303,17 @@ def main(argv: list[str] | None = None) -> None:
         splits,
         lungs,
     )
-    content = finish(evaluator, config, opened.findings, training, out, known, by=options.columns, maps=options.maps)
+    content = finish(
+        evaluator,
+        config,
+        opened.findings,
+        training,
+        out,
+        known,
+        foreign=not own,
+        by=options.columns,
+        maps=options.maps,
+    )
     if accelerator.is_main_process:
         print(table({path.resolve().name: content}))
         print(f"wrote {out / 'report.html'}")

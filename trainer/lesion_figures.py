@@ -62,7 +62,12 @@ def rows_of(evaluator: Evaluator, name: str, outcome: Outcome, chosen: np.ndarra
 
 
 def lesion_figures(
-    evaluator: Evaluator, outcomes: dict[str, Outcome], point: Point, known: dict[str, Any] | None
+    evaluator: Evaluator,
+    outcomes: dict[str, Outcome],
+    point: Point,
+    known: dict[str, Any] | None,
+    *,
+    keep: bool = False,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, int | None]]:
     """By split the figures of `papers.by_finding`, of the model, a constant and random weights; and of these kinds the
     threshold of boxes that val chose, a number of `metrics.THRESHOLDS`.
@@ -70,6 +75,7 @@ def lesion_figures(
     Args:
         point: from which probability on a finding is said to be there.
         known: thresholds that the run's own val chose, where there is no val here.
+        keep: whether they hold where there is one, too.
     """
     thresholds: dict[str, int | None] = dict(known or {})
     content: dict[str, dict[str, Any]] = {}
@@ -89,9 +95,10 @@ def lesion_figures(
         }
         if name == "val":
             floors = {int(k): Floor(outcome.split, int(k)) for k in np.unique(finding)}
-            thresholds = {kind: box_threshold(table) for kind, table in rows.items() if kind != "constant"}
+            chosen_here = {kind: box_threshold(table) for kind, table in rows.items() if kind != "constant"}
             # A constant chosen on val is too good on val: figures of it are of test alone
-            thresholds["constant"] = box_threshold(constant(outcome, chosen, floors))
+            chosen_here["constant"] = box_threshold(constant(outcome, chosen, floors))
+            thresholds = chosen_here | thresholds if keep else chosen_here
         named = outcome.task.named(outcome.logits, point)
         says = np.array(
             [

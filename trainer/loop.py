@@ -123,8 +123,8 @@ class Trainer(Training):
 
     @property
     def passed(self) -> float:
-        """The share of the run that is done."""
-        return (self.state.epoch + self.state.position / len(self.plan)) / self.config.epochs
+        """The share that is done of the run as it began, whatever a resume makes of its length."""
+        return (self.state.epoch * len(self.plan) + self.state.position) / self.state.length
 
     def _progress(self) -> Any:
         """The bar of the run."""

@@ -286,7 +286,10 @@ def task_findings(task: str, kind: str = "one") -> tuple[str, ...]:
     if task not in ready and len(names) < 2 and (kind == "one" or not names[0] or same_as(names[0]) == healthy):
         more = "'No Finding,Cardiomegaly'" + ("" if kind == "one" else ", or one finding at least")
         raise InputError(f"--task {task}: unknown; {nearest(task, ready)}; or name two findings or more: --task {more}")
-    if not all(names) or len({same_as(name) for name in names}) < len(names):
+    same = {same_as(name): name for name in reversed(names)}
+    if twice := next((name for name in names if name and same[same_as(name)] != name), None):
+        raise InputError(f"--task {task}: {same[same_as(twice)]} and {twice} are names of one finding; leave one out")
+    if not all(names) or len(same) < len(names):
         raise InputError(f"--task {task}: expected different names of findings, separated by commas")
     return names if kind == "one" else tuple(name for name in names if same_as(name) != healthy)
 

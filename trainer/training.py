@@ -44,6 +44,7 @@ class State:
     seconds: float = 0.0  # of training, without evaluation and pauses
     images: int = 0  # trained on in those seconds
     warmup: int = 0  # images of the learning rate's warm-up, as the run began
+    length: int = 0  # images of all epochs, as the run began: the way of lambda is a share of it
     # Of how it is carried out, at resumes: step, what, from, to
     changes: list[dict[str, Any]] = field(default_factory=list)
 
@@ -189,13 +190,13 @@ class Training:
     def launch(self) -> dict[str, Any]:
         """How the run is carried out: it may change, but not unsaid."""
         c, acc = self.config, self.accelerator
-        # Rate and lambda may be functions of the run's length
+        # The rate may be a function of the run's length
         return {
             "images a step": c.batch * acc.num_processes * c.accumulate,
             "precision": acc.mixed_precision,
             "optim.lr": c.optim.lr,
             "optim.clip": c.optim.clip,
-        } | ({"epochs": c.epochs} if c.optim.schedule == "cosine" or c.balance.ramp else {})
+        } | ({"epochs": c.epochs} if c.optim.schedule == "cosine" else {})
 
     def restore(self) -> None:
         """Model, optimizer, schedule, scaler, lambda, lungs, position; then the log is cut back to that step."""
@@ -231,6 +232,7 @@ class Training:
                 self.state.changes.append({"step": self.state.step, "what": name, "from": was[name], "to": value})
         self.schedule.scale(self.config.optim.lr / was.get("optim.lr", self.config.optim.lr))
         self.state.warmup = self.state.warmup or self.config.optim.warmup * was["images a step"]
+        self.state.length = self.state.length or was.get("epochs", self.config.epochs) * len(self.splits["train"])
         self.clock.counted = self.state.seconds
         # Sums of all processes since the last line of the log; earlier versions kept fewer
         if self.accelerator.is_main_process:

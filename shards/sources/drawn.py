@@ -149,9 +149,11 @@ def _from_json(path: Path) -> Iterator[Drawn]:
             for lesion in lesions:
                 where = f"{flag}, {image}"
                 if "counts" in lesion:
-                    yield Drawn(image, str(lesion["finding"]), where, runs=Runs.of(lesion["size"], lesion["counts"]))
+                    yield Drawn(image, str(lesion["finding"]), where, runs=_runs(lesion, where))
                 else:
                     yield Drawn(image, str(lesion["finding"]), where, (_points(lesion["points"]),))
+    except InputError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{flag}: {type(error).__name__} {error}: expected lesions by image, "
@@ -166,10 +168,17 @@ def _from_coco(content: Mapping[str, Any], flag: str) -> Iterator[Drawn]:
         image, finding = images[lesion["image_id"]], kinds[lesion["category_id"]]
         where, drawn, name = f"{flag}, annotation {number}", lesion["segmentation"], str(image["file_name"])
         if isinstance(drawn, dict):
-            yield Drawn(name, finding, where, runs=Runs.of(drawn["size"], drawn["counts"]))
+            yield Drawn(name, finding, where, runs=_runs(drawn, f"{where} ({name}, {finding})"))
         elif drawn:
             polygons = tuple(_points(list(zip(one[::2], one[1::2], strict=True))) for one in drawn)
             yield Drawn(name, finding, where, polygons)
+
+
+def _runs(drawn: Mapping[str, Any], where: str) -> Runs:
+    try:
+        return Runs.of(drawn["size"], drawn["counts"])
+    except ValueError as error:
+        raise InputError(f"{where}: {error}; COCO's runs are by column and cover the whole mask") from error
 
 
 def _points(points: Any) -> tuple[tuple[float, float], ...]:

@@ -146,7 +146,7 @@ def _parts(outline: Outline, image: Any, where: str) -> Iterator[Image.Image]:
         if abs(width * image.height - height * image.width) > max(whole):
             raise InputError(
                 f"{where}: {what}: the mask is {width}x{height} pixels, the image {image.width}x{image.height}; a mask "
-                "has the size of its image"
+                "has the size of its image, or the same proportions"
             )
         part = Image.fromarray(mask.astype(np.uint8) * 255)
         yield part if part.size == whole else part.resize(whole, Image.Resampling.BOX)

@@ -81,7 +81,7 @@ def _of_what(figures: Figures) -> str:
     return (
         f"Of each finding over the images where it is known, {figures['cells']} cells in all; uncertain ones are "
         "unknown, "
-        "whatever training made of them. Thresholds are those that val chose. Means are over the "
+        "whatever training made of them. Thresholds are those that the run's val chose. Means are over the "
         f"{figures['defined']} of {len(figures['per_finding'])} findings of which there are images with and without. "
         f"Intervals of AUC resample {figures['resampled']}."
     )

@@ -281,11 +281,10 @@ def notes(runs: dict[str, Content]) -> list[str]:
         lacking = [finding for finding, point in points.items() if point is None] if isinstance(points, dict) else []
         if lacking:
             parts.append(f"{name}: val gives no threshold for {listed(lacking)}, so nothing is ever called that")
-        if shown_split(content) == "val" and "per_finding" in content["val"]:
+        if shown_split(content) == "val" and "per_finding" in content["val"] and not content.get("foreign"):
             parts.append(
                 f"{name}: there is no test split; the best epoch and the thresholds were chosen on the images that "
-                "these "
-                "figures are of"
+                "these figures are of"
             )
     if len({content.get("regions") for content in runs.values()}) > 1:
         parts.append("these runs differ in their expected regions: figures of the region cannot be compared")

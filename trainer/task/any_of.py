@@ -267,12 +267,20 @@ class AnyOf:
             each.append(f"{name} {present} of {present + absent}{f' ({listed(open_)})' if open_ else ''}")
             if not present or not absent:
                 lacking.append(name)
+        silent = (
+            ""
+            if split.lists_absent or self.unmentioned != "negative"
+            else "; what the labels do not mention is taken as absent (--labels.unmentioned)"
+        )
         left = f"; {split.left_out} images left out, of which nothing is known, or that are uncertain and dropped"
         warning = (
             f"; warning: {listed(lacking)} cannot be {'learnt' if training else 'measured'} here: all known images are "
             "alike"
         )
-        return f"{len(split)} images, {listed(each, 30)}{left if split.left_out else ''}{warning if lacking else ''}"
+        return (
+            f"{len(split)} images, "
+            f"{listed(each, 30)}{silent}{left if split.left_out else ''}{warning if lacking else ''}"
+        )
 
     def caption(self, probability: torch.Tensor, finding: int) -> str:
         """See `Task`: the probability of that finding."""
