@@ -110,7 +110,7 @@ def test_strides_and_layers_that_cannot_be():
 
 def test_settings_reach_the_model(flags, tmp_path):
     more = ["--attention.layer", "layer3,layer4", "--attention.map", "layercam", "--attention.fuse", "product"]
-    job = build(resolve([*flags, *more, "--attention.stride", "16"]))
+    job = build(resolve([*flags, *more, "--attention.stride", "16", "--epochs", "1"]))
     assert (job.model.kind, job.model.fuse) == ("layercam", "product")
     job.train()
     assert open_run(tmp_path / "run").model.options == job.model.options

@@ -14,9 +14,9 @@ TABLE_BYTES = 2**31  # of a table, unpacked
 
 
 class Row(dict[str, str]):
-    """A row of a table, by column; ``line``: its last line in the file."""
+    """A row of a table, by column; ``line``: its last line in the file ``table``."""
 
-    line = 0
+    line, table = 0, ""
 
 
 def _text(data: bytes, where: str) -> str:
@@ -73,7 +73,7 @@ def read_table(path: Path, flag: str) -> tuple[list[str], list[Row]]:
                 f"{flag} {path}: row {line} has {len(cells)} cells, the header {len(columns)}; correct the row"
             )
         rows.append(Row(zip(columns, (cell.strip() for cell in cells), strict=False)))
-        rows[-1].line = line
+        rows[-1].line, rows[-1].table = line, path.name
     return columns, rows
 
 

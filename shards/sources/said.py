@@ -31,7 +31,7 @@ def readings(recipe: Recipe, rows: Sequence[Row], flag: str) -> list[Labels] | N
 def _row(recipe: Recipe, row: Row, flag: str) -> Labels | None:
     """What a row says."""
     kind, settings = recipe.kind, recipe.findings[recipe.kind]
-    where = f"{flag}, row {row.line}"
+    where = f"{flag}, {row.table}, row {row.line}"
     if kind == "cells":
         said = _cells(recipe, settings, row, where)
     elif kind == "names":
