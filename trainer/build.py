@@ -224,7 +224,7 @@ def announce(config: Config, parts: Parts) -> None:
         )
     for name, split in parts.splits.items():
         say(f"{name}: {parts.task.told(split)}")
-    if parts.attends and config.balance.ramp:
+    if parts.attends and config.balance.ramp and not config.resume:  # of the run as it began
         say(
             f"lambda falls from 1 to {config.lam:g} over {config.balance.ramp * config.epochs:g} of {config.epochs} "
             "epochs; the best model and patience begin there"

@@ -141,7 +141,7 @@ def finish(
     content["lungs_not_found"] = known.get("lungs_not_found", {}) | without
     replaced = {name: int(outcome.replaced.sum()) for name, outcome in outcomes.items()}
     content["regions_replaced"] = known.get("regions_replaced", {}) | replaced
-    foreign = foreign and known.get("threshold") is not None
+    foreign = foreign and "threshold" in known
     chooses = "val" in outcomes and not foreign
     thresholds = outcomes["val"].thresholds() if chooses else known.get("iou_threshold")
     point = outcomes["val"].operating_point() if chooses else known.get("threshold")

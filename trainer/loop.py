@@ -239,8 +239,9 @@ class Trainer(Training):
                 torch.zeros(2, device=device),
             )
         region = self.regions(attended, boxes, lungs).weight
-        found = upload(located.found, device)
-        healthy = found & self.task.healthy(target)
+        if self.swaps or self.lends:
+            found = upload(located.found, device)
+            healthy = found & self.task.healthy(target)
         if self.avoided and lesions is not None:
             avoided, lesions = lesions.unbind(1)
             region = region.masked_fill(avoided, 0)
