@@ -16,7 +16,7 @@ from shards.sample import NO_FINDING, SPLITS, SUPPORT_DEVICES, Labels, clean_key
 from shards.sources.cells import cell_of
 from shards.sources.item import Item, Source, mixed, present, refuse_torn, separated
 from shards.sources.labels import NOBODY, contradicts
-from shards.sources.listing import Listed, find_tables, hint, images_of, kept_of
+from shards.sources.listing import Listed, find_tables, images_of, kept_of
 from shards.sources.marked import boxes_of, outlines_of
 from shards.sources.recipe import Recipe
 from shards.sources.said import agreed, readings
@@ -58,7 +58,7 @@ def archive(
             "figures say nothing"
         )
     images = images_of(recipe, root, views, skipped, notes)
-    here = present([image.path for image in images], f"--root {root}", skipped, skip_missing, hint(root, images))
+    here = present([image.path for image in images], f"--root {root}", skipped, skip_missing)
     images = [image for image, there in zip(images, here, strict=True) if there]
     asked = _label(recipe, images, agree, task, skipped, f"--root {root}")
     images = [image for image in images if image.labels is not _NOTHING]

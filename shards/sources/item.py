@@ -244,16 +244,29 @@ def refuse_missing_class(items: Sequence[Item], declared: Sequence[str] | None, 
 
 
 def present(paths: Iterable[Path], flag: str, skipped: dict[str, int], skip: bool, more: str = "") -> list[bool]:
-    """Which files are there. InputError with how many are not and the first five, unless ``skip``: then they are
-    counted.
+    """Which files are there. InputError with how many are not, the first five, and what stands where the first should
+    (or ``more``), unless ``skip``: then they are counted.
     """
+    paths = list(paths)
     here = [os.path.isfile(path) for path in paths]
-    missing = [str(path) for path, there in zip(paths, here, strict=True) if not there]
+    missing = [path for path, there in zip(paths, here, strict=True) if not there]
     if missing and (not skip or len(missing) == len(here)):
         raise InputError(
-            f"{flag}: {len(missing)} of {len(here)} images that it lists are missing: {listed(missing)}{more}; add "
-            "them, or leave them out with --on-bad skip"
+            f"{flag}: {len(missing)} of {len(here)} images that it lists are missing: {listed(missing)}"
+            f"{more or _instead_of(missing[0])}; add them, or leave them out with --on-bad skip"
         )
     if missing:
         skipped["listed but missing"] += len(missing)
     return here
+
+
+def _instead_of(path: Path) -> str:
+    """What there is instead of a file that is missing."""
+    folder = next((parent for parent in path.parents if parent.is_dir()), Path())
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:
+        names = []
+    if folder == path.parent and (alike := [name for name in names if os.path.splitext(name)[0] == path.stem]):
+        return f" (another suffix is there: {alike[0]})"
+    return f" (in {folder} there {'are ' + listed(names[:3]) if names else 'is nothing'})"

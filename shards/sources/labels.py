@@ -170,7 +170,7 @@ def cell_number(value: str, where: str, name: str) -> float | None:
     try:
         number = float(value)
     except ValueError:
-        number = {"true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0}.get(value.lower(), 9.0)
+        number = {"true": 1.0, "false": 0.0}.get(value.lower(), 9.0)  # as pandas writes what is no number
     if number not in (-1.0, 0.0, 1.0):
         raise InputError(f"{where}: column {name!r} holds {value!r}; expected 1, 0, -1 (uncertain) or nothing")
     return number

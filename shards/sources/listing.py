@@ -168,19 +168,6 @@ def finder_of(recipe: Recipe, root: Path) -> Callable[[str], Path]:
     return find
 
 
-def hint(root: Path, images: Sequence[Listed]) -> str:
-    """What there is instead of a file that is missing."""
-    for image in images:
-        if not os.path.isfile(image.path):
-            folder = next((parent for parent in image.path.parents if parent.is_dir()), root)
-            try:
-                there = sorted(os.listdir(folder))[:3]
-            except OSError:
-                there = []
-            return f" (in {folder} there {'are ' + listed(there) if there else 'is nothing'})"
-    return ""
-
-
 def _other_view(recipe: Recipe, row: Row) -> str:
     """Why a row is no frontal view; empty: it is one."""
     assert recipe.view is not None
