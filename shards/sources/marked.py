@@ -80,7 +80,8 @@ def outlines_of(recipe: Recipe, image: Listed) -> tuple[Outline, ...]:
             width, height = image_size(image.path)
             for x, y in polygon:
                 if not (-1 <= x <= width + 1 and -1 <= y <= height + 1):
-                    raise InputError(f"{image.name}: a polygon has the point {x:g} {y:g}, outside of {width}x{height}")
+                    where = f"{recipe.title}, {os.path.basename(image.name)}"
+                    raise InputError(f"{where}: a polygon has the point {x:g} {y:g}, outside of {width}x{height}")
             name = recipe.named(row[recipe.findings["rows"]["column"]])
             drawn[name].append(tuple((x / width, y / height) for x, y in polygon))
     return tuple(Outline(name, polygons=tuple(polygons)) for name, polygons in drawn.items())
