@@ -5,7 +5,8 @@ Questions: Effusion, Pneumothorax, Cardiomegaly, Pneumonia and Consolidation, ea
 image shows; several: the eight findings of BBox_List_2017 as one model. An image shows a finding where the archive's
 text or a radiologist's mark says so. Patients are dealt 50/10/40 by the seed; lesions of the training images are used
 by those arms alone that say so. EfficientNet-Lite0 from ImageNet weights, 224 px, AdamW with some augmentation, the
-last model. Truth are the radiologists' boxes.
+last model. Truth are the radiologists' boxes. drain: Pneumothorax with a chest drain painted through a lung of 90% of
+the positive and 10% of the negative images of train and val, and of half of all of test.
 
 Beside every hit rate stands the one point that most lesions of the other images (train and val) hold, beside every
 energy their mean map, beside all of it cross-entropy. A finished run is not repeated, an interrupted one is resumed.
@@ -23,6 +24,7 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
@@ -30,6 +32,7 @@ from typing import Any
 
 import numpy as np
 import real
+from PIL import Image, ImageDraw
 from real import COMMON, HERE, Seen, call, compared, floor_of_others, place, rows_of, write
 from step import processor
 
@@ -39,9 +42,18 @@ from trainer.papers import overlap
 from trainer.regions.lesions import LesionRegions
 
 QUESTIONS = ("Effusion", "Pneumothorax", "Cardiomegaly", "Pneumonia", "Consolidation")
-SEVERAL = "several"
+SEVERAL, DRAIN = "several", "drain"
+FINDING = {DRAIN: "Pneumothorax"}  # of a question that is not called after it
 EIGHT = ("Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Pneumothorax")
-EPOCHS = {"Effusion": 8, "Pneumothorax": 10, "Cardiomegaly": 10, "Pneumonia": 10, "Consolidation": 10, SEVERAL: 6}
+EPOCHS = {
+    "Effusion": 8,
+    "Pneumothorax": 10,
+    "Cardiomegaly": 10,
+    "Pneumonia": 10,
+    "Consolidation": 10,
+    SEVERAL: 6,
+    DRAIN: 10,
+}
 BASE = real.BASE
 # As the default was before this study: lambda 0.5 from the start, both sides alike
 BEFORE = ["--balance.lam", "0.5", "--balance.ramp", "0", "--findings", str(HERE / "unsided.yaml")]
@@ -57,6 +69,9 @@ ARMS: dict[str, list[str]] = {
     "lesions of 10%": LESIONS,
     "all lesions": LESIONS,
 }
+AVOID = ["--findings", str(HERE / "declared.yaml"), "--attention.avoid", "Chest Drain"]
+DRAINS = {"drains avoided": AVOID, "drains avoided and lent": [*AVOID, "--swap.devices", "0.5"]}  # of drain alone
+ALONE = ("rectangles", "shape of the lungs")  # of one finding an image alone
 ANNOTATED = {"lesions of 1%": 0.01, "lesions of 10%": 0.1}  # of the training images with a finding
 SHARES = "0.5,0.1,0.4"
 FEW = 5  # images that two read: fewer say nothing
@@ -94,17 +109,67 @@ def shards_of(data: Path, work: Path, question: str, seed: int) -> Path:
     return out
 
 
+def drawn(data: Path, work: Path, seed: int) -> Path:
+    """Shards of Pneumothorax, its patients dealt as there, with painted drains whose outline is known."""
+    out, plain = work / f"shards_{DRAIN}_{seed}", work / f"Pneumothorax_{seed}"
+    if out.exists():
+        return out
+    source = shards_of(data, work, "Pneumothorax", seed)
+    names = ("No Finding", "Pneumothorax")
+    splits = {name: Split(source, name, SingleLabel(names, names[1:])) for name in ("train", "val", "test")}
+    split_of = {split.key(i): name for name, split in splits.items() for i in range(len(split))}
+    folder = work / f"{DRAIN}_{seed}"
+    folder.mkdir(exist_ok=True)
+    rng, rows, outlines = np.random.default_rng([13, seed]), [], {}
+    for row in rows_of(plain.with_suffix(".csv")):
+        image = Image.open(data / "lesions/images" / row["path"]).convert("L").resize((512, 512))
+        split, ill = split_of[Path(row["path"]).stem], row["finding"] == "Pneumothorax"
+        has = rng.random() < (0.5 if split == "test" else 0.9 if ill else 0.1)
+        if has:
+            outline = tube(rng)
+            over = Image.new("L", (2048, 2048))
+            ImageDraw.Draw(over).polygon([(2048 * x, 2048 * y) for x, y in outline], fill=150)
+            image.paste(235, mask=over.resize((512, 512), Image.Resampling.BOX))
+            outlines[f"{Path(row['path']).stem}.png"] = [{"finding": "Chest Drain", "points": outline}]
+        name = f"{Path(row['path']).stem}.png"
+        image.save(folder / name)
+        rows.append((name, row["finding"], row["patient"], split, str(int(has)), row["view"]))
+    table = folder.with_suffix(".csv")
+    write(table, ("path", "finding", "patient", "split", "drain", "view"), rows)
+    boxes = Path(f"{folder}_boxes.csv")
+    of = [(f"{Path(row['path']).stem}.png", *list(row.values())[1:]) for row in rows_of(Path(f"{plain}_boxes.csv"))]
+    write(boxes, ("path", "finding", "x0", "y0", "x1", "y1"), of)
+    Path(f"{folder}_drains.json").write_text(json.dumps(outlines))
+    where = ["--csv", str(table), "--images", str(folder), "--boxes", str(boxes), "--devices", "Chest Drain"]
+    where += ["--lesions", f"{folder}_drains.json", "--patient-column", "patient", "--split-column", "split"]
+    call("shards", "csv", *where, "--keep-column", "drain,view", "--out", str(out))
+    return out
+
+
+def tube(rng: np.random.Generator) -> list[tuple[float, float]]:
+    """The outline of a drain that comes in at the side of the chest and goes up to an apex, in shares of the image."""
+    t = np.linspace(0, 1, 24)
+    x0, y0, x1, y1 = rng.uniform((0.02, 0.55, 0.26, 0.15), (0.08, 0.75, 0.36, 0.3))
+    x = x0 + (x1 - x0) * t + 0.05 * np.sin(np.pi * t)
+    y = y0 + (y1 - y0) * t**1.5
+    if rng.random() < 0.5:
+        x = 1 - x
+    dx, dy = np.gradient(x), np.gradient(y)
+    wide = 0.007 / np.hypot(dx, dy)
+    left = np.stack([x - dy * wide, y + dx * wide], 1)
+    right = np.stack([x + dy * wide, y - dx * wide], 1)
+    return [(float(u), float(v)) for u, v in np.clip(np.concatenate([left, right[::-1]]), 0, 1)]
+
+
 def train(work: Path, question: str, arm: str, seed: int, shards: Path) -> Path:
     """The run folder, finished."""
     run = work / f"{question}_{arm.replace(' ', '-')}_{seed}"
     if not (run / "report.json").exists():
-        task = ",".join(EIGHT) if question == SEVERAL else f"No Finding,{question}"
+        task = ",".join(EIGHT) if question == SEVERAL else f"No Finding,{FINDING.get(question, question)}"
         flags = ["--shards", str(shards), "--out", str(run), "--seed", str(seed), "--task", task]
         flags += [*COMMON, "--epochs", str(EPOCHS[question]), "--pretrained", str(work / "lite0.safetensors")]
         flags += ["--labels.kind", "any"] if question == SEVERAL else []
         arms = ARMS[arm]
-        if question == SEVERAL and "0.5" in arms:
-            raise SystemExit(f"error: the arm {arm} is of one finding an image")
         if arm in ANNOTATED:
             arms = [*arms, "--attention.annotated", str(annotated(shards, question, ANNOTATED[arm]))]
         call("trainer.train", *flags, *arms, *(["--resume"] if (run / "checkpoints/last.pt").exists() else []))
@@ -114,7 +179,7 @@ def train(work: Path, question: str, arm: str, seed: int, shards: Path) -> Path:
 
 def annotated(shards: Path, question: str, share: float) -> float:
     """The share of the images with lesions that are so many of the training images with a finding."""
-    classes = EIGHT if question == SEVERAL else ("No Finding", question)
+    classes = EIGHT if question == SEVERAL else ("No Finding", FINDING.get(question, question))
     split = Split(shards, "train", MultiLabel(EIGHT) if question == SEVERAL else SingleLabel(classes, classes[1:]))
     targets = split.targets(np.arange(len(split)))
     positive = int((targets[:, 0 if question == SEVERAL else 1 :] == 1).any(1).sum())
@@ -151,8 +216,24 @@ def second_reader(data: Path, finding: str) -> dict[str, float]:
     return found | {f"t_iou {t}": float(np.mean(np.array(ious) >= t)) for t in (0.1, 0.3, 0.5)}
 
 
+def auc_where(column: str, value: str, all_healthy: bool) -> Callable[[real.Seen, np.ndarray], float]:
+    """AUC of the images whose column has the value, or of the ill ones among them and all healthy ones."""
+
+    def figure(seen: real.Seen, weight: np.ndarray) -> float:
+        there = np.array([seen.noted[key][column] == value for key in seen.keys])
+        weight = weight * (there | (all_healthy & ~seen.labels))
+        both = min(weight[seen.labels].sum(), weight[~seen.labels].sum())
+        return real.auc(seen, weight) if both else np.nan
+
+    return figure
+
+
 FIGURES = {
     "AUC": real.auc,
+    "AUC, ill with a drain and healthy": auc_where("drain", "1", True),
+    "AUC, ill without a drain and healthy": auc_where("drain", "0", True),
+    "AUC within AP views": auc_where("view", "AP", False),
+    "AUC within PA views": auc_where("view", "PA", False),
     "pointing at lesion": place("lesion", "pointing"),
     "energy in lesion": place("lesion", "energy"),
     "IoU at Otsu's threshold": place("lesion", "iou_otsu"),
@@ -167,16 +248,21 @@ def printed(run: Path, finding: str) -> dict[str, float]:
     return {n: found[n] if " " not in n else found[n.split()[0]][n.split()[1]] for n in PRINTED}
 
 
-def section(question: str, runs: dict[str, list[Path]], shards: list[Path], data: Path) -> str:
+def section(question: str, runs: dict[str, list[Path]], shards: list[Path], data: Path, work: Path) -> str:
     """Markdown of one question."""
     if question == SEVERAL:
         return several(runs)
-    arms = {arm: [Seen(run, question) for run in of] for arm, of in runs.items()}
+    finding = FINDING.get(question, question)
+    arms = {arm: [Seen(run, finding) for run in of] for arm, of in runs.items()}
+    for of in arms.values():
+        for seed, seen in enumerate(of):
+            table = rows_of(work / f"{question}_{seed}.csv")
+            seen.noted = {Path(row["path"]).stem: row for row in table}
     first = arms[BASE][0]
     floors = [
         known
         for shard in shards
-        if (known := floor_of_others(shard, SingleLabel(("No Finding", question), (question,)), 1))
+        if (known := floor_of_others(shard, SingleLabel(("No Finding", finding), (finding,)), 1))
     ]
     boxed = sum(map(bool, first.place["lesion"]))
     lines = [
@@ -194,12 +280,12 @@ def section(question: str, runs: dict[str, list[Path]], shards: list[Path], data
             row.append(cells[i] + (f"; {cells[i + 1]}" if k else ""))
             i += k + 1
         lines.append(f"| {name} | {' | '.join(row)} |")
-    reader = second_reader(data, question)
+    reader = second_reader(data, finding)
     if reader:
         told = ", ".join(f"{name} {value:.3f}" for name, value in reader.items() if name != "images")
         lines[0] += f"Second reader, {reader['images']:.0f} images that two read: {told}.\n"
     for name in PRINTED:
-        row = [f"{np.mean([printed(run, question)[name] for run in of]):.3f}" for of in runs.values()]
+        row = [f"{np.mean([printed(run, finding)[name] for run in of]):.3f}" for of in runs.values()]
         lines.append(f"| {name} (papers) | {' | '.join(row)} |")
     return "\n".join(lines) + "\n"
 
@@ -229,12 +315,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--questions", nargs="+", choices=(*QUESTIONS, SEVERAL), default=[*QUESTIONS, SEVERAL])
-    parser.add_argument("--arms", default=",".join(ARMS))
+    parser.add_argument(
+        "--questions", nargs="+", choices=(*QUESTIONS, SEVERAL, DRAIN), default=[*QUESTIONS, SEVERAL, DRAIN]
+    )
+    parser.add_argument("--arms", default=",".join([*ARMS, *DRAINS]))
     parser.add_argument("--arm", action="append", default=[], metavar="NAME=FLAGS", help="another arm")
     parser.add_argument("--jobs", type=int, default=2, help="runs at the same time, one thread each")
     parser.add_argument("--tables", action="store_true", help="only write the tables")
     a = parser.parse_args()
+    ARMS.update(DRAINS)
     ARMS.update((name, flags.split()) for name, _, flags in (arm.partition("=") for arm in a.arm))
     if not (where := os.environ.get("CXR_FOCUS_REAL_DATA")):
         sys.exit("error: set CXR_FOCUS_REAL_DATA to the folder with lesions/")
@@ -243,8 +332,19 @@ def main() -> None:
     if not (work / "lite0.safetensors").exists():
         subprocess.run([sys.executable, str(HERE / "lite0_weights.py"), str(work / "lite0.safetensors")], check=True)
     names = [*a.arms.split(","), *(arm.partition("=")[0] for arm in a.arm)]
-    shards = {(q, s): shards_of(data, work, q, s) for q in a.questions for s in range(a.seeds)}
-    jobs = [(q, arm, s) for s in range(a.seeds) for q in a.questions for arm in dict.fromkeys(names)]
+    shards = {
+        (q, s): drawn(data, work, s) if q == DRAIN else shards_of(data, work, q, s)
+        for q in a.questions
+        for s in range(a.seeds)
+    }
+    of_drains, of_others = (BASE, "default", *DRAINS), set(DRAINS)
+    jobs = [
+        (q, arm, s)
+        for s in range(a.seeds)
+        for q in a.questions
+        for arm in dict.fromkeys(names)
+        if (arm in of_drains if q == DRAIN else arm not in of_others) and not (q == SEVERAL and arm in ALONE)
+    ]
     if not a.tables:
         with ThreadPoolExecutor(a.jobs) as pool:
             list(pool.map(lambda job: train(work, *job, shards[job[0], job[2]]), jobs))
@@ -256,7 +356,7 @@ def main() -> None:
             if all((run / "report.json").exists() for run in folders):
                 of[arm] = folders
         if BASE in of:
-            text += f"\n## {q}\n\n{section(q, of, [shards[q, s] for s in range(a.seeds)], data)}"
+            text += f"\n## {q}\n\n{section(q, of, [shards[q, s] for s in range(a.seeds)], data, work)}"
     (HERE / "lesions.md").write_text(text)
     print(text)
 

@@ -348,6 +348,7 @@ class Seen:
         self.place = {kind: [line.get(kind, {}) for line in lines] for kind in ("expected", "expected_box", "lesion")}
         if not any(self.place["expected_box"]):  # a rule that is a part of the lung box
             self.place["expected"], self.place["expected_box"] = [{} for _ in lines], self.place["expected"]
+        self.noted: dict[str, dict[str, str]] = {}  # by key: what a table says of an image
         self.probe = json.loads((run / "report.json").read_text())["test"]["probe"]
 
 
