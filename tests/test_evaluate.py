@@ -22,7 +22,7 @@ from trainer.report.__main__ import main as report_main
 from trainer.report.words import PROBES
 
 
-def test_images_without_lungs_are_listed_and_shown(flags, tmp_path, monkeypatch):
+def test_images_without_lungs_are_listed_and_shown(flags, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("trainer.lungs.cleanup.believable", lambda masks, *_: torch.arange(len(masks)) % 2 == 0)
     loop.main([*flags, "--epochs", "1"])
     lost = json.loads((tmp_path / "run" / "report.json").read_text())["lungs_not_found"]
@@ -32,6 +32,7 @@ def test_images_without_lungs_are_listed_and_shown(flags, tmp_path, monkeypatch)
     assert set(lost["test"]) <= {split.key(i) for i in range(len(split))}
     assert (tmp_path / "run" / "no_lungs.png").is_file()
     assert "No lungs found" in (tmp_path / "run" / "report.html").read_text()
+    assert f"note: run: in {len(lost['test'])} of {len(split)} images no lungs were found" in capsys.readouterr().out
 
 
 def test_the_probes_of_a_run_are_reported(flags, tmp_path):

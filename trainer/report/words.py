@@ -286,6 +286,15 @@ def notes(runs: dict[str, Content]) -> list[str]:
                 f"{name}: there is no test split; the best epoch and the thresholds were chosen on the images that "
                 "these figures are of"
             )
+        lost, images = (
+            len(content["lungs_not_found"].get(shown_split(content), ())),
+            content[shown_split(content)]["images"],
+        )
+        if lost > images / 10:
+            parts.append(
+                f"{name}: in {lost} of {images} images no lungs were found, and regions are those of the whole image: "
+                "are they frontal chest radiographs?"
+            )
     if len({content.get("regions") for content in runs.values()}) > 1:
         parts.append("these runs differ in their expected regions: figures of the region cannot be compared")
     return parts
