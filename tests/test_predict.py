@@ -14,6 +14,7 @@ from curves import ROOT
 from jobs import SMALL
 from PIL import Image
 
+import trainer
 from shards.__main__ import main as shards_main
 from shards.dataset import Split
 from shards.errors import InputError
@@ -113,6 +114,77 @@ def test_predict_sees_what_training_saw(padded, tmp_path, capsys, monkeypatch):
         assert told[i]["lung_box"] == [
             round(min(max(v, 0), side)) for v, side in zip(wanted, (100, 50) * 2, strict=True)
         ]
+
+
+def test_overlays_and_maps_are_of_the_file_s_own_size(padded, tmp_path, capsys, monkeypatch):
+    """The file is not square, and was packed with its aspect kept; its name is an odd one."""
+    monkeypatch.setattr("trainer.lungs.cleanup.believable", lambda masks, *_: torch.ones(len(masks), dtype=torch.bool))
+    out = tmp_path / "run"
+    loop.main(["--shards", str(padded / "shards"), "--out", str(out), *SMALL, "--epochs", "1", "--seed", "1"])
+    file = tmp_path / "Th\u00f6rax $1$ 50%.png"
+    cxr, files = trainer.load(out), sorted((padded / "images/test").rglob("*.png"))
+    shutil.copy(next(one for one in files if cxr.predict(one).energy_in_region["Effusion"]), file)
+    (tmp_path / "list.txt").write_text(f"{file.name}\n\n{file}\n")
+    capsys.readouterr()
+    predict.main(["--run", str(out), "--look_at", "Effusion", "--cam", "npy", f"@{tmp_path / 'list.txt'}"])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["image"] for line in lines] == [str(file)] * 2
+    assert len({line["overlay"] for line in lines} | {line["cam"] for line in lines}) == 4
+
+    seen = cxr.predict(file)
+    finding = lines[0]["cam_of"]
+    for line in lines:
+        with Image.open(line["overlay"]) as picture:
+            assert (picture.size, picture.mode) == ((100, 50), "RGB")
+        cam = np.load(line["cam"])
+        assert cam.dtype == np.float32
+        assert cam == pytest.approx(seen.cam[finding], abs=1e-4)
+    assert seen.probability == pytest.approx(lines[0]["probability"], abs=1e-6)
+    assert list(seen.lung_box) == lines[0]["lung_box"]
+    assert seen.lungs.shape == seen.region[finding].shape == (50, 100)
+    rows, columns = np.nonzero(seen.lungs)
+    x0, y0, x1, y1 = seen.lung_box  # what holds them, but for rounding to pixels of either size
+    assert np.abs([columns.min() - x0, rows.min() - y0, columns.max() + 1 - x1, rows.max() + 1 - y1]).max() <= 4
+    # What share of the map lies in the region: at the file's size as in the square, where the padding has no part of it
+    share = (seen.cam[finding] * seen.region[finding]).sum() / seen.cam[finding].sum()
+    assert share >= lines[0]["energy_in_region"] - 0.05
+
+    capsys.readouterr()
+    predict.main(
+        ["--run", str(out), "--out", str(tmp_path / "none"), "--no-overlay", "--batch", "3", str(padded / "shards")]
+    )
+    many = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    index = json.loads((padded / "shards/index.json").read_text())
+    assert len(many) == sum(entry["samples"] for entry in index["splits"].values())
+    assert "overlay" not in many[0]
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_loaded_run_takes_pixels_and_says_what_it_cannot(trained, flags, tmp_path):
+    cxr = trainer.load(tmp_path / "run")
+    image = Split(flags[1], "test", ("No Finding", "Effusion")).image(0)
+    seen = cxr.predict(image)
+    assert set(seen.probability) == set(seen.cam) == {"No Finding", "Effusion"}
+    assert sum(seen.probability.values()) == pytest.approx(1)
+    assert seen.predicted == [max(seen.probability, key=seen.probability.get)]
+    point = json.loads((tmp_path / "run/report.json").read_text())["threshold"]
+    assert seen.threshold == {"Effusion": point}
+    assert seen.positive == {"Effusion": seen.probability["Effusion"] >= point}
+    assert isinstance(cxr.model, torch.nn.Module)
+    assert not cxr.model.training
+    for wrong, words in (
+        (image / 255.0, "float64"),
+        (image[..., None], r"\[64, 64, 1\]"),
+        (image[:0], r"\[0, 64\]"),
+    ):
+        with pytest.raises(InputError, match=f"an image of .*{words}.*expected gray pixels, uint8"):
+            cxr.predict(wrong)
+    with pytest.raises(InputError, match="is not a run folder"):
+        trainer.load(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"@\S*none.txt: cannot be read as a list"):
+        predict.main(["--run", str(tmp_path / "run"), f"@{tmp_path / 'none.txt'}"])
+    with pytest.raises(InputError, match="--batch 0: must be at least 1"):
+        predict.main(["--run", str(tmp_path / "run"), "--batch", "0", "x.png"])
 
 
 def test_predict_brightens_deep_images_as_the_shards_did(tmp_path, segmenter, capsys):

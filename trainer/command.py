@@ -187,7 +187,7 @@ def _split_config(argv: list[str]) -> tuple[list[str], list[str]]:
 
 def positionals(argv: list[str] | None) -> tuple[list[str], list[str]]:
     """``--name value`` and ``--name=value`` pairs, and the words among them,
-    for commands that take files or folders.
+    for commands that take files or folders; ``--no-name`` is ``--name=false``.
     """
     flags: list[str] = []
     words: list[str] = []
@@ -195,6 +195,8 @@ def positionals(argv: list[str] | None) -> tuple[list[str], list[str]]:
     for token in tokens:
         if not token.startswith("--"):
             words.append(token)
+        elif token.startswith("--no-"):
+            flags.append(f"--{token.removeprefix('--no-')}=false")
         elif "=" in token or token == "--help":
             flags.append(token)
         else:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Literal
 
 from trainer.sections import Painting, Strength
 
@@ -132,19 +133,29 @@ class EvaluateConfig:
 class PredictConfig:
     """Predict image files with a finished run.
 
-    Usage: python -m trainer.predict --run RUN [--out DIR] IMAGE|FOLDER|PATTERN...
+    Usage: python -m trainer.predict --run RUN [--out DIR] IMAGE|FOLDER|PATTERN|SHARDS|@LIST...
     """
 
     run: str
     """Run folder of trainer.train."""
     out: str = ""
-    """Folder for the overlays; empty: RUN/predictions."""
+    """Folder for the overlays and maps; empty: RUN/predictions."""
     look_at: str = ""
-    """Finding whose CAM is shown; empty: the predicted one."""
+    """Finding whose CAM is shown; empty: those that are predicted."""
+    overlay: bool = True
+    """Draw the CAM, the lungs and the expected region over each image, at its own size; --no-overlay: do not."""
+    cam: Literal["", "png", "npy"] = ""
+    """Write the CAMs at the image's own size, too: as gray pictures, or as float32 arrays, in [0, 1]."""
+    batch: int = 16
+    """Images a forward."""
+    workers: int = 2
+    """Threads that read images and write files."""
 
     def problems(self) -> list[str]:
-        """Nothing beyond the types."""
-        return []
+        """Everything that is wrong with the values, each naming its flag."""
+        return [
+            f"--{n} {v}: must be at least 1" for n, v in (("batch", self.batch), ("workers", self.workers)) if v < 1
+        ]
 
 
 @dataclass

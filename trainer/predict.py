@@ -11,40 +11,65 @@ if __name__ == "__main__":  # what is wrong with the flags is said before torch 
 
     _run(_check)
 
-import contextlib
 import glob
+import io
+import itertools
 import json
 import sys
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
+from tqdm import tqdm
 
 from shards import atomic
+from shards.dataset import Split
 from shards.errors import InputError, listed, nearest, run
 from shards.files import walk
-from shards.pixels import IMAGE_SUFFIXES, Frame, fit, is_dicom, load_image
+from shards.pixels import IMAGE_SUFFIXES, is_dicom
 from shards.sample import clean_key
+from shards.store import open_store
 from trainer.command import parse, positionals
-from trainer.drawing import short
-from trainer.launching import set_threads, start
-from trainer.look import look
-from trainer.lungs import LungFinder
+from trainer.drawing import overlay
+from trainer.launching import set_threads
 from trainer.options import PredictConfig
-from trainer.regions import Regions, has_region
-from trainer.report.figures import Tile, panel, png
-from trainer.report.words import file_name, printable
-from trainer.rules import rules_of
-from trainer.run import open_run, read_report, task_of
+from trainer.predictor import Prediction, Predictor
+from trainer.report.words import file_name
+
+DIGITS = 6  # of probabilities
+
+
+@dataclass(frozen=True)
+class Source:
+    """An image, before it is read: its name, and what gives its pixels, uint8 [H,W]."""
+
+    name: str
+    read: Callable[[Predictor], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """An image that has been read: its pixels, if they are drawn on, and the square that the model sees."""
+
+    source: Source
+    shape: tuple[int, int]
+    pixels: np.ndarray | None
+    square: np.ndarray
 
 
 def main(argv: list[str] | None = None) -> None:
     """One JSON line on standard output for each image, in order; messages go to standard error.
 
-    Of several findings an image ``predicted`` are those from their thresholds on, which val chose, ``cam_of`` the same
-    (the most probable one where there is none), and ``energy_in_region`` is by finding.
+    ``predicted`` are of several findings an image those from their thresholds on, which val chose, of one the most
+    probable class; ``positive`` says of each finding that has a threshold whether it is reached; ``cam_of`` is whose
+    maps are told of and drawn, those that are predicted (of several findings the most probable one where there is
+    none). ``energy_in_region`` is by finding where there are several.
 
     ``lung_box`` is x0 y0 x1 y1 in pixels of the image file, ends exclusive; it and ``energy_in_region`` are null where
     no lungs were found, the energy also where the CAM is zero everywhere.
@@ -53,146 +78,201 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(PredictConfig, flags, prog="trainer.predict")
     if not names:
         raise InputError("no images named: python -m trainer.predict --run RUN IMAGE...")
-    opened = open_run(Path(options.run))
-    config, model, segmenter, metadata, rules = (
-        opened.config,
-        opened.model,
-        opened.segmenter,
-        opened.metadata,
-        rules_of(opened.findings),
-    )
-    if unfinished(Path(options.run)):
+    set_threads()
+    cxr = Predictor(Path(options.run))
+    if cxr.unfinished:
         print(
-            f"{options.run} has not finished: its best model so far is used, of epoch {int(metadata['epoch']) + 1}",
+            f"{options.run} has not finished: its best model so far is used, of epoch {int(cxr.metadata['epoch']) + 1}",
             file=sys.stderr,
         )
-    task, size = task_of(config, opened.findings), config.size
-    findings = task.findings
-    if options.look_at and options.look_at not in findings:
-        raise InputError(f"--look_at {options.look_at}: is no finding of the run; {nearest(options.look_at, findings)}")
-    images = named_files(names)
-    point = read_report(Path(options.run)).get("threshold")
-    if task.several and not point:
+    if options.look_at and options.look_at not in cxr.findings:
+        raise InputError(
+            f"--look_at {options.look_at}: is no finding of the run; {nearest(options.look_at, cxr.findings)}"
+        )
+    sources = named_images(names)
+    if cxr.task.several and not cxr.threshold:
         print(
             f"{options.run} has no thresholds yet, which its report chooses: nothing is called present", file=sys.stderr
         )
-    set_threads()
-    accelerator = start(config.seed, opened.precision)
-    device = accelerator.device
-    model.to(device)
-    finder = LungFinder(segmenter.to(device), size, len(images), "") if segmenter is not None else None
-    regions = Regions(findings, rules, size, device)
-    stored = json.loads(metadata.get("stored", "{}")) or {"size": int(metadata["stored_size"])}
-    side, aspect = int(stored["size"]), str(stored.get("aspect", "stretch"))
-    scales = [(float(low), float(high)) for low, high in stored.get("scales", ())]
     out = Path(options.out) if options.out else Path(options.run) / "predictions"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot be written ({error.strerror})") from error
-
-    taken: set[str] = set()
-    bad: list[str] = []
-    for number, path in enumerate(images):
+    if options.overlay or options.cam:
         try:
-            image = load_image(path, scales)
-        except InputError as error:  # the others get their line all the same
-            bad.append(str(error))
-            continue
-        raw = torch.from_numpy(fit(image, side, aspect).copy())[None, None].to(device)  # as packed for training
-        index = torch.tensor([number])
-        # One forward, and the map of every finding.
-        every = torch.arange(len(findings), device=device)[None]
-        seen = look(accelerator, model, raw, index, every, finder, regions, index * 0)
-        probability = task.probabilities(seen.logits)[0].tolist()
-        named = task.named(seen.logits, point)[0]
-        shown = [options.look_at] if options.look_at else named or [findings[int(task.predicted(seen.logits)[0])]]
-        found, outlined = bool(seen.found[0]), seen.lungs
-        box = seen.boxes[0] if seen.boxes is not None and found else None
-        nothing = torch.zeros(size, size)
-        cams = {n: seen.cam[0, findings.index(n)].float().cpu() if seen.cam is not None else nothing for n in shown}
-        places = dict.fromkeys(shown, nothing > 0)
-        if found and seen.boxes is not None:
-            places = {
-                name: regions(torch.tensor([findings.index(name)]), seen.boxes, outlined).region[0].cpu()
-                for name in shown
-            }
-        line: dict[str, Any] = {"image": str(path), "predicted": named if task.several else named[0]}
-        line["probability"] = {name: round(p, 6) for name, p in zip(findings, probability, strict=True)}
-        line["cam_of"] = _one(shown, task.several) if seen.cam is not None else None
-        if finder is not None:
-            # In pixels of the file, so that it can be drawn on the original.
-            share = (
-                Frame.of(image.shape, side, aspect).share((box * (side / size)).tolist()) if box is not None else None
-            )
-            line["lung_box"] = (
-                [round(v * s) for v, s in zip(share, image.shape[::-1] * 2, strict=True)] if share is not None else None
-            )
-            energies = {name: energy_in(cams[name], places[name]) for name in shown if name in rules}
-            if task.several:
-                line["energy_in_region"] = energies
-            elif energies:
-                line["energy_in_region"] = energies[shown[0]]
-        lost = finder is not None and not found
-        if lost:
-            print(
-                f"warning: no lungs were found in {path}: is it a frontal chest radiograph? Its figures mean little",
-                file=sys.stderr,
-            )
-        for name in shown:
-            if seen.cam is not None and not cams[name].any():
-                print(f"warning: the CAM of {name} is zero everywhere in {path}: it lies nowhere", file=sys.stderr)
-        name = file_name(clean_key(path.stem))
-        while name in taken:
-            name += "_"
-        taken.add(name)
-        overlay = out / f"{name}.png"
-        pixels = seen.images[0, 0].float().cpu().numpy()
-        lungs = outlined[0].cpu().numpy() if found and outlined is not None else np.zeros((size, size), bool)
-        tiles = []
-        for one in shown:
-            title = f"{printable(path.name)}\n"
-            title += (
-                f"{short(one)} {probability[findings.index(one)]:.2f}{'' if named else ', none above its threshold'}"
-                if task.several
-                else f"{named[0]} {max(probability):.2f}, CAM of {one}"
-            )
-            title += ", no lungs found" if lost else ""
-            tiles.append(
-                Tile(title, pixels, cams[one].numpy(), places[one].numpy(), np.zeros((size, size), bool), lungs)
-            )
-        atomic.write(overlay, png(panel(tiles, cam_of="each finding" if task.several else shown[0]), dpi=150))
-        line["overlay"] = str(overlay)
-        print(json.dumps(line), flush=True)
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--out {out}: cannot be written ({error.strerror})") from error
+
+    bad: list[str] = []
+    files = Files(out, options, cxr.task.several)
+    progress = tqdm(total=len(sources), unit="img", smoothing=0.05, file=sys.stderr, disable=None)
+    with ThreadPoolExecutor(max(1, options.workers)) as pool, progress:
+        for ready in batches(cxr, sources, options, pool, bad):
+            squares = torch.from_numpy(np.stack([one.square for one in ready]))
+            lines = []
+            for one, seen in zip(ready, cxr.look(squares, [one.shape for one in ready]), strict=True):
+                shown = [options.look_at] if options.look_at else seen.predicted or [_likeliest(seen)]
+                lines.append(line_of(one.source.name, seen, shown, cxr))
+                tell(one.source.name, seen, shown, cxr)
+                files.write(lines[-1], one, seen, shown, pool)
+            files.wait()
+            with tqdm.external_write_mode(file=sys.stdout):
+                for line in lines:
+                    print(json.dumps(line), flush=True)
+            progress.update(len(ready))
     if bad:
-        raise InputError(f"{len(bad)} of {len(images)} images could not be used: {'; '.join(bad)}")
+        more = f" and {len(bad) - MOST_BAD} more, each told above" if len(bad) > MOST_BAD else ""
+        raise InputError(f"{len(bad)} of {len(sources)} images could not be used: {'; '.join(bad[:MOST_BAD])}{more}")
 
 
-def _one(names: list[str], several: bool) -> list[str] | str:
-    """As it is written: a list, or with one finding an image its one name."""
-    return names if several else names[0]
+MOST_BAD = 20
 
 
-def energy_in(cam: torch.Tensor, region: torch.Tensor) -> float | None:
-    """The share of a CAM [S,S] in a region bool [S,S]; None where there is neither."""
-    if not (cam.sum() > 0 and has_region(region[None])):
-        return None
-    return round(float((cam * region).sum()) / float(cam.sum()), 6)
+def batches(
+    cxr: Predictor, sources: Sequence[Source], options: PredictConfig, pool: ThreadPoolExecutor, bad: list[str]
+) -> Iterator[list[Ready]]:
+    """Batches of images in their order, read ahead by no more than two; what cannot be read goes to ``bad``."""
+
+    def read(source: Source) -> Ready:
+        pixels = source.read(cxr)
+        shape = (pixels.shape[0], pixels.shape[1])
+        return Ready(source, shape, pixels if options.overlay else None, cxr.packed(pixels))
+
+    left, ahead = iter(sources), deque[Future[Ready]]()
+    while True:
+        ahead.extend(pool.submit(read, source) for source in itertools.islice(left, 3 * options.batch - len(ahead)))
+        if not ahead:
+            return
+        ready = []
+        for _ in range(min(options.batch, len(ahead))):
+            try:
+                ready.append(ahead.popleft().result())
+            except InputError as error:  # the others get their line all the same
+                bad.append(str(error))
+                if len(bad) > MOST_BAD:
+                    print(f"warning: {error}", file=sys.stderr)
+        if ready:
+            yield ready
 
 
-def unfinished(folder: Path) -> bool:
-    """Whether a run has no report of its own end."""
-    with contextlib.suppress(InputError):
-        return bool(read_report(folder).get("training", {"unfinished": True}).get("unfinished"))
-    return True
+def line_of(name: str, seen: Prediction, shown: list[str], cxr: Predictor) -> dict[str, Any]:
+    """What is printed of an image."""
+    several = cxr.task.several
+    line: dict[str, Any] = {"image": name, "predicted": seen.predicted if several else seen.predicted[0]}
+    line["probability"] = {finding: round(p, DIGITS) for finding, p in seen.probability.items()}
+    line["positive"] = seen.positive
+    line["cam_of"] = (shown if several else shown[0]) if seen.cam else None
+    if cxr.segmenter is not None:
+        line["lung_box"] = list(seen.lung_box) if seen.lung_box is not None else None
+        energies = {one: seen.energy_in_region.get(one) for one in shown if one in cxr.rules}
+        if several:
+            line["energy_in_region"] = energies
+        elif energies:
+            line["energy_in_region"] = energies[shown[0]]
+    return line
 
 
-def named_files(names: Sequence[str]) -> list[Path]:
-    """Image files by name, by folder (all images in it, sorted) and by pattern. InputError: there are none."""
-    images: list[Path] = []
+def tell(name: str, seen: Prediction, shown: list[str], cxr: Predictor) -> None:
+    """Say what a reader of an image's figures must know."""
+    if cxr.segmenter is not None and seen.lung_box is None:
+        print(
+            f"warning: no lungs were found in {name}: is it a frontal chest radiograph? Its figures mean little",
+            file=sys.stderr,
+        )
+    for one in shown:
+        if seen.cam and not seen.cam.of[one].any():
+            print(f"warning: the CAM of {one} is zero everywhere in {name}: it lies nowhere", file=sys.stderr)
+
+
+def _likeliest(seen: Prediction) -> str:
+    return max(seen.probability, key=lambda name: seen.probability[name])
+
+
+class Files:
+    """The overlays and maps of images, written by threads."""
+
+    def __init__(self, out: Path, options: PredictConfig, several: bool) -> None:
+        self.out, self.options, self.several = out, options, several
+        self.taken: set[str] = set()
+        self.pending: list[Future[None]] = []
+
+    def write(
+        self, line: dict[str, Any], one: Ready, seen: Prediction, shown: list[str], pool: ThreadPoolExecutor
+    ) -> None:
+        """Begin to write the files of an image, and name them in its line: by finding where there are several."""
+        stem = file_name(clean_key(Path(one.source.name).stem), ".npy").removesuffix(".npy")
+        while stem in self.taken:
+            stem += "_"
+        self.taken.add(stem)
+        wanted = [("overlay", "png", _overlay)] if self.options.overlay else []
+        wanted += (
+            [("cam", self.options.cam, _array if self.options.cam == "npy" else _gray)] if self.options.cam else []
+        )
+        for kind, suffix, make in wanted:
+            if kind == "cam" and not seen.cam:
+                line[kind] = None
+                continue
+            names = {}
+            for finding in shown:
+                end = f".{finding}" if self.several else ""
+                end += ".cam" if kind == "cam" else ""
+                path = self.out / file_name(f"{stem}{end}", f".{suffix}")
+                names[finding] = str(path)
+                self.pending.append(pool.submit(_write, path, make, one, seen, finding))
+            line[kind] = names if self.several else names[shown[0]]
+
+    def wait(self) -> None:
+        """Until all of them are there."""
+        for future in self.pending:
+            future.result()
+        self.pending.clear()
+
+
+def _write(
+    path: Path, make: Callable[[Ready, Prediction, str], bytes], one: Ready, seen: Prediction, finding: str
+) -> None:
+    try:
+        atomic.write(path, make(one, seen, finding))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def _overlay(one: Ready, seen: Prediction, finding: str) -> bytes:
+    """The image at its own size with the CAM, the outlines of the lungs and of the region."""
+    assert one.pixels is not None
+    cam = seen.cam[finding] if seen.cam else np.zeros(one.shape, np.float32)
+    region = seen.region.get(finding)
+    return _png(overlay(one.pixels, cam, lungs=seen.lungs, region=region))
+
+
+def _array(one: Ready, seen: Prediction, finding: str) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, seen.cam[finding])
+    return buffer.getvalue()
+
+
+def _gray(one: Ready, seen: Prediction, finding: str) -> bytes:
+    return _png((seen.cam[finding] * 255).round().astype(np.uint8))
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def named_images(names: Sequence[str]) -> list[Source]:
+    """Images by the name of a file, of a folder (all images in it, sorted), of a folder of shards (their images), of a
+    list (@FILE, a name a line), and by pattern. InputError: there are none.
+    """
+    images: list[Source] = []
     missing = []
     for name in names:
         path = Path(name)
+        if name.startswith("@") and not path.exists():
+            images += named_images(_listed(Path(name[1:])))
+            continue
+        if (path / "index.json").is_file():
+            images += _of_shards(path)
+            continue
         if path.is_dir():
             inside = list(walk(path))
             found = [p for p in inside if p.suffix.lower() in (*IMAGE_SUFFIXES, ".dcm") or is_dicom(p)]
@@ -204,10 +284,31 @@ def named_files(names: Sequence[str]) -> list[Path]:
             found = sorted(p for p in map(Path, glob.glob(name, recursive=True)) if p.is_file())
         if not found:
             missing.append(f"{path} (a folder without images)" if path.is_dir() else name)
-        images += found
+        images += [Source(str(p), lambda cxr, p=p: cxr.read(p)) for p in found]  # type: ignore[misc]
     if missing:
         raise InputError(f"no such image file: {listed(missing)}")
     return images
+
+
+def _listed(path: Path) -> list[str]:
+    """Names of a list, relative ones from its folder."""
+    try:
+        names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"@{path}: cannot be read as a list of image files, a name a line ({error})") from error
+    if not names:
+        raise InputError(f"@{path}: names no image")
+    return [str(path.parent / name) for name in names]
+
+
+def _of_shards(folder: Path) -> list[Source]:
+    store = open_store(str(folder))
+    splits = [Split(store, name) for name in store.index()["splits"]]
+    return [
+        Source(split.key(i), lambda cxr, split=split, i=i: split.image(i))  # type: ignore[misc]
+        for split in splits
+        for i in range(len(split))
+    ]
 
 
 if __name__ == "__main__":

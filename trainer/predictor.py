@@ -1,0 +1,213 @@
+"""A finished run, ready for images: ``trainer.load``.
+
+    cxr = trainer.load("run_effusion")
+    seen = cxr.predict("radiograph.png")
+    seen.probability["Effusion"], seen.threshold["Effusion"], seen.predicted
+    seen.lung_box, seen.lungs, seen.cam["Effusion"], seen.region["Effusion"]    # in pixels of the file
+
+Legend: an image is uint8 [H,W], 0 black; the square is what it is packed into for training, side x side; S pixels of
+a side of the network's input; B images of a batch, K findings.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from shards.errors import InputError
+from shards.gray import Scale
+from shards.pixels import Frame, fit, load_image
+from trainer.classifier import FocusClassifier
+from trainer.launching import Accelerator, start
+from trainer.look import look
+from trainer.lungs import LungFinder
+from trainer.regions import Regions, has_region
+from trainer.rules import rules_of
+from trainer.run import open_run, read_report, task_of
+
+
+class AtFile(Mapping[str, np.ndarray]):
+    """Maps or masks by finding, each drawn to the pixels of its file when it is asked for.
+
+    Args:
+        of: float32 or bool [S,S] by finding.
+        frame: where the file lies in the square of S pixels.
+        shape: of the file.
+    """
+
+    def __init__(self, of: Mapping[str, torch.Tensor], frame: Frame, shape: tuple[int, int]) -> None:
+        self.of, self.frame, self.shape = of, frame, shape
+
+    def __getitem__(self, finding: str) -> np.ndarray:
+        """float32 or bool [H,W]."""
+        return drawn(self.of[finding], self.frame, self.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.of)
+
+    def __len__(self) -> int:
+        return len(self.of)
+
+
+def drawn(square: torch.Tensor, frame: Frame, shape: tuple[int, int]) -> np.ndarray:
+    """What lies in the square [S,S], float32 or bool, in pixels of the file: [H,W]."""
+    inside = square[frame.top : frame.top + frame.height, frame.left : frame.left + frame.width]
+    full = F.interpolate(inside.float()[None, None], shape, mode="bilinear", align_corners=False)[0, 0]
+    return (full >= 0.5 if square.dtype is torch.bool else full).numpy()
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a run makes of an image.
+
+    Attributes:
+        probability: of each finding, in [0,1].
+        threshold: by finding the probability from which on it is there, as the run's val chose it; None, or no entry:
+            val gave none.
+        positive: by finding whether its probability is at its threshold or above; without a threshold no entry.
+        predicted: of several findings an image those that are positive, of one the most probable class.
+        lung_box: x0 y0 x1 y1 in pixels of the file, ends exclusive; None: no lungs were found, or nobody looked.
+        outline: the lungs, by that name; see also ``lungs``.
+        cam: float32 [H,W] in [0,1] by finding, its Grad-CAM; empty where the backbone has no map.
+        region: bool [H,W] by finding, where it is expected; empty without lungs.
+        energy_in_region: by finding the share of its CAM there; None where the CAM is zero everywhere.
+    """
+
+    probability: dict[str, float]
+    threshold: dict[str, float | None]
+    positive: dict[str, bool]
+    predicted: list[str]
+    lung_box: tuple[int, int, int, int] | None
+    outline: AtFile
+    cam: AtFile
+    region: AtFile
+    energy_in_region: dict[str, float | None]
+
+    @property
+    def lungs(self) -> np.ndarray | None:
+        """bool [H,W] of the file; None: no lungs were found, or nobody looked."""
+        return self.outline.get("lungs")
+
+
+class Predictor:
+    """A run's best model with all that it needs to be used on any radiograph.
+
+    Args:
+        folder: of the run.
+        accelerator: of the process; None: one of its own, in the precision of the training.
+
+    Attributes:
+        model: the classifier, a module in eval mode: images float [B,1,S,S] in [0,1] -> logits [B,K] and a CAM.
+        findings: K names.
+
+    InputError: it is no run folder, or has no model yet.
+    """
+
+    def __init__(self, folder: Path, accelerator: Accelerator | None = None) -> None:
+        opened = open_run(folder)
+        self.config, self.metadata = opened.config, opened.metadata
+        self.accelerator = accelerator or start(opened.config.seed, opened.precision)
+        device = self.accelerator.device
+        self.model: FocusClassifier = opened.model.to(device)
+        self.task = task_of(opened.config, opened.findings)
+        self.findings = self.task.findings
+        self.rules = rules_of(opened.findings)
+        self.regions = Regions(self.findings, self.rules, self.size, device)
+        self.segmenter = opened.segmenter.to(device) if opened.segmenter is not None else None
+        self.key = self.segmenter.fingerprint() if self.segmenter is not None else ""
+        report = read_report(folder)
+        self.point = point = report.get("threshold")
+        # Of one finding an image and two classes it is that of the second
+        self.threshold = point if isinstance(point, dict) else {} if point is None else {self.findings[1]: point}
+        self.unfinished = bool(report.get("training", {"unfinished": True}).get("unfinished"))
+        stored: dict[str, Any] = json.loads(self.metadata.get("stored", "{}"))
+        self.side = int(stored.get("size", self.metadata["stored_size"]))
+        self.aspect = str(stored.get("aspect", "stretch"))
+        self.scales: list[Scale] = [(float(low), float(high)) for low, high in stored.get("scales", ())]
+
+    @property
+    def size(self) -> int:
+        """S."""
+        return self.config.size
+
+    def read(self, path: Path | str) -> np.ndarray:
+        """An image file, DICOM included, as bright as the training images were packed: uint8 [H,W]. InputError names
+        the file.
+        """
+        return load_image(path, self.scales)
+
+    def packed(self, image: np.ndarray) -> np.ndarray:
+        """The square of an image, as of the training images: uint8 [side,side]."""
+        return fit(image, self.side, self.aspect)
+
+    def predict(self, image: np.ndarray | Path | str) -> Prediction:
+        """What the run makes of an image file, or of gray pixels, uint8 [H,W]. InputError: it is neither."""
+        if not isinstance(image, np.ndarray):
+            image = self.read(image)
+        if image.dtype != np.uint8 or image.ndim != 2 or not image.size:
+            raise InputError(
+                f"an image of {image.dtype} {list(image.shape)}: expected gray pixels, uint8 [H,W], or a file's path"
+            )
+        return self.look(torch.from_numpy(self.packed(image).copy())[None], [image.shape])[0]
+
+    def look(self, squares: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Prediction]:
+        """What the run makes of a batch, in one forward.
+
+        Args:
+            squares: uint8 [B,side,side] on the CPU, from `packed`; shapes: height and width of their files.
+        """
+        device, count = self.accelerator.device, len(squares)
+        finder = LungFinder(self.segmenter, self.size, count, "", self.key) if self.segmenter is not None else None
+        every = torch.arange(len(self.findings), device=device).expand(count, -1)
+        index = torch.arange(count)
+        raw = squares[:, None].to(device)
+        seen = look(self.accelerator, self.model, raw, index, every, finder, self.regions, index * 0)
+        probability, named = self.task.probabilities(seen.logits).tolist(), self.task.named(seen.logits, self.point)
+        cams = seen.cam.float().cpu() if seen.cam is not None else None
+        boxes, lungs = (part.cpu() if part is not None else None for part in (seen.boxes, seen.lungs))
+        places: dict[str, torch.Tensor] = {}
+        energies: dict[str, list[float | None]] = {}
+        for k, name in enumerate(self.findings):
+            if name in self.rules and seen.boxes is not None:
+                region = self.regions(torch.full((count,), k), seen.boxes, seen.lungs).region
+                places[name] = region.cpu()
+                if seen.cam is not None:
+                    energies[name] = energy_in(seen.cam[:, k], region & seen.found.to(device)[:, None, None])
+        result = []
+        for i, (shape, found) in enumerate(zip(shapes, seen.found.tolist(), strict=True)):
+            frame, file = Frame.of(shape, self.size, self.aspect), (shape[0], shape[1])
+            of = dict(zip(self.findings, probability[i], strict=True))
+            maps = {name: cams[i, k] for k, name in enumerate(self.findings)} if cams is not None else {}
+            result.append(
+                Prediction(
+                    probability=of,
+                    threshold=dict(self.threshold),
+                    positive={name: of[name] >= at for name, at in self.threshold.items() if at is not None},
+                    predicted=named[i],
+                    lung_box=self._at_file(boxes[i], shape) if found and boxes is not None else None,
+                    outline=AtFile({"lungs": lungs[i]} if found and lungs is not None else {}, frame, file),
+                    cam=AtFile(maps, frame, file),
+                    region=AtFile({name: place[i] for name, place in places.items()} if found else {}, frame, file),
+                    energy_in_region={name: each[i] for name, each in energies.items()},
+                )
+            )
+        return result
+
+    def _at_file(self, box: torch.Tensor, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+        """A box int64 [4] in pixels of the network's input, in those of the file."""
+        share = Frame.of(shape, self.side, self.aspect).share((box * (self.side / self.size)).tolist())
+        x0, y0, x1, y1 = (round(v * s) for v, s in zip(share, (shape[1], shape[0]) * 2, strict=True))
+        return x0, y0, x1, y1
+
+
+def energy_in(cam: torch.Tensor, region: torch.Tensor) -> list[float | None]:
+    """The shares of CAMs [B,S,S] in regions bool [B,S,S]; None where there is neither."""
+    total, inside = cam.sum((1, 2)), (cam * region).sum((1, 2))
+    known = (total > 0) & has_region(region)
+    shares = (inside / total.clamp(min=1e-12)).tolist()
+    return [round(share, 6) if there else None for share, there in zip(shares, known.tolist(), strict=True)]
