@@ -23,6 +23,7 @@ from trainer.sections import (
     OptimConfig,
     Strength,
     Swap,
+    wrong_point,
 )
 
 CLAMPED = ("ratio", "balanced", "constrained")  # policies of lambda that have bounds
@@ -213,13 +214,8 @@ class Config:
                         )
             except InputError as error:
                 found.append(str(error))
-        if not re.fullmatch(r"youden|f1|(sensitivity|specificity)=(0?\.\d+|1|1\.0)", labels.operating_point):
-            found.append(
-                f"--labels.operating_point {labels.operating_point}: expected youden, f1, sensitivity=S or "
-                "specificity=S with S "
-                "from 0 "
-                "to 1, such as sensitivity=0.9"
-            )
+        if why := wrong_point(labels.operating_point):
+            found.append(f"--labels.operating_point {why}")
         if labels.kind == "any":
             if self.task == Config.task:
                 found.append(
@@ -233,7 +229,12 @@ class Config:
                     "--attention.form published: is of one finding an image; take another with --labels.kind any"
                 )
             return found
-        of_any = [("labels", name) for name in ("uncertain", "unmentioned", "operating_point")] + [("loss", "mean")]
+        of_any = [("labels", name) for name in ("uncertain", "unmentioned")] + [("loss", "mean")]
+        if labels.operating_point != "youden" and len(names) != 2:
+            found.append(
+                f"--labels.operating_point {labels.operating_point}: is of two classes, or of --labels.kind any; "
+                f"--task {self.task} has {len(names)}"
+            )
         for section, name in of_any:
             if getattr(getattr(self, section), name) != getattr(type(getattr(self, section)), name):
                 value = getattr(getattr(self, section), name)

@@ -2,6 +2,8 @@
 
 from typing import Any, Literal, TypedDict
 
+from trainer.calibration import Calibration
+
 Measured = Literal["val", "test"]
 Interval = list[float]  # the two ends of a 95% interval
 # Localization of some pairs: images, without_map, iou_threshold, and for each name of `metrics.LOCALIZATION` its mean
@@ -82,6 +84,7 @@ class Figures(TypedDict, total=False):
     auc: float
     auc_95: Interval
     loss: float
+    calibration: dict[str, dict[str, Any]]  # by finding: `trainer.calibration.figures`
     macro_precision: float
     macro_recall: float
     macro_f1: float
@@ -115,7 +118,8 @@ class Training(TypedDict, total=False):
 class Content(TypedDict, total=False):
     """All of it. By split: images, the fingerprint of those measured or trained on; lungs_not_found, keys;
     regions_replaced, how many. From val: iou_threshold, box_threshold (by kind of map), numbers of
-    `metrics.THRESHOLDS`; threshold, of the probability, one or by finding.
+    `metrics.THRESHOLDS`; threshold, of the probability, one or by finding; operating_point, how it was chosen;
+    calibration.
     """
 
     findings: tuple[str, ...] | list[str]
@@ -129,6 +133,8 @@ class Content(TypedDict, total=False):
     iou_threshold: dict[str, int | None] | None
     box_threshold: dict[str, int | None]
     threshold: float | dict[str, float | None] | None
+    operating_point: str
+    calibration: Calibration | None
     foreign: bool  # of other images than the run's own: thresholds are those of the run's val
     val: Figures
     test: Figures

@@ -39,8 +39,9 @@ from trainer.lesion_figures import lesion_figures
 from trainer.look import look
 from trainer.lungs import LungFinder
 from trainer.maps import refuse_full, write_maps
-from trainer.measure import Evaluator, Outcome
+from trainer.measure import Evaluator
 from trainer.options import EvaluateConfig
+from trainer.outcome import Outcome
 from trainer.regions.lesions import LesionRegions
 from trainer.report.figures import TILES, Tile
 from trainer.report.words import MEASURED, file_name, table
@@ -146,9 +147,14 @@ def finish(
     thresholds = outcomes["val"].thresholds() if chooses else known.get("iou_threshold")
     point = outcomes["val"].operating_point() if chooses else known.get("threshold")
     content["iou_threshold"], content["threshold"], content["foreign"] = thresholds, point, foreign
+    how = evaluator.task.threshold if chooses else known.get("operating_point")
+    content |= {"operating_point": how} if how else {}
+    content["calibration"] = fitted = outcomes["val"].calibration() if chooses else known.get("calibration")
     for split in MEASURED:
         if split in outcomes:
-            content[split] = outcomes[split].report(intervals=True, chosen=thresholds, threshold=point)
+            content[split] = outcomes[split].report(
+                intervals=True, chosen=thresholds, threshold=point, calibration=fitted
+            )
         elif split in known:
             content[split] = known[split]
     boxes = known.get("box_threshold")
@@ -258,6 +264,9 @@ def main(argv: list[str] | None = None) -> None:
     config, model, segmenter = opened.config, opened.model, opened.segmenter
     accelerator = start(config.seed, opened.precision)
     index = store.index()
+    # As the report last chose, unless it is said anew
+    how = options.operating_point or read_report(path).get("operating_point") or config.labels.operating_point
+    config = replace(config, labels=replace(config.labels, operating_point=how))
     task = task_of(config, opened.findings)
     splits = {name: Split(store, name, task.labels) for name in SPLITS[1:] if name in index["splits"]}
     if not splits:
@@ -281,6 +290,11 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{path} has not finished: these are figures of its best model so far, of epoch {training['best_epoch']}")
     if not own and accelerator.is_main_process:
         tell_overlap(config, old.get("images", {}).get("train"), opened.findings, splits)
+    if options.operating_point and not (own and "val" in splits):
+        raise InputError(
+            f"--operating_point {options.operating_point}: thresholds are chosen on the run's own val, never on other "
+            f"images; evaluate {path} on its own shards with that flag, then these keep to it"
+        )
     if options.maps:
         if not model.has_map:
             raise InputError(f"--maps {options.maps}: this run's backbone, {config.backbone}, has no feature map")
@@ -291,7 +305,7 @@ def main(argv: list[str] | None = None) -> None:
     if segmenter is not None and model.has_map:
         segmenter.to(accelerator.device)
         lungs = {n: LungFinder(segmenter, config.size, len(s), s.fingerprint) for n, s in splits.items()}
-    chosen = ("iou_threshold", "box_threshold", "threshold", "config")
+    chosen = ("iou_threshold", "box_threshold", "threshold", "operating_point", "calibration", "config")
     kept = old if own else {name: old.get(name) for name in chosen if name in old}
     known = cast(Content, {"config": asdict(config)} | dict(kept))
     evaluator = evaluator_of(

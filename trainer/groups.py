@@ -13,9 +13,9 @@ import numpy as np
 from shards.errors import InputError, nearest
 from shards.sample import NO_FINDING
 from shards.targets import ABSENT, PRESENT
-from trainer.measure import Outcome
 from trainer.metrics import LOCALIZATION, measured, summarize
 from trainer.multilabel import RESAMPLES, Sorted
+from trainer.outcome import Outcome
 
 MOST = 12  # different values of a column; more are no groups
 UNKNOWN = "(empty)"

@@ -14,7 +14,8 @@ import torch
 from trainer.classifier import evaluating
 from trainer.gather import Table
 from trainer.look import look
-from trainer.measure import Evaluator, Outcome
+from trainer.measure import Evaluator
+from trainer.outcome import Outcome
 from trainer.papers import COLUMNS, Floor, against, box_threshold, by_finding, known_pairs, truth_of
 from trainer.regions.lesions import LesionRegions
 from trainer.task import Point

@@ -27,8 +27,9 @@ from shards.names import known_as, lists
 from shards.pixels import encode_image
 from shards.rle import Runs
 from trainer.lesion_figures import maps
-from trainer.measure import Evaluator, Outcome
+from trainer.measure import Evaluator
 from trainer.metrics import GRAYS, otsu
+from trainer.outcome import Outcome
 from trainer.papers import known_pairs
 from trainer.regions.lesions import LesionRegions
 from trainer.report.words import file_name

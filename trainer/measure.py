@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch.nn import functional as F
@@ -14,7 +13,7 @@ from shards.loader import Batch, Loader
 from shards.plan import EpochPlan
 from trainer.cam import normalize_cam
 from trainer.classifier import FocusClassifier, evaluating
-from trainer.content import Figures, Probe
+from trainer.content import Probe
 from trainer.gather import Table
 from trainer.launching import loader_of
 from trainer.look import Located, Seen, look
@@ -23,100 +22,19 @@ from trainer.lungs.memory import LungFinder
 from trainer.metrics import (
     LOCALIZATION,
     THRESHOLDS,
-    best_threshold,
     localize,
     measured,
     rank_correlation,
     summarize,
     without_dead,
 )
+from trainer.outcome import Outcome
 from trainer.probe import blurred, probed, random_twin
 from trainer.regions.lesions import LesionRegions, attended_regions
 from trainer.regions.place import PUBLISHED, Regions, has_region
 from trainer.rules import Rule
 from trainer.sections import AttentionConfig
-from trainer.task import Pairs, Point, Task
-
-
-@dataclass
-class Outcome:
-    """What was measured of a split, in its order, on every process: of N images, and of their P pairs.
-
-    logits float [N,K]; target int8 [N,K]; pairs: which they are (`task.Pairs`); term float [P], the attention term of
-    the trained form, NaN without a region; expected, expected_box, lesion float [P,21], columns of `metrics.localize`
-    against the expected region (where its weight is a half or more), against what it was as a part of the lung box (the
-    published region, else the rule's own part), and against lesions, NaN where there is no such ground truth;
-    replaced bool [P], whether that part stands in for the region; similarity float [P], rank correlation with the CAM
-    of a twin, NaN without one; split: whose images they are.
-    """
-
-    split: Split
-    task: Task
-    logits: torch.Tensor
-    target: torch.Tensor
-    pairs: Pairs
-    term: torch.Tensor
-    expected: torch.Tensor
-    expected_box: torch.Tensor
-    lesion: torch.Tensor
-    similarity: torch.Tensor
-    replaced: torch.Tensor
-
-    def tables(self) -> dict[str, torch.Tensor]:
-        """The kinds of localization, which are never mixed; ``expected_box`` has figures only where a rule follows the
-        lungs' outline.
-        """
-        return {"expected": self.expected, "expected_box": self.expected_box, "lesion": self.lesion}
-
-    def thresholds(self) -> dict[str, int | None]:
-        """For each kind which of `metrics.THRESHOLDS` gives the best mean IoU here."""
-        return {kind: best_threshold(table[measured(table)]) for kind, table in self.tables().items()}
-
-    def patients(self) -> np.ndarray | None:
-        """A number of the patient of each image, int64 [N]; one of whom nobody knows is a patient of its own. None: of
-        no image it is known.
-        """
-        ids = self.split.ids()
-        if not ids["patient"].any():
-            return None
-        own = np.where(ids["patient"] == 0, ids["key"], ids["patient"])
-        return np.unique(own, return_inverse=True)[1]
-
-    def operating_point(self) -> Point:
-        """See `Task.operating_point`."""
-        return self.task.operating_point(self.logits, self.target)
-
-    def auc(self) -> float:
-        """See `Task.auc`."""
-        return self.task.auc(self.logits, self.target)
-
-    def report(
-        self, *, intervals: bool = False, chosen: dict[str, int | None] | None = None, threshold: Point = None
-    ) -> Figures:
-        """Classification and localization figures; from validation ``chosen``, thresholds of the IoU, and
-        ``threshold``, of the probability.
-        """
-        of_labels = self.task.figures(
-            self.logits, self.target, point=threshold, intervals=intervals, groups=self.patients
-        )
-        figures = cast(Figures, of_labels)
-        figures["localization"] = {}
-        for kind, table in self.tables().items():
-            at = (chosen or {}).get(kind)
-            names = LOCALIZATION if at is None else (*LOCALIZATION, "iou")
-            columns = list(range(len(LOCALIZATION))) + ([] if at is None else [len(LOCALIZATION) + at])
-            known = measured(table)
-            each = {
-                name: summarize(table[known & (self.pairs.finding == k)][:, columns], names)
-                for k, name in enumerate(self.task.findings)
-            }
-            if kind == "expected_box" and not known.any():
-                continue
-            together = summarize(table[known][:, columns], names)
-            figures["localization"][kind] = {"all": together} | {n: f for n, f in each.items() if f}
-            if at is not None and together is not None:
-                together["iou_threshold"] = THRESHOLDS[at]
-        return figures
+from trainer.task import Task
 
 
 @dataclass

@@ -26,7 +26,8 @@ def choose(truth: np.ndarray, score: np.ndarray, how: str) -> float | None:
     Args:
         truth: bool [n]; score: float [n].
         how: ``youden``: sensitivity + specificity is largest; ``f1``: F1 is; ``sensitivity=S``: the largest with at
-            least that sensitivity; ``specificity=S``: the smallest with at least that specificity.
+            least that sensitivity; ``specificity=S``: the smallest with at least that specificity; ``ppv=P``: the
+            smallest of which at least that share of those that are named are right.
 
     Returns:
         None where truth is all alike, or no score will do.
@@ -39,6 +40,10 @@ def choose(truth: np.ndarray, score: np.ndarray, how: str) -> float | None:
         return float(thresholds[np.argmax(f1[:-1])])
     false, true, thresholds = roc_curve(truth, score, drop_intermediate=False)
     kind, _, least = how.partition("=")
+    if kind == "ppv":
+        right, named = true * truth.sum(), true * truth.sum() + false * (~truth).sum()
+        enough = np.flatnonzero((named > 0) & (right >= (float(least) - 1e-12) * named))
+        return float(thresholds[enough[-1]]) if len(enough) else None
     if kind == "sensitivity":
         at = int(np.argmax(true >= float(least) - 1e-12))
     elif kind == "specificity":

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
-from trainer.sections import Painting, Strength
+from trainer.sections import Painting, Strength, wrong_point
 
 
 @dataclass
@@ -107,6 +107,10 @@ class EvaluateConfig:
     """Folder for the reports; empty: the run folder for its own shards, RUN/evaluate_<dataset> for others."""
     by: str = ""
     """Columns of the samples, with commas, that figures are split by, such as drain,view."""
+    operating_point: str = ""
+    """How thresholds are chosen on val from now on: youden, f1, sensitivity=0.9, specificity=0.9, ppv=0.8; empty: as
+    when it was trained. Of the run's own shards, whose val chooses.
+    """
     maps: str = ""
     """A new folder for the maps of all pairs of test (or val, where there is no test): NPY, PNG, and as CheXlocalize's.
     """
@@ -122,7 +126,8 @@ class EvaluateConfig:
 
     def problems(self) -> list[str]:
         """Everything that is wrong with the values, each naming its flag."""
-        return [
+        why = wrong_point(self.operating_point) if self.operating_point else ""
+        return [f"--operating_point {why}"] * bool(why) + [
             f"--{n} {v}: must be at least {low}"
             for n, v, low in (("batch", self.batch, 1), ("workers", self.workers, 0))
             if v < low

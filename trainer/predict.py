@@ -158,6 +158,7 @@ def line_of(name: str, seen: Prediction, shown: list[str], cxr: Predictor) -> di
     several = cxr.task.several
     line: dict[str, Any] = {"image": name, "predicted": seen.predicted if several else seen.predicted[0]}
     line["probability"] = {finding: round(p, DIGITS) for finding, p in seen.probability.items()}
+    line["calibrated"] = {finding: round(p, DIGITS) for finding, p in seen.calibrated.items()}
     line["positive"] = seen.positive
     line["cam_of"] = (shown if several else shown[0]) if seen.cam else None
     if cxr.segmenter is not None:

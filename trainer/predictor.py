@@ -10,6 +10,7 @@ a side of the network's input; B images of a batch, K findings.
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,7 @@ class Prediction:
 
     Attributes:
         probability: of each finding, in [0,1].
+        calibrated: the same, as the run's val corrects it (`trainer.calibration`); without those that it cannot.
         threshold: by finding the probability from which on it is there, as the run's val chose it; None, or no entry:
             val gave none.
         positive: by finding whether its probability is at its threshold or above; without a threshold no entry.
@@ -79,6 +81,7 @@ class Prediction:
     """
 
     probability: dict[str, float]
+    calibrated: dict[str, float]
     threshold: dict[str, float | None]
     positive: dict[str, bool]
     predicted: list[str]
@@ -124,6 +127,7 @@ class Predictor:
         self.point = point = report.get("threshold")
         # Of one finding an image and two classes it is that of the second
         self.threshold = point if isinstance(point, dict) else {} if point is None else {self.findings[1]: point}
+        self.calibration = report.get("calibration") or {}
         self.unfinished = bool(report.get("training", {"unfinished": True}).get("unfinished"))
         stored: dict[str, Any] = json.loads(self.metadata.get("stored", "{}"))
         self.side = int(stored.get("size", self.metadata["stored_size"]))
@@ -168,6 +172,7 @@ class Predictor:
         raw = squares[:, None].to(device)
         seen = look(self.accelerator, self.model, raw, index, every, finder, self.regions, index * 0)
         probability, named = self.task.probabilities(seen.logits).tolist(), self.task.named(seen.logits, self.point)
+        calibrated = self.task.calibrated(seen.logits.cpu(), self.calibration).tolist()
         cams = seen.cam.float().cpu() if seen.cam is not None else None
         boxes, lungs = (part.cpu() if part is not None else None for part in (seen.boxes, seen.lungs))
         places: dict[str, torch.Tensor] = {}
@@ -186,6 +191,7 @@ class Predictor:
             result.append(
                 Prediction(
                     probability=of,
+                    calibrated={n: p for n, p in zip(self.findings, calibrated[i], strict=True) if not math.isnan(p)},
                     threshold=dict(self.threshold),
                     positive={name: of[name] >= at for name, at in self.threshold.items() if at is not None},
                     predicted=named[i],

@@ -138,7 +138,9 @@ def task_of(config: Config, findings: Mapping[str, Finding]) -> Task:
     among = [name for name, finding in findings.items() if finding.images == "any"]
     if weights and "" in weights:  # of every class but the first
         weights = {names[0]: 1.0} | weights
-    return OneOf(names, among, weights=weights and _each(weights, names), focal=config.loss.kind == "focal")
+    weighed = weights and _each(weights, names)
+    focal = config.loss.kind == "focal"
+    return OneOf(names, among, weights=weighed, focal=focal, threshold=config.labels.operating_point)
 
 
 def _each(weights: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:

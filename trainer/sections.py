@@ -1,10 +1,20 @@
 """The sections of the settings of `trainer.config`. No torch, no kornia."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 Form = Literal["published", "coverage", "energy", "lift"]
 Policy = Literal["fixed", "published", "ratio", "balanced", "constrained"]
+
+
+def wrong_point(how: str) -> str:
+    """What is wrong with a way of choosing thresholds (`trainer.multilabel.choose`); nothing, if nothing is."""
+    if re.fullmatch(r"youden|f1|(sensitivity|specificity|ppv)=(0?\.\d+|1|1\.0)", how):
+        return ""
+    return (
+        f"{how}: expected youden, f1, sensitivity=S, specificity=S or ppv=S with S from 0 to 1, such as sensitivity=0.9"
+    )
 
 
 @dataclass
@@ -64,7 +74,9 @@ class LabelsConfig:
     unmentioned: Literal["negative", "ignore"] = "negative"
     """What a finding is of which the source says nothing, in sets that do not list all that is absent (CheXpert)."""
     operating_point: str = "youden"
-    """How the threshold of each finding is chosen on val: youden, f1, sensitivity=0.9 or specificity=0.9."""
+    """How the threshold of each finding is chosen on val: youden, f1, sensitivity=0.9, specificity=0.9 or
+    ppv=0.8. Of one finding an image with two classes, that of the second.
+    """
 
 
 @dataclass

@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 from shards.dataset import Split
+from trainer.calibration import reliability
 from trainer.drawing import LESION, LUNGS, REGION, short
-from trainer.measure import Outcome
+from trainer.outcome import Outcome
 
 TILES = 12
 
@@ -90,8 +91,8 @@ def curves(history: list[dict[str, Any]], outcomes: dict[str, Outcome], findings
     """Losses, lambda and validation figures by epoch, then ROC and precision-recall of each split; ``findings`` names
     them, of classes class 0 first. Of many findings those of the last split alone.
     """
-    figure = Figure(figsize=(16, 3.2), layout="constrained")
-    axes = figure.subplots(1, 5)
+    figure = Figure(figsize=(19, 3.2), layout="constrained")
+    axes = figure.subplots(1, 6)
     epochs = [line for line in history if "val_loss" in line]
     steps = [line for line in history if "ce" in line]
     axes[0].set_title("cross-entropy")
@@ -99,6 +100,9 @@ def curves(history: list[dict[str, Any]], outcomes: dict[str, Outcome], findings
     axes[2].set_title("validation")
     axes[3].set_title("ROC")
     axes[4].set_title("precision and recall")
+    axes[5].set_title("calibration")
+    axes[3].plot([0, 1], [0, 1], ":", color="gray", lw=0.8)
+    axes[5].plot([0, 1], [0, 1], ":", color="gray", lw=0.8)
     axes[0].plot([line["position"] for line in steps], [line["ce"] for line in steps], lw=0.8, label="train")
     axes[0].plot([line["epoch"] + 1 for line in epochs], [line["val_loss"] for line in epochs], "o-", ms=3, label="val")
     attended = [line for line in steps if line.get("attention") is not None]
@@ -129,7 +133,9 @@ def curves(history: list[dict[str, Any]], outcomes: dict[str, Outcome], findings
                 name = split if len(scored) == 1 else f"{split}, {short(findings[finding])}"
                 axes[3].plot(false, true, lw=1, label=name)
                 axes[4].plot(recall, precision, lw=1)
-    for ax, label in zip(axes, ("epoch", "epoch", "epoch", "1 - specificity", "recall"), strict=True):
+                said, is_, _ = zip(*reliability(truth.numpy(), score.numpy()), strict=True)
+                axes[5].plot(said, is_, "o-", ms=2, lw=1)
+    for ax, label in zip(axes, ("epoch", "epoch", "epoch", "1 - specificity", "recall", "probability"), strict=True):
         ax.set_xlabel(label)
         ax.grid(alpha=0.3)
         if ax.get_legend_handles_labels()[0]:

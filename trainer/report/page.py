@@ -8,6 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from shards.sample import NO_FINDING
+from trainer.calibration import TEMPERATURE
 from trainer.content import Content, Figures, Found, Measured, OfLesions
 from trainer.multilabel import AT_POINT
 from trainer.report.template import render, small
@@ -20,6 +21,7 @@ from trainer.report.words import (
     MEANING,
     NO_INTERVAL,
     SUMMARY,
+    chosen_by,
     notes,
     shown_split,
     summary,
@@ -70,18 +72,18 @@ def page(title: str, runs: dict[str, Content], pictures: dict[str, dict[str, byt
         summary=rows,
         meanings={name: meaning for name, meaning in MEANING.items() if name in shown},
         caution=CAUTION + (HEALTHY if NO_FINDING in first["findings"] else ""),
-        cells=_of_what(first[split]) if "per_finding" in first[split] else "",
+        cells=_of_what(first[split], chosen_by(first)) if "per_finding" in first[split] else "",
         runs=each,
         text=text,
     )
 
 
-def _of_what(figures: Figures) -> str:
+def _of_what(figures: Figures, how: str) -> str:
     """What the figures of several findings an image are over."""
     return (
         f"Of each finding over the images where it is known, {figures['cells']} cells in all; uncertain ones are "
-        "unknown, "
-        "whatever training made of them. Thresholds are those that the run's val chose. Means are over the "
+        "unknown, whatever training made of them. "
+        f"Thresholds are those that the run's val chose ({how}). Means are over the "
         f"{figures['defined']} of {len(figures['per_finding'])} findings of which there are images with and without. "
         f"Intervals of AUC resample {figures['resampled']}."
     )
@@ -141,6 +143,8 @@ def _tables(content: Content, split: Measured) -> list[Rows]:
     figures = content[split]
     several = "per_finding" in figures
     tables = [_of_cells(figures) if several else _by_finding(content["findings"], figures)]
+    if figures.get("calibration"):
+        tables.append(_calibration(content, split))
     for kind, what in KINDS.items():
         if found := figures["localization"].get(kind, {}).get("all"):
             head = (
@@ -160,12 +164,26 @@ def _tables(content: Content, split: Measured) -> list[Rows]:
         names = {"sensitivity": "sensitivity", "specificity": "specificity", "ppv": "PPV", "youden": "Youden's index"}
         points = [("predicted class, 0.5", figures["binary"])]
         if at := figures.get("at_threshold"):
-            points.append((f"{at['threshold']:.3f}, the best Youden's index on val", at))
+            how = {"youden": "the best Youden's index", "f1": "the best F1"}.get(way := chosen_by(content), way)
+            points.append((f"{at['threshold']:.3f}, {how} on val", at))
         rows: list[list[Cell]] = [
             [what, *(NOTHING if of[n] is None else f"{of[n]:.3f}" for n in names)] for what, of in points
         ]
         tables.append(([f"{content['findings'][1]} from a probability of", *names.values()], rows))
     return tables
+
+
+def _calibration(content: Content, split: Measured) -> Rows:
+    """How far probabilities are right, of each finding, before and after what val corrects."""
+    fitted = content.get("calibration") or {}
+    heat = fitted.get(TEMPERATURE)
+    how = f"temperature {heat[0]:.2f}, from val" if heat else "Platt's scaling, from val"
+    head = ["calibration", "ECE, 15 bins", f"with {how}", "Brier score", f"with {how}"]
+    rows: list[list[Cell]] = [
+        [name, *(_number(of.get(figure)) for figure in ("ece", "ece_calibrated", "brier", "brier_calibrated"))]
+        for name, of in content[split]["calibration"].items()
+    ]
+    return head, rows
 
 
 def _lesions(of: dict[str, OfLesions], findings: Sequence[str]) -> list[Rows]:

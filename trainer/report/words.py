@@ -243,6 +243,11 @@ CAUTION = (
 HEALTHY = " The CAM of a No Finding image is that of its own class and has no region: nothing is asked of it."
 
 
+def chosen_by(content: Content) -> str:
+    """How val chose the thresholds; before there was a choice, by Youden's index."""
+    return content.get("operating_point", "youden")
+
+
 def shown_split(content: Content) -> Measured:
     """The split that the summary is of: test, or val where there is no test."""
     return "test" if "test" in content else "val"

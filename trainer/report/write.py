@@ -15,8 +15,8 @@ from trainer.checkpoint import read_lines
 from trainer.config import Config
 from trainer.content import Content
 from trainer.drawing import short
-from trainer.measure import Outcome
 from trainer.metrics import LOCALIZATION, measured
+from trainer.outcome import Outcome
 from trainer.report.figures import TILES, Tile, curves, panel, png, without_lungs
 from trainer.report.page import page
 from trainer.report.words import is_published_kind, text_name, text_report

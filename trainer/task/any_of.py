@@ -14,6 +14,7 @@ from shards.dataset import Split
 from shards.errors import listed
 from shards.targets import ABSENT, PRESENT, UNCERTAIN, UNKNOWN, MultiLabel
 from trainer.augment import hashed
+from trainer.calibration import Calibration, platt
 from trainer.losses import at_least_float32, constant
 from trainer.multilabel import Cells, choose
 from trainer.task.one_of import FOCUS
@@ -201,6 +202,20 @@ class AnyOf:
         """See `Task`: of each finding."""
         cells = self._cells(logits, target)
         return {name: choose(*cells.of(k), self.threshold) for k, name in enumerate(self.names)}
+
+    def calibration(self, logits: torch.Tensor, target: torch.Tensor) -> Calibration:
+        """See `Task`: of each finding over its known cells."""
+        known = target >= ABSENT
+        z = logits.double()
+        return {
+            name: platt((target[known[:, k], k] == PRESENT).numpy(), z[known[:, k], k].numpy())
+            for k, name in enumerate(self.names)
+        }
+
+    def calibrated(self, logits: torch.Tensor, calibration: Calibration) -> torch.Tensor:
+        """See `Task`."""
+        scales = torch.tensor([calibration.get(name) or [torch.nan] * 2 for name in self.names], dtype=torch.float64)
+        return torch.sigmoid(scales[:, 0] * logits.double() + scales[:, 1])
 
     def figures(
         self,

@@ -11,9 +11,11 @@ from torch.nn import functional as F
 from shards.dataset import Split
 from shards.sample import NO_FINDING
 from shards.targets import SingleLabel
+from trainer.calibration import TEMPERATURE, Calibration, temperature
 from trainer.drawing import short
 from trainer.losses import at_least_float32, constant
 from trainer.metrics import at_threshold, auc_interval, binary_report, classification_report, multiclass_auc, wilson
+from trainer.multilabel import choose
 from trainer.task.protocol import Drawn, Groups, Pairs, Point, Scored
 
 FOCUS = 2.0  # gamma of the focal loss (Lin et al., ICCV 2017)
@@ -28,6 +30,7 @@ class OneOf:
         weights: of the classes in the loss, a number for each name, 1 for others; None: ``balanced``, as many times as
             its images are fewer than the mean of the classes.
         focal: the focal loss in place of cross-entropy (Lin et al., ICCV 2017).
+        threshold: how that of class 1 of two is chosen (`trainer.multilabel.choose`).
     """
 
     several = False
@@ -39,9 +42,10 @@ class OneOf:
         *,
         weights: Mapping[str, float] | None = {},
         focal: bool = False,
+        threshold: str = "youden",
     ) -> None:
         self.labels = SingleLabel(findings, among)
-        self.balanced, self.focal = weights is None, focal
+        self.balanced, self.focal, self.threshold = weights is None, focal, threshold
         self.weights = tuple(weights.get(name, 1.0) for name in findings) if weights else None
 
     def weighted(self, present: np.ndarray, absent: np.ndarray) -> "OneOf":
@@ -49,7 +53,7 @@ class OneOf:
         if not self.balanced:
             return self
         mean = {n: present.mean() / max(1, k) for n, k in zip(self.findings, present.tolist(), strict=True)}
-        return OneOf(self.findings, tuple(self.labels.among), weights=mean, focal=self.focal)
+        return OneOf(self.findings, tuple(self.labels.among), weights=mean, focal=self.focal, threshold=self.threshold)
 
     @property
     def findings(self) -> tuple[str, ...]:
@@ -107,11 +111,22 @@ class OneOf:
         return [[self.findings[k]] for k in self.predicted(logits).tolist()]
 
     def operating_point(self, logits: torch.Tensor, target: torch.Tensor) -> Point:
-        """See `Task`: of class 1 of two, by Youden's index; None beyond two classes."""
+        """See `Task`: of class 1 of two; None beyond two classes."""
         if logits.shape[1] != 2:
             return None
+        if self.threshold != "youden":
+            return choose((target[:, 1] == 1).numpy(), self.probabilities(logits)[:, 1].numpy(), self.threshold)
         threshold = binary_report(logits, target.argmax(1))["best_threshold"]
         return threshold if math.isfinite(threshold) else None
+
+    def calibration(self, logits: torch.Tensor, target: torch.Tensor) -> Calibration:
+        """See `Task`: a temperature."""
+        return {TEMPERATURE: [temperature(logits.double().numpy(), target.argmax(1).numpy())]}
+
+    def calibrated(self, logits: torch.Tensor, calibration: Calibration) -> torch.Tensor:
+        """See `Task`."""
+        known = calibration.get(TEMPERATURE)
+        return torch.softmax(logits.double() / (known[0] if known else math.nan), 1)
 
     def figures(
         self,

@@ -14,6 +14,7 @@ import torch
 
 from shards.dataset import Split
 from shards.targets import Targets
+from trainer.calibration import Calibration
 
 # The probability from which on a finding is said to be there: of one, or by name of each of several. None: the task
 # needs none, or none can be had.
@@ -58,6 +59,10 @@ class Task(Protocol):
     @property
     def findings(self) -> tuple[str, ...]:
         """K names."""
+
+    @property
+    def threshold(self) -> str:
+        """How an operating point is chosen: see `trainer.multilabel.choose`."""
 
     @property
     def several(self) -> bool:
@@ -118,6 +123,12 @@ class Task(Protocol):
 
     def operating_point(self, logits: torch.Tensor, target: torch.Tensor) -> Point:
         """Chosen on these images."""
+
+    def calibration(self, logits: torch.Tensor, target: torch.Tensor) -> Calibration:
+        """Fitted on these images."""
+
+    def calibrated(self, logits: torch.Tensor, calibration: Calibration) -> torch.Tensor:
+        """`probabilities` as the calibration corrects them: float64 [N,K]; NaN of a finding that has none."""
 
     def figures(
         self,
