@@ -17,6 +17,7 @@ from trainer import train as loop
 from trainer.build import build
 from trainer.classifier import FocusClassifier, normalize_cam
 from trainer.command import resolve
+from trainer.weights import Trained
 
 
 def make(backbone, size=64, **options):
@@ -397,9 +398,47 @@ def test_fine_tuning_from_a_run(flags, tmp_path, capsys):
     flags[flags.index("--out") + 1] = str(tmp_path / "tuned")
     capsys.readouterr()
     job = build(resolve([*flags, "--task", "nep", "--epochs", "1"]))
-    assert "model.safetensors: 120 of 122 tensors are taken; fc.weight, fc.bias begin anew" in capsys.readouterr().out
-    first = evaluate.open_run(tmp_path / "run").model.state_dict()["net.conv1.weight"]
-    assert torch.equal(job.model.state_dict()["net.conv1.weight"], first)
+    said = capsys.readouterr().out
+    assert "model.safetensors: 120 of 122 tensors are taken; its head's rows of No Finding, Effusion are taken" in said
+    assert "and those of Pneumothorax begin anew" in said
+    first, now = evaluate.open_run(tmp_path / "run").model.state_dict(), job.model.state_dict()
+    assert torch.equal(now["net.conv1.weight"], first["net.conv1.weight"])
+    for name in ("net.fc.weight", "net.fc.bias"):
+        assert torch.equal(now[name][:2], first[name])
+        assert len(now[name]) == 3
+
+
+@pytest.mark.parametrize(
+    ("now", "rows", "words"),
+    [
+        (
+            ("one", ("No Finding", "Pneumothorax")),
+            [0, None],
+            "of No Finding are taken and those of Pneumothorax",
+        ),
+        (("one", ("Pleural Effusion", "No Finding")), [1, 0], "rows of Pleural Effusion, No Finding are taken"),
+        (("any", ("Effusion", "Mass")), [None, None], "its head was trained with --labels.kind one and begins anew"),
+    ],
+)
+def test_the_head_of_a_run_is_taken_by_finding(trained, tmp_path, now, rows, words):
+    """Not by its shape: here all have two rows. It was trained for No Finding and Effusion."""
+    first, heads = evaluate.open_run(tmp_path / "run").model.net.fc.weight, []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        of = {"size": 64, "pretrained": str(tmp_path / "run"), "now": Trained(*now)}
+        model = FocusClassifier("resnet18", 2, **of)
+        heads.append(model.net.fc.weight.detach())
+        assert words in model.loaded
+    for k, row in enumerate(rows):
+        if row is None:
+            assert not torch.equal(heads[0][k], heads[1][k])
+        else:
+            assert torch.equal(heads[0][k], first[row])
+            assert torch.equal(heads[1][k], first[row])
+    alone = FocusClassifier(
+        "resnet18", 2, size=64, pretrained=str(tmp_path / "run")
+    )  # who says nothing gets it as it is
+    assert torch.equal(alone.net.fc.weight, first)
 
 
 def test_a_backbone_without_a_map_trains_by_cross_entropy(flags, tmp_path, shards, monkeypatch, capsys):

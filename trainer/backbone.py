@@ -12,7 +12,7 @@ import timm
 from torch import nn
 
 from shards.errors import InputError, read_json
-from trainer.weights import load_into
+from trainer.weights import Trained, load_into
 
 PUBLISHED = {"pvt": "pvt_v2_b2_li", "vgg": "vgg16", "resnet": "resnet50"}
 
@@ -29,6 +29,7 @@ def create(
     pretrained: str,
     stride: int = 0,
     arguments: Mapping[str, Any] | None = None,
+    now: Trained | None = None,
 ) -> tuple[nn.Module, str]:
     """The network, and what was loaded into it of a file, in words.
 
@@ -40,6 +41,7 @@ def create(
             state dict.
         stride: pixels of the input a position of the last feature map, where timm has it; 0: the model's own.
         arguments: of timm's model.
+        now: see `trainer.weights.load_into`.
 
     Raises:
         InputError: no such model, it has no such stride, it cannot be built at that size or with those arguments, its
@@ -98,7 +100,7 @@ def create(
     if from_hub or pretrained.lower() == "false":
         return net, ""
     architecture = str(net.pretrained_cfg.get("architecture") or bare)  # type: ignore[union-attr, operator]
-    return net, load_into(net, architecture, tuple(head_names(net)), Path(pretrained))
+    return net, load_into(net, architecture, tuple(head_names(net)), Path(pretrained), now)
 
 
 def _local(folder: Path, options: dict[str, Any]) -> tuple[str, dict[str, Any], dict[str, Any]]:

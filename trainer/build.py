@@ -37,6 +37,7 @@ from trainer.schedule import Schedule
 from trainer.sections import OptimConfig
 from trainer.task import Task
 from trainer.tracking import Tracking
+from trainer.weights import Trained
 
 # Settings that a resumed run may change. All others shape the model: it would not be the one that its config.yaml
 # describes.
@@ -153,6 +154,7 @@ def check(config: Config) -> Parts:
         len(task.findings),
         pretrained=pretrained,
         needs_map=config.looks,
+        now=Trained(config.labels.kind, task.findings),
         **model_options(config),
     )
     annotations = annotated(config, splits["train"])

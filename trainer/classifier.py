@@ -21,6 +21,7 @@ from trainer.backbone import create, head_names
 from trainer.cam import fused, grad_cam, layer_cam, normalize_cam
 from trainer.layers import INPUT, INSIDE, default_layer, is_square, split_names, to_maps, top_layers
 from trainer.losses import at_least_float32
+from trainer.weights import Trained
 
 __all__ = ["FocusClassifier", "Prediction", "evaluating", "normalize_cam"]
 
@@ -51,6 +52,7 @@ class FocusClassifier(nn.Module):
         stride: pixels of the input a position of the last feature map, 8 or 16; 0: as the backbone has it (32).
         arguments: of timm's model.
         normal: mean and standard deviation of pixels; None: the backbone's own.
+        now: what it is for: then of weights of a run of this trainer the head's rows are taken by finding.
         needs_map: without, a backbone that has no feature map is taken, too: `has_map` tells.
 
     Raises:
@@ -76,13 +78,14 @@ class FocusClassifier(nn.Module):
         arguments: Mapping[str, Any] | None = None,
         normal: tuple[float, float] | None = None,
         needs_map: bool = True,
+        now: Trained | None = None,
     ) -> None:
         super().__init__()
         self.backbone, self.size = backbone, size
         self.options: dict[str, Any] = {"layer": layer, "kind": kind, "fuse": fuse, "stride": stride}
         self.options |= {"arguments": dict(arguments or {}), "normal": normal}
         self.kind, self.fuse = kind, fuse
-        self.net, self.loaded = create(backbone, classes, size, pretrained, stride, arguments)
+        self.net, self.loaded = create(backbone, classes, size, pretrained, stride, arguments, now)
         self.layers = split_names(layer or default_layer(self.net))
         known = [name for name, _ in self.net.named_modules()]
         for name in self.layers:

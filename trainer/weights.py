@@ -8,6 +8,7 @@ tables are resampled to the grid at hand, old names become new ones).
 import argparse
 import contextlib
 import itertools
+import json
 import logging
 import pickle
 import re
@@ -20,11 +21,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import timm
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
 from shards.errors import InputError, listed
+from shards.names import known_as
 
 Tensors = dict[str, torch.Tensor]
 
@@ -57,12 +59,54 @@ class Fitted(NamedTuple):
     resampled: list[str]
 
 
-def load_into(net: nn.Module, architecture: str, head: tuple[str, ...], path: Path) -> str:
+class Trained(NamedTuple):
+    """What a model of this trainer was trained for: ``one`` finding an image or ``any`` number, and their names in the
+    order of its head.
+    """
+
+    kind: str
+    findings: tuple[str, ...]
+
+
+def trained_for(path: Path) -> Trained | None:
+    """Of a run folder, or the model of one; None: the file is another's."""
+    path = path / "model.safetensors" if path.is_dir() else path
+    try:
+        with safe_open(path, "pt") as file:
+            said = file.metadata() or {}
+        names = json.loads(said["findings"])
+        return Trained(said.get("labels", "one"), tuple(map(str, names)))
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError):
+        return None
+
+
+def _head_of(own: Tensors, seen: Tensors, known: Trained, now: Trained, path: Path) -> tuple[Tensors, str]:
+    """The network's head ``own`` with the rows of a run's, ``seen``, that are of the same findings; what they are, in
+    words.
+    """
+    if known.kind != now.kind:
+        return own, f"its head was trained with --labels.kind {known.kind} and begins anew"
+    rows: dict[int, int] = {}
+    for k, name in enumerate(now.findings):
+        if (old := known_as(name, known.findings, f"--pretrained {path}")) is not None:
+            rows[k] = known.findings.index(old)
+    head = {name: tensor.clone() for name, tensor in own.items()}
+    for name, tensor in head.items():
+        if name in seen and seen[name].shape[1:] == tensor.shape[1:]:
+            for k, row in rows.items():
+                tensor[k] = seen[name][row]
+    taken, begun = ([name for k, name in enumerate(now.findings) if (k in rows) == there] for there in (True, False))
+    said = [f"its head's rows of {listed(taken)} are taken"] if taken else []
+    return head, " and ".join([*said, *([f"those of {listed(begun)} begin anew"] if begun else [])])
+
+
+def load_into(net: nn.Module, architecture: str, head: tuple[str, ...], path: Path, now: Trained | None = None) -> str:
     """Backbone weights from a file or a run folder; the head is left out where its number of classes differs. Returns
     what was loaded, in words.
 
     Args:
         architecture: timm's name of the network; head: prefixes of its head's tensors.
+        now: what the network is for: of a run of this trainer the head's rows are then taken by finding.
     """
     if path.is_dir():
         if not (path / "model.safetensors").is_file():
@@ -80,6 +124,10 @@ def load_into(net: nn.Module, architecture: str, head: tuple[str, ...], path: Pa
     found = read_weights(path)
     fits, seen, resampled = fit(net, architecture, head, found)
     in_head = {name for name in own if name.startswith(head)} if head else set()
+    of_head = ""
+    if now is not None and (known := trained_for(path)) is not None and in_head:
+        rows, of_head = _head_of({name: own[name] for name in in_head}, seen, known, now, path)
+        fits = {name: tensor for name, tensor in fits.items() if name not in in_head}
     missing = [
         name for name in own if name not in fits and name not in in_head and not name.endswith("num_batches_tracked")
     ]
@@ -92,11 +140,13 @@ def load_into(net: nn.Module, architecture: str, head: tuple[str, ...], path: Pa
             f"{name}: expected {tuple(own[name].shape)}, got {got}. The file has {listed(found, 3)}. Is it a file for "
             "this --backbone?"
         )
-    net.load_state_dict(fits, strict=False)
+    net.load_state_dict(fits | (rows if of_head else {}), strict=False)
     said = [f"--pretrained {path}: {len(fits)} of {len(own)} tensors are taken"]
     if resampled:
         said.append(f"{listed(resampled, 3)} resampled to this size")
-    if begun := [name for name in own if name not in fits and name in in_head]:
+    if of_head:
+        said.append(of_head)
+    elif begun := [name for name in own if name not in fits and name in in_head]:
         said.append(f"{listed(begun)} begin anew")
     if unused := [name for name in seen if name not in own and not _of_no_use(name, head)]:
         said.append(f"left out of the file: {listed(unused, 3)}")
