@@ -164,7 +164,7 @@ def finish(
             content[split]["lesions"] = lesions[split]
     for split in MEASURED:
         if by and split in outcomes:
-            content[split]["by"] = {column: by_column(outcomes[split], column) for column in by}
+            content[split]["by"] = {column: by_column(outcomes[split], column, point) for column in by}
     content["config"] = known.get("config") or asdict(config)
     shown: Measured = "test" if "test" in splits else "val"
     content[shown]["probe"] = evaluator.probe(shown, outcomes[shown])

@@ -6,23 +6,31 @@ pneumothorax is found where there is a chest drain, and missed where there is no
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from sklearn.metrics import average_precision_score
 
 from shards.errors import InputError, nearest
 from shards.sample import NO_FINDING
 from shards.targets import ABSENT, PRESENT
+from trainer.calibration import ece
 from trainer.metrics import LOCALIZATION, measured, summarize
 from trainer.multilabel import RESAMPLES, Sorted
 from trainer.outcome import Outcome
+from trainer.task import Point
 
 MOST = 12  # different values of a column; more are no groups
 UNKNOWN = "(empty)"
+AGE, BANDS = "age", (40, 60, 80)  # years at which bands of the column age begin
+RATES = ("sensitivity", "false_positive_rate")
 
 
 def values_of(outcome: Outcome, column: str) -> list[str]:
-    """What each image has in a column of its sample. InputError: none has it, or too many different ones."""
+    """What each image has in a column of its sample; of ages their band. InputError: none has it, or too many different
+    ones.
+    """
     split = outcome.split
     metas = [split.meta(p) for p in range(len(split))]
     if not any(column in meta for meta in metas):
@@ -32,25 +40,34 @@ def values_of(outcome: Outcome, column: str) -> list[str]:
             "--keep-column keeps columns of a table)"
         )
     found = [str(meta.get(column, "")).strip() or UNKNOWN for meta in metas]
+    if column == AGE:
+        found = [band(value) for value in found]
     if len(set(found)) > MOST:
         raise InputError(f"--by {column}: has {len(set(found))} different values; expected at most {MOST} groups")
     return found
 
 
-def by_column(outcome: Outcome, column: str) -> dict[str, dict[str, Any]]:
+def band(age: str) -> str:
+    """``0-39``, ``40-59``, ``60-79``, ``80+``; what is no age stays as it is."""
+    try:
+        years = float(age)
+    except ValueError:
+        return age
+    low = max((edge for edge in (0, *BANDS) if edge <= years), default=0)
+    return next((f"{low}-{edge - 1}" for edge in BANDS if years < edge), f"{low}+")
+
+
+def by_column(outcome: Outcome, column: str, point: Point = None) -> dict[str, dict[str, Any]]:
     """For each value of a column and each finding: its images with the finding; AUC of these against all images without
-    it, wherever these are, and against those of the same value (each with a 95% interval over patients, or images where
-    patients are not known); energy and pointing of their maps at lesions and expected regions.
+    it, wherever these are, and against those of the same value; AUPRC and expected calibration error among those of the
+    value; sensitivity and false-positive rate at the ``point`` that the run applies; energy and pointing of their maps
+    at lesions and expected regions. AUC and rates have 95% intervals over patients, or images where patients are not
+    known.
     """
     values, target = np.array(values_of(outcome, column)), outcome.target.numpy()
     score = outcome.task.probabilities(outcome.logits).numpy()
     image, finding = outcome.pairs.image.numpy(), outcome.pairs.finding.numpy()
-    groups, rng = outcome.patients(), np.random.default_rng(0)
-    groups = np.arange(len(values)) if groups is None else groups
-    drawn = [
-        np.bincount(rng.integers(0, groups.max() + 1, groups.max() + 1), minlength=groups.max() + 1)[groups]
-        for _ in range(RESAMPLES)
-    ]
+    drawn, limits = resamples(outcome), limits_of(outcome.task.findings, point)
     content: dict[str, dict[str, Any]] = {}
     for value in sorted(set(values)):
         own = values == value
@@ -67,6 +84,15 @@ def by_column(outcome: Outcome, column: str) -> dict[str, dict[str, Any]]:
                 entry[figure] = area
                 between = [cells.auc(often) for often in drawn] if not math.isnan(area) else []
                 entry[f"{figure}_95"] = list(map(float, np.nanpercentile(between, [2.5, 97.5]))) if between else None
+            inside = own & (target[:, k] >= ABSENT)
+            alike = not (absent & own).any()
+            truth = present[inside]
+            entry["auprc"] = math.nan if alike else float(average_precision_score(truth, score[inside, k]))
+            entry["ece"] = ece(truth, score[inside, k])
+            if (limit := limits.get(name)) is not None:
+                named = score[:, k] >= limit
+                for rate, of_whom in zip(RATES, (present, absent & own), strict=True):
+                    entry[rate], entry[f"{rate}_95"] = _rate(named, of_whom, drawn)
             pairs = own[image] & (finding == k)
             for kind, table in outcome.tables().items():
                 if found := summarize(table[pairs & measured(table).numpy()][:, : len(LOCALIZATION)]):
@@ -74,3 +100,47 @@ def by_column(outcome: Outcome, column: str) -> dict[str, dict[str, Any]]:
             of[name] = entry
         content[value] = {"images": int(own.sum()), "per_finding": of}
     return content
+
+
+def gaps(groups: dict[str, dict[str, Any]], figure: str = "auc_within") -> dict[str, dict[str, Any]]:
+    """Of each finding that two values of a column have the figure of: how far the best is from the worst, and which
+    these are.
+    """
+    of: dict[str, dict[str, float]] = {}
+    for value, group in groups.items():
+        for name, entry in group["per_finding"].items():
+            if value != UNKNOWN and not math.isnan(entry.get(figure, math.nan)):
+                of.setdefault(name, {})[value] = entry[figure]
+    return {
+        name: {"gap": max(known.values()) - min(known.values()), "worst": min(known, key=lambda v: known[v])}
+        | {"best": max(known, key=lambda v: known[v])}
+        for name, known in of.items()
+        if len(known) > 1
+    }
+
+
+def limits_of(findings: Sequence[str], point: Point) -> dict[str, float | None]:
+    """Thresholds by finding; of one finding an image that of the second class."""
+    return point if isinstance(point, dict) else {} if point is None else {findings[1]: point}
+
+
+def resamples(outcome: Outcome) -> list[np.ndarray]:
+    """How many times each image counts in each of 1000 resamples of the patients, or images: uint16 [N] each."""
+    groups, rng = outcome.patients(), np.random.default_rng(0)
+    groups = np.arange(len(outcome.target)) if groups is None else groups
+    many = int(groups.max()) + 1
+    return [
+        np.bincount(rng.integers(0, many, many), minlength=many)[groups].astype(np.uint16) for _ in range(RESAMPLES)
+    ]
+
+
+def _rate(named: np.ndarray, of_whom: np.ndarray, drawn: Sequence[np.ndarray]) -> tuple[float, list[float] | None]:
+    """The share of some images that are named, and its 95% interval."""
+    if not of_whom.any():
+        return math.nan, None
+    at, counts = np.flatnonzero(of_whom), []
+    for often in drawn:
+        weight = often[at].astype(float)
+        if weight.sum():
+            counts.append(float((weight * named[at]).sum() / weight.sum()))
+    return float(named[of_whom].mean()), list(map(float, np.percentile(counts, [2.5, 97.5])))

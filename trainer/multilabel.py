@@ -196,7 +196,7 @@ class Sorted:
         """``often`` int [N]: how many times each image counts. NaN where all cells that count are alike."""
         if not len(self.ties):
             return math.nan
-        weight = often[self.image]
+        weight = often[self.image].astype(np.int64)
         present, absent = (np.add.reduceat(weight * side, self.ties) for side in (self.truth, ~self.truth))
         whole = float(present.sum()) * float(absent.sum())
         below = np.cumsum(absent) - absent / 2

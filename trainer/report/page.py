@@ -10,6 +10,7 @@ from markupsafe import Markup
 from shards.sample import NO_FINDING
 from trainer.calibration import TEMPERATURE
 from trainer.content import Content, Figures, Found, Measured, OfLesions
+from trainer.groups import RATES, gaps
 from trainer.multilabel import AT_POINT
 from trainer.report.template import render, small
 from trainer.report.words import (
@@ -218,16 +219,23 @@ def _lesions(of: dict[str, OfLesions], findings: Sequence[str]) -> list[Rows]:
 def _by_column(column: str, groups: dict[str, dict[str, Any]]) -> Rows:
     """A row for each finding and value of a column of the samples."""
     head = [f"by {column}", "images", "with it", "AUC against all without it", "AUC against those of the same value"]
-    head += ["energy in lesion", "pointing at lesion"]
+    head += ["AUPRC", "sensitivity", "false positives", "ECE", "energy in lesion", "pointing at lesion"]
     rows: list[list[Cell]] = []
     for value, group in groups.items():
         for name, of in group["per_finding"].items():
             cells: list[Cell] = [f"{name}, {value}", str(group["images"]), str(of["present"])]
             cells += [_figure((of[figure], of[f"{figure}_95"] or NO_INTERVAL)) for figure in ("auc", "auc_within")]
+            cells.append(_number(of.get("auprc")))
+            cells += [_figure((of[rate], of[f"{rate}_95"] or NO_INTERVAL)) if rate in of else NOTHING for rate in RATES]
+            cells.append(_number(of.get("ece")))
             lesion = of.get("lesion")
             cells += [_figure((lesion[f], lesion[f"{f}_95"])) if lesion else NOTHING for f in ("energy", "pointing")]
             rows.append(cells)
-    return head, rows
+    for name, of in gaps(groups).items():
+        words = f"{name}, best less worst ({of['best']}, {of['worst']})"
+        rows.append([words, "", "", "", _number(of["gap"]), *[""] * (len(head) - 5)])
+    kept = [i for i in range(len(head)) if any(row[i] not in (NOTHING, "") for row in rows)]
+    return [head[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 
 def _of_lesion(found: Found | None, name: str) -> Cell:

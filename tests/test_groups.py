@@ -1,0 +1,88 @@
+"""Figures by a column of the samples, against scikit-learn and by hand."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import average_precision_score, recall_score, roc_auc_score
+
+from shards.errors import InputError
+from trainer.groups import band, by_column, gaps
+from trainer.task import AnyOf
+
+POINT = {"A": 0.5, "B": None}
+
+
+@pytest.fixture
+def outcome():
+    """Two findings of 300 images of 90 patients, some cells unknown."""
+    rng = np.random.default_rng(0)
+    target = torch.from_numpy(rng.choice([1, 0, -1], (300, 2), p=[0.3, 0.6, 0.1]).astype(np.int8))
+    logits = torch.from_numpy(rng.normal(0, 1, (300, 2))) + target
+    metas = [{"sex": "MF"[i % 2], "age": str(a), "key": str(i)} for i, a in enumerate(rng.integers(20, 95, 300))]
+    metas[0] |= {"sex": "", "age": "old"}
+    split = type("Fake", (), {"split": "test", "meta": lambda _, i: metas[i], "__len__": lambda _: 300})()
+    nobody = torch.zeros(0, dtype=torch.int64)
+    return SimpleNamespace(
+        task=AnyOf(("A", "B")),
+        logits=logits,
+        target=target,
+        split=split,
+        pairs=SimpleNamespace(image=nobody, finding=nobody),
+        tables=dict,
+        patients=lambda: rng.integers(0, 90, 300),
+        metas=metas,
+    )
+
+
+def test_groups_are_those_of_scikit_learn(outcome):
+    groups = by_column(outcome, "sex", POINT)
+    assert list(groups) == ["(empty)", "F", "M"]
+    score = torch.sigmoid(outcome.logits).numpy()
+    for value, of in groups.items():
+        own = np.array([(meta["sex"] or "(empty)") == value for meta in outcome.metas])
+        assert of["images"] == own.sum()
+        for k, name in enumerate("AB"):
+            known = own & (outcome.target[:, k] >= 0).numpy()
+            truth, p = (outcome.target[known, k] == 1).numpy(), score[known, k]
+            if not truth.any():
+                assert name not in of["per_finding"]
+                continue
+            entry = of["per_finding"][name]
+            assert (entry["present"], entry["absent"]) == (truth.sum(), (~truth).sum())
+            if truth.all():
+                assert math.isnan(entry["auprc"])
+                continue
+            assert entry["auc_within"] == pytest.approx(roc_auc_score(truth, p))
+            assert entry["auprc"] == pytest.approx(average_precision_score(truth, p))
+            low, high = entry["auc_within_95"]
+            assert low < entry["auc_within"] < high
+            if name == "A":
+                assert entry["sensitivity"] == pytest.approx(recall_score(truth, p >= 0.5))
+                assert entry["false_positive_rate"] == pytest.approx(1 - recall_score(~truth, p < 0.5))
+                assert entry["sensitivity_95"][0] < entry["sensitivity"] < entry["sensitivity_95"][1]
+            else:
+                assert "sensitivity" not in entry  # it has no threshold
+    aucs = {value: groups[value]["per_finding"]["A"]["auc_within"] for value in "MF"}
+    assert gaps(groups)["A"] == {
+        "gap": max(aucs.values()) - min(aucs.values()),
+        "worst": min(aucs, key=aucs.get),
+        "best": max(aucs, key=aucs.get),
+    }
+
+
+def test_ages_are_bands(outcome):
+    groups = by_column(outcome, "age", POINT)
+    assert set(groups) == {"0-39", "40-59", "60-79", "80+", "old"}
+    years = [float(meta["age"]) for meta in outcome.metas[1:]]
+    assert groups["60-79"]["images"] == sum(60 <= y < 80 for y in years)
+    assert [band(age) for age in ("0", "39.5", "40", "80", "105", "")] == ["0-39", "0-39", "40-59", "80+", "80+", ""]
+
+
+def test_a_column_that_is_no_group_is_refused(outcome):
+    with pytest.raises(InputError, match="have no such column; did you mean sex"):
+        by_column(outcome, "sx")
+    with pytest.raises(InputError, match="has 300 different values; expected at most 12 groups"):
+        by_column(outcome, "key")
