@@ -126,6 +126,7 @@ class Content(TypedDict, total=False):
     dataset: str
     training: Training
     images: dict[str, str]
+    data: dict[str, dict[str, Any]]  # by split: images, patients, findings
     regions: str
     written: str
     lungs_not_found: dict[str, list[str]]

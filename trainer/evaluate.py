@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -27,12 +27,14 @@ from shards.dataset import Split
 from shards.errors import InputError, run
 from shards.sample import SPLITS
 from shards.store import open_store
+from shards.targets import ABSENT, PRESENT
 from trainer import __version__
 from trainer.classifier import evaluating
 from trainer.command import parse
 from trainer.config import Config
 from trainer.content import Content, Measured, Training
 from trainer.drawing import short
+from trainer.gallery import gallery
 from trainer.groups import by_column
 from trainer.launching import close, on_main, set_threads, start
 from trainer.lesion_figures import lesion_figures
@@ -48,6 +50,7 @@ from trainer.report.words import MEASURED, file_name, table
 from trainer.report.write import write_run
 from trainer.rules import Finding, to_yaml
 from trainer.run import evaluator_of, open_run, read_report, task_of
+from trainer.task import Task
 
 
 def tiles(evaluator: Evaluator, name: str) -> list[Tile]:
@@ -138,6 +141,7 @@ def finish(
     content["images"] = known.get("images", {}) | {name: split.fingerprint for name, split in splits.items()}
     content["regions"] = to_yaml(findings)
     content["written"] = f"cxr-focus {__version__}, {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}"
+    content["data"] = known.get("data", {}) | {name: data_of(split, evaluator.task) for name, split in splits.items()}
     without = {name: [splits[name].key(p) for p in positions] for name, positions in lost.items()}
     content["lungs_not_found"] = known.get("lungs_not_found", {}) | without
     replaced = {name: int(outcome.replaced.sum()) for name, outcome in outcomes.items()}
@@ -176,7 +180,8 @@ def finish(
 
     def write() -> None:
         try:
-            write_run(out, config, content, outcomes, tiles(evaluator, shown), splits, lost)
+            images = gallery(evaluator, shown, outcomes[shown], point)
+            write_run(out, config, content, outcomes, tiles(evaluator, shown), images, splits, lost)
         except Exception as error:  # a picture or a name that cannot be made costs the report, not the run
             why = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
             raise InputError(
@@ -186,6 +191,17 @@ def finish(
 
     on_main(accelerator, write)
     return content
+
+
+def data_of(split: Split, task: Task) -> dict[str, Any]:
+    """What a split has: images, patients (None: not known), and of each finding how many with it and without."""
+    known = np.unique(split.ids()["patient"])
+    tallies = [split.tally(state).tolist() for state in (PRESENT, ABSENT)]
+    return {
+        "images": len(split),
+        "patients": int((known != 0).sum()) or None,
+        "findings": {name: list(of) for name, *of in zip(task.findings, *tallies, strict=True)},
+    }
 
 
 def overlap(train: Split, split: Split) -> tuple[int, int]:

@@ -7,7 +7,7 @@ Legend: raw uint8 [B,1,H,W], as stored; images float [B,1,S,S] in [0,1]; boxes i
 float [B,S,S] in [0,1].
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from trainer.cam import normalize_cam
 from trainer.classifier import FocusClassifier
 from trainer.launching import Accelerator
 from trainer.lungs import LungFinder
-from trainer.regions import Expected, Regions
+from trainer.regions import Expected, Regions, has_region
 
 
 @dataclass
@@ -108,3 +108,30 @@ def look(
         side = (regions.size, regions.size)
         seen_cam = normalize_cam(raw_cam.flatten(0, -3), regions.size).reshape(*raw_cam.shape[:-2], *side)
     return Seen(images, located.boxes, located.outlines, located.found, expected, logits, seen_cam, raw_cam)
+
+
+def everywhere(
+    seen: Seen, findings: Sequence[str], rules: Container[str], regions: Regions
+) -> tuple[dict[str, torch.Tensor], dict[str, list[float | None]]]:
+    """Of a batch whose CAMs [B,K,S,S] were taken of all findings: where each of those that have a rule is expected,
+    bool [B,S,S] on the device, nowhere in an image without lungs; and by finding the share of the CAMs there.
+    """
+    places: dict[str, torch.Tensor] = {}
+    energies: dict[str, list[float | None]] = {}
+    if seen.boxes is not None:
+        found = seen.found.to(seen.boxes.device)[:, None, None]
+        for k, name in enumerate(findings):
+            if name in rules:
+                region = regions(torch.full((len(found),), k), seen.boxes, seen.lungs).region
+                places[name] = region & found
+                if seen.cam is not None:
+                    energies[name] = energy_in(seen.cam[:, k], places[name])
+    return places, energies
+
+
+def energy_in(cam: torch.Tensor, region: torch.Tensor) -> list[float | None]:
+    """The shares of CAMs [B,S,S] in regions bool [B,S,S]; None where there is neither."""
+    total, inside = cam.sum((1, 2)), (cam * region).sum((1, 2))
+    known = (total > 0) & has_region(region)
+    shares = (inside / total.clamp(min=1e-12)).tolist()
+    return [round(share, 6) if there else None for share, there in zip(shares, known.tolist(), strict=True)]

@@ -25,9 +25,9 @@ from shards.gray import Scale
 from shards.pixels import Frame, fit, load_image
 from trainer.classifier import FocusClassifier
 from trainer.launching import Accelerator, start
-from trainer.look import look
+from trainer.look import everywhere, look
 from trainer.lungs import LungFinder
-from trainer.regions import Regions, has_region
+from trainer.regions import Regions
 from trainer.rules import rules_of
 from trainer.run import open_run, read_report, task_of
 
@@ -175,14 +175,7 @@ class Predictor:
         calibrated = self.task.calibrated(seen.logits.cpu(), self.calibration).tolist()
         cams = seen.cam.float().cpu() if seen.cam is not None else None
         boxes, lungs = (part.cpu() if part is not None else None for part in (seen.boxes, seen.lungs))
-        places: dict[str, torch.Tensor] = {}
-        energies: dict[str, list[float | None]] = {}
-        for k, name in enumerate(self.findings):
-            if name in self.rules and seen.boxes is not None:
-                region = self.regions(torch.full((count,), k), seen.boxes, seen.lungs).region
-                places[name] = region.cpu()
-                if seen.cam is not None:
-                    energies[name] = energy_in(seen.cam[:, k], region & seen.found.to(device)[:, None, None])
+        places, energies = everywhere(seen, self.findings, self.rules, self.regions)
         result = []
         for i, (shape, found) in enumerate(zip(shapes, seen.found.tolist(), strict=True)):
             frame, file = Frame.of(shape, self.size, self.aspect), (shape[0], shape[1])
@@ -198,7 +191,7 @@ class Predictor:
                     lung_box=self._at_file(boxes[i], shape) if found and boxes is not None else None,
                     outline=AtFile({"lungs": lungs[i]} if found and lungs is not None else {}, frame, file),
                     cam=AtFile(maps, frame, file),
-                    region=AtFile({name: place[i] for name, place in places.items()} if found else {}, frame, file),
+                    region=AtFile({n: place[i].cpu() for n, place in places.items()} if found else {}, frame, file),
                     energy_in_region={name: each[i] for name, each in energies.items()},
                 )
             )
@@ -209,11 +202,3 @@ class Predictor:
         share = Frame.of(shape, self.side, self.aspect).share((box * (self.side / self.size)).tolist())
         x0, y0, x1, y1 = (round(v * s) for v, s in zip(share, (shape[1], shape[0]) * 2, strict=True))
         return x0, y0, x1, y1
-
-
-def energy_in(cam: torch.Tensor, region: torch.Tensor) -> list[float | None]:
-    """The shares of CAMs [B,S,S] in regions bool [B,S,S]; None where there is neither."""
-    total, inside = cam.sum((1, 2)), (cam * region).sum((1, 2))
-    known = (total > 0) & has_region(region)
-    shares = (inside / total.clamp(min=1e-12)).tolist()
-    return [round(share, 6) if there else None for share, there in zip(shares, known.tolist(), strict=True)]

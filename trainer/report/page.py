@@ -10,9 +10,11 @@ from markupsafe import Markup
 from shards.sample import NO_FINDING
 from trainer.calibration import TEMPERATURE
 from trainer.content import Content, Figures, Found, Measured, OfLesions
+from trainer.gallery import Shown
 from trainer.groups import RATES, gaps
 from trainer.multilabel import AT_POINT
 from trainer.report.template import render, small
+from trainer.report.verdict import verdict
 from trainer.report.words import (
     CAUTION,
     HEALTHY,
@@ -29,22 +31,31 @@ from trainer.report.words import (
     without_map,
 )
 
-HEADINGS = {
-    "panel": "Where the model looks",
-    "curves": "Curves",
-    "no_lungs": "No lungs found: the whole image stands in for the box",
+HEADINGS = {  # of a picture: its heading, and what it shows for who cannot see it
+    "panel": ("Where the model looks", "Twelve radiographs, each beside itself with its map and the outlines over it"),
+    "curves": ("Curves", "Losses, lambda and figures by epoch; ROC, precision and recall, calibration"),
+    "no_lungs": (
+        "No lungs found: the whole image stands in for the box",
+        "Radiographs in which no lungs were found",
+    ),
 }
 NOTHING = "\u2013"
 Cell = str | Markup
 Rows = tuple[list[str], list[list[Cell]]]  # a table: its head and its rows
 
 
-def page(title: str, runs: dict[str, Content], pictures: dict[str, dict[str, bytes]], text: str = "") -> str:
+def page(
+    title: str,
+    runs: dict[str, Content],
+    pictures: dict[str, dict[str, bytes]],
+    text: str = "",
+    gallery: Sequence[Shown] = (),
+) -> str:
     """The page of one run, or of several side by side.
 
     Args:
         runs: content of report.json by name of the run; pictures: PNGs of each, by kind.
-        text: the published text report.
+        text: the published text report; gallery: images of one run.
     """
     first = next(iter(runs.values()))
     split = shown_split(first)
@@ -57,8 +68,10 @@ def page(title: str, runs: dict[str, Content], pictures: dict[str, dict[str, byt
         {
             "name": name,
             "training": _training(content),
+            "data": _data(content),
             "tables": _tables(content, split if split in content else shown_split(content)),
-            "pictures": [(kind, HEADINGS[kind], data) for kind, data in pictures[name].items()],
+            "pictures": [(kind, *HEADINGS[kind], data) for kind, data in pictures[name].items()],
+            "regions": content.get("regions", ""),
             "settings": json.dumps({"training": content["training"], "config": content["config"]}, indent=1),
         }
         for name, content in runs.items()
@@ -76,6 +89,8 @@ def page(title: str, runs: dict[str, Content], pictures: dict[str, dict[str, byt
         cells=_of_what(first[split], chosen_by(first)) if "per_finding" in first[split] else "",
         runs=each,
         text=text,
+        verdict=verdict(first) if len(runs) == 1 else [],
+        gallery=gallery,
     )
 
 
@@ -105,6 +120,23 @@ def _localization(found: Found, head: str) -> Rows:
     names = [name for name in LOCALIZATION_WORDS if name in found]
     words = [LOCALIZATION_WORDS[name] + (f" ({found['iou_threshold']:g})" if name == "iou" else "") for name in names]
     return [head, *words], [["", *(_figure((found[name], found[f"{name}_95"])) for name in names)]]
+
+
+def _data(content: Content) -> Rows | None:
+    """What each split has; None for reports from before that was written down."""
+    of = content.get("data")
+    if not of:
+        return None
+    rows: list[list[Cell]] = [["images", *(str(each["images"]) for each in of.values())]]
+    rows.append(["patients", *(str(each["patients"] or "unknown") for each in of.values())])
+    for name in content["findings"]:
+        cells: list[Cell] = []
+        for each in of.values():
+            present, absent = each["findings"][name]
+            share = f"{100 * present / (present + absent):.1f}%" if present + absent else "unknown"
+            cells.append(small(str(present), share))
+        rows.append([name, *cells])
+    return ["what there is", *of], rows
 
 
 def _training(content: Content) -> str:

@@ -15,6 +15,7 @@ from trainer.checkpoint import read_lines
 from trainer.config import Config
 from trainer.content import Content
 from trainer.drawing import short
+from trainer.gallery import Shown
 from trainer.metrics import LOCALIZATION, measured
 from trainer.outcome import Outcome
 from trainer.report.figures import TILES, Tile, curves, panel, png, without_lungs
@@ -29,6 +30,7 @@ def write_run(
     content: Content,
     outcomes: dict[str, Outcome],
     shown: list[Tile],
+    images: Sequence[Shown],
     splits: Mapping[str, Split],
     lost: Mapping[str, Sequence[int]],
 ) -> None:
@@ -37,7 +39,7 @@ def write_run(
 
     Args:
         content: of report.json.
-        shown: tiles of the panel.
+        shown: tiles of the panel; images: of the gallery.
         lost: by split, positions of the images in which no lungs were found.
     """
     history = read_lines(out / "metrics.jsonl")
@@ -58,7 +60,7 @@ def write_run(
         atomic.write(out / text_name(config, content["dataset"]), text)
     atomic.write(
         out / "report.html",
-        page(out.resolve().name, {out.resolve().name: content}, {out.resolve().name: pictures}, text),
+        page(out.resolve().name, {out.resolve().name: content}, {out.resolve().name: pictures}, text, images),
     )
     atomic.write(out / "report.json", json.dumps(finite(content), indent=1))
 
