@@ -1,7 +1,7 @@
 """The images that a report shows one by one: which, and what is drawn over each.
 
-Maps, outlines and regions are pictures of their own, so that a page can switch them: maps at the size that the network
-gives them, which a browser draws larger as `trainer.cam.normalize_cam` does.
+Maps, outlines and regions are pictures of their own, so that a page can switch them: small ones, which a browser draws
+larger.
 """
 
 import io
@@ -29,7 +29,8 @@ from trainer.task import Point
 MOST = 200  # images
 BUDGET = 10 * 2**20  # bytes of pictures; written as text they are a third more
 WRONG = 0.6  # at most so many of them are those that the model gets wrong
-SIDE, LINES = 384, 192  # pixels of a side of an image, and of the outlines over it
+# Pixels of a side of an image, of the outlines and of the maps over it: of these enough to be smooth on paper, too
+SIDE, LINES, HEAT = 384, 192, 56
 OF_ALL = 4  # findings: with more than these an image has the maps of those alone that are there or named
 BATCH = 16
 
@@ -161,8 +162,7 @@ def _shown(evaluator: Evaluator, name: str, outcome: Outcome, point: Point, posi
     regions, energies = everywhere(seen, findings, evaluator.rules, places)
     maps = None
     if seen.raw_cam is not None:
-        side = max(seen.raw_cam.shape[-2:])
-        maps = normalize_cam(seen.raw_cam.flatten(0, 1), side).reshape(len(index), -1, side, side).cpu().numpy()
+        maps = normalize_cam(seen.raw_cam.flatten(0, 1), HEAT).reshape(len(index), -1, HEAT, HEAT).cpu().numpy()
     result = []
     for b, position in enumerate(positions):
         states, found = outcome.target[position].tolist(), bool(seen.found[b])
