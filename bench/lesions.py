@@ -9,7 +9,8 @@ last model. Truth are the radiologists' boxes. drain: Pneumothorax with a chest 
 the positive and 10% of the negative images of train and val, and of half of all of test.
 
 Beside every hit rate stands the one point that most lesions of the other images (train and val) hold, beside every
-energy their mean map, beside all of it cross-entropy. A finished run is not repeated, an interrupted one is resumed.
+energy their mean map, beside all of it cross-entropy: the difference to it with two 95% intervals, of a bootstrap over
+patients, and of one that draws the seeds, too. A finished run is not repeated, an interrupted one is resumed.
 Writes bench/lesions.md.
 
 CXR_FOCUS_REAL_DATA names a folder with `lesions/` and `nih/meta`.
@@ -28,7 +29,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import real
@@ -277,8 +277,10 @@ def section(question: str, runs: dict[str, list[Path]], shards: list[Path], data
         cells, i = compared(arms, figure), 0
         row = []
         for k in range(len(arms)):  # of the differences those to the first arm
-            row.append(cells[i] + (f"; {cells[i + 1]}" if k else ""))
+            row.append(cells[i] + (f"; {cells[i + 1]}" if k and cells[i + 1] else ""))
             i += k + 1
+        if not any(row):
+            continue
         lines.append(f"| {name} | {' | '.join(row)} |")
     reader = second_reader(data, finding)
     if reader:
@@ -308,6 +310,12 @@ def several(runs: dict[str, list[Path]]) -> str:
         ".10, .03."
     )
     return "\n".join(lines) + "\n"
+
+
+def finished(work: Path, question: str, arm: str, seeds: int) -> int:
+    """How many seeds, from 0 on, have a report."""
+    runs = [work / f"{question}_{arm.replace(' ', '-')}_{s}" for s in range(seeds)]
+    return next((s for s, run in enumerate(runs) if not (run / "report.json").exists()), seeds)
 
 
 def main() -> None:
@@ -350,13 +358,18 @@ def main() -> None:
             list(pool.map(lambda job: train(work, *job, shards[job[0], job[2]]), jobs))
     text = f"# On the lesion\n\n{(__doc__ or '').partition(chr(10) * 2)[2].strip()}\n\n{processor()}, {date.today()}.\n"
     for q in a.questions:
-        of: dict[str, Any] = {}
-        for arm in ARMS:
-            folders = [work / f"{q}_{arm.replace(' ', '-')}_{s}" for s in range(a.seeds)]
-            if all((run / "report.json").exists() for run in folders):
-                of[arm] = folders
-        if BASE in of:
-            text += f"\n## {q}\n\n{section(q, of, [shards[q, s] for s in range(a.seeds)], data, work)}"
+        done = {arm: finished(work, q, arm, a.seeds) for arm in ARMS}
+        for seeds in sorted(
+            set(filter(None, done.values())), reverse=True
+        ):  # arms of fewer seeds in tables of their own
+            of = {
+                arm: [work / f"{q}_{arm.replace(' ', '-')}_{s}" for s in range(seeds)]
+                for arm, count in done.items()
+                if count >= seeds
+            }
+            if BASE in of and len(of) > 1:
+                shards_ = [shards[q, s] for s in range(seeds)]
+                text += f"\n## {q}\n\n{section(q, of, shards_, data, work)}"
     (HERE / "lesions.md").write_text(text)
     print(text)
 
