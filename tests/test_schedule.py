@@ -17,3 +17,16 @@ def test_cosine_by_hand():
         assert beta == pytest.approx(reference.param_groups[0]["betas"][0], abs=0.01)
         reference.step()
         schedule.step()
+
+
+def test_durations_are_words():
+    from trainer.training import duration
+
+    assert [duration(s) for s in (0.2, 100, 130, 5000, 9000, 360000)] == [
+        "a few seconds",
+        "about 100 seconds",
+        "about 2 minutes",
+        "about 83 minutes",
+        "about 2.5 hours",
+        "about 100 hours",
+    ]

@@ -97,7 +97,8 @@ def test_the_whole_job(flags, shards, tmp_path, capsys):
             "1e-3",
         ]
     )
-    printed = capsys.readouterr().out
+    printed, progress = capsys.readouterr()
+    assert progress.count("of training are left") == 1
     assert "energy in region" in printed
     assert f"report: {out / 'report.html'}" in printed
 

@@ -34,7 +34,7 @@ from trainer.measure import validation_figures
 from trainer.regions.lesions import attended_regions
 from trainer.regions.place import Regions, has_region
 from trainer.rules import Rule, rules_of
-from trainer.training import NOT_FINITE, Training
+from trainer.training import NOT_FINITE, Training, duration
 from trainer.upload import Download, upload
 
 
@@ -59,6 +59,7 @@ class Trainer(Training):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.paced = False
         config, device = self.config, self.accelerator.device
         split = self.splits["train"]
         self.plan = plan_of(config.sampler, split, config.seed)
@@ -309,6 +310,19 @@ class Trainer(Training):
             refresh=False,
         )
         self.write(line)
+        if not self.paced:
+            self.paced = True
+            left = self.config.epochs * len(self.plan) - state.epoch * len(self.plan) - state.position
+            self.tell_pace(bar, line["images_per_s"], left)
+
+    def tell_pace(self, bar: Any, pace: float, left: int) -> None:
+        """How long it will take, by the first steps; said once."""
+        finds = "; the first epoch finds the lungs, too" if self.lungs and not self.state.epoch else ""
+        bar.write(
+            f"at the pace of the first steps, {pace:.3g} images/s{finds}, {duration(left / pace)} of training are left "
+            f"for {left} images, and validation of {len(self.splits['val'])} after each epoch",
+            file=sys.stderr,
+        )
 
     def write(self, line: dict[str, Any]) -> None:
         """Append to metrics.jsonl and send to the tracker, on the main process."""

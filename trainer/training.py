@@ -49,6 +49,14 @@ class State:
     changes: list[dict[str, Any]] = field(default_factory=list)
 
 
+def duration(seconds: float) -> str:
+    """``about 40 seconds``, ``12 minutes``, ``3.5 hours``."""
+    for unit, length in (("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"about {seconds / length:.3g} {unit}" if unit == "hours" else f"about {seconds / length:.0f} {unit}"
+    return f"about {seconds:.0f} seconds" if seconds >= 10 else "a few seconds"
+
+
 class Clock:
     """Seconds of training; what runs while it is paused does not count."""
 
