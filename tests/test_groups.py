@@ -73,6 +73,14 @@ def test_groups_are_those_of_scikit_learn(outcome):
     }
 
 
+def test_a_gap_is_of_what_is_known():
+    """Also where figures were read from a report.json, in which what is undefined is null."""
+    groups = {v: {"per_finding": {"A": {"auc_within": a}}} for v, a in (("x", None), ("y", 0.7), ("z", math.nan))}
+    assert gaps(groups) == {}
+    groups["x"]["per_finding"]["A"]["auc_within"] = 0.9
+    assert gaps(groups)["A"] == {"gap": pytest.approx(0.2), "worst": "y", "best": "x"}
+
+
 def test_ages_are_bands(outcome):
     groups = by_column(outcome, "age", POINT)
     assert set(groups) == {"0-39", "40-59", "60-79", "80+", "old"}

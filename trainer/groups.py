@@ -109,8 +109,9 @@ def gaps(groups: dict[str, dict[str, Any]], figure: str = "auc_within") -> dict[
     of: dict[str, dict[str, float]] = {}
     for value, group in groups.items():
         for name, entry in group["per_finding"].items():
-            if value != UNKNOWN and not math.isnan(entry.get(figure, math.nan)):
-                of.setdefault(name, {})[value] = entry[figure]
+            area = entry.get(figure)  # None: read from a report.json
+            if value != UNKNOWN and area is not None and not math.isnan(area):
+                of.setdefault(name, {})[value] = area
     return {
         name: {"gap": max(known.values()) - min(known.values()), "worst": min(known, key=lambda v: known[v])}
         | {"best": max(known, key=lambda v: known[v])}

@@ -202,6 +202,17 @@ class Sorted:
         below = np.cumsum(absent) - absent / 2
         return float((present * below).sum() / whole) if whole else math.nan
 
+    def average_precision(self, often: np.ndarray) -> float:
+        """AUPRC as `auc` takes it: the mean precision where recall rises."""
+        if not len(self.ties):
+            return math.nan
+        weight = often[self.image].astype(np.int64)
+        present, absent = (np.add.reduceat(weight * side, self.ties)[::-1] for side in (self.truth, ~self.truth))
+        if not present.any() or not absent.any():
+            return math.nan
+        right, named = np.cumsum(present), np.cumsum(present + absent)
+        return float((present * right / np.maximum(named, 1)).sum() / right[-1])
+
 
 def _of_both(figure: Any, truth: np.ndarray, score: np.ndarray) -> float:
     """A figure that needs cells of both kinds; else NaN."""

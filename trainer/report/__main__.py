@@ -21,6 +21,7 @@ from trainer.command import parse, positionals
 from trainer.content import Content
 from trainer.options import ReportConfig
 from trainer.report.page import page
+from trainer.report.versus import versus
 from trainer.report.words import table
 
 
@@ -54,10 +55,13 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"--out {out}: is a folder; name the HTML file to write, such as {out / 'report.html'}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        atomic.write(out, page("cxr-focus", runs, pictures))
+        parts, lines = versus({folder.resolve().name: folder for folder in map(Path, folders)}, runs)
+        atomic.write(out, page("cxr-focus", runs, pictures, versus=parts))
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({error.strerror})") from error
     print(table(runs))
+    for line in lines:
+        print(line)
     print(f"\nreport: {out.resolve()}")
 
 

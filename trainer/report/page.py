@@ -15,6 +15,7 @@ from trainer.groups import RATES, gaps
 from trainer.multilabel import AT_POINT
 from trainer.report.template import render, small
 from trainer.report.verdict import verdict
+from trainer.report.versus import Versus
 from trainer.report.words import (
     CAUTION,
     HEALTHY,
@@ -50,12 +51,13 @@ def page(
     pictures: dict[str, dict[str, bytes]],
     text: str = "",
     gallery: Sequence[Shown] = (),
+    versus: Sequence[Versus] = (),
 ) -> str:
     """The page of one run, or of several side by side.
 
     Args:
         runs: content of report.json by name of the run; pictures: PNGs of each, by kind.
-        text: the published text report; gallery: images of one run.
+        text: the published text report; gallery: images of one run; versus: what differs between several.
     """
     first = next(iter(runs.values()))
     split = shown_split(first)
@@ -91,6 +93,7 @@ def page(
         text=text,
         verdict=verdict(first) if len(runs) == 1 else [],
         gallery=gallery,
+        versus=versus,
     )
 
 

@@ -50,10 +50,7 @@ def write_run(
     for name, data in pictures.items():
         atomic.write(out / f"{name}.png", data)
     for name, outcome in outcomes.items():
-        figures = content["test" if name == "test" else "val"]
-        resampled = figures.get("resampled") == "patients"  # who was drawn together
-        patients = outcome.patients() if resampled else None
-        lines = _predictions(outcome, splits[name], content["threshold"], patients)
+        lines = _predictions(outcome, splits[name], content["threshold"], outcome.patients())
         atomic.write(out / f"predictions_{name}.jsonl", lines)
     text = text_report(content) if is_published_kind(content) else ""
     if text:
