@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from curves import ROOT
@@ -36,6 +37,29 @@ def test_the_wheel_has_recipes_and_weights(tmp_path):
         "trainer/lungs/weights/lung_unet.safetensors",
         "trainer/findings/nih.yaml",
     } <= names
+    assert any(name.endswith("data/share/cxr-focus/accelerate_config.yaml") for name in names)
+
+    # As it is used where there is no checkout: commands by name, from a folder of its own.
+    home = tmp_path / "home"
+    subprocess.run([sys.executable, "-m", "venv", "--system-site-packages", str(home)], check=True, timeout=300)
+    paths = [path for path in sys.path if path.endswith("site-packages")]
+    (site,) = home.glob("lib/python*/site-packages")
+    (site / "outer.pth").write_text("\n".join(paths))  # torch and the others, from here
+    install = [str(home / "bin/python"), "-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall"]
+    subprocess.run([*install, str(wheel)], check=True, timeout=300)
+
+    def said(*words: str) -> str:
+        command = [str(home / "bin" / words[0]), *words[1:]]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        return done.stdout + done.stderr
+
+    assert "usage:" in said("cxr-shards", "--help")
+    config = Path(said("cxr-focus", "accelerate-config").strip())
+    assert home in config.parents
+    assert "mixed_precision: bf16" in config.read_text()
+    assert said("cxr-train", "--shards", "nowhere", "--out", "x", "--config", "demo").startswith("error: ")
+    assert said("cxr-train", "--config", "demos").startswith("error: --config demos: no such file")
+    assert said("cxr-predict", "--run", "nowhere", "x.png").startswith("error: --run nowhere: is not a run folder")
 
 
 def test_notes_of_the_start_are_not_among_the_data(monkeypatch, capsys):
