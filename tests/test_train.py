@@ -400,3 +400,34 @@ def test_a_gradient_s_norm_that_overflows_is_no_loss_that_does(flags):
     job.logged[1] = math.inf
     with pytest.raises(InputError, match="the loss is not finite"):
         job.refuse_not_finite()
+
+
+def test_a_dry_run_says_what_would_be_and_leaves_nothing(flags, tmp_path, capsys):
+    before = set(tmp_path.rglob("*"))
+    flags[flags.index("--out") + 1] = str(tmp_path / "deep" / "run")
+    loop.main([*flags, "--dry_run", "--epochs", "7"])
+    said = capsys.readouterr().out
+    assert "all is well: 7 epochs of" in said
+    assert "Nothing was kept" in said
+    assert set(tmp_path.rglob("*")) == before
+    (tmp_path / "run").mkdir()
+    flags[flags.index("--out") + 1] = str(tmp_path / "run")
+    loop.main([*flags, "--dry_run", "--epochs", "1", "--balance.lam", "1"])
+    assert list((tmp_path / "run").iterdir()) == []  # it was there, and stays
+    loop.main([*flags, "--epochs", "1"])
+    assert (tmp_path / "run/report.json").is_file()
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    with pytest.raises(InputError, match="already holds another run"):
+        loop.main([*flags, "--dry_run", "--epochs", "1"])
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == kept
+    with pytest.raises(InputError, match="--dry_run: is of a new run"):
+        loop.main([*flags, "--dry_run", "--resume"])
+
+
+def test_a_dry_run_finds_a_loss_that_is_not_finite(flags, tmp_path, monkeypatch):
+    from trainer.loop import Trainer
+
+    monkeypatch.setattr(Trainer, "step", lambda *_: torch.full((8,), torch.nan))
+    with pytest.raises(InputError, match="finite"):
+        loop.main([*flags, "--dry_run"])
+    assert not (tmp_path / "run").exists()

@@ -53,6 +53,7 @@ MAY_CHANGE = {
     "save_every",
     "tracker",
     "resume",
+    "dry_run",
     "lungs.weights",
 }
 # The remedies of a loss that is not finite; weights that are in the checkpoint anyway

@@ -277,8 +277,6 @@ def seeds_of_one(runs: dict[str, Content]) -> list[list[str]]:
     """Groups of two runs or more that differ in their seed alone, by name."""
     groups: dict[str, list[str]] = {}
     for name, content in runs.items():
-        config = {
-            k: v for k, v in content["config"].items() if k not in ("seed", "out", "workers", "resume", "tracker")
-        }
+        config = {k: v for k, v in content["config"].items() if k not in OWN}
         groups.setdefault(json.dumps([config, content["images"]], sort_keys=True, default=str), []).append(name)
     return [names for names in groups.values() if len({runs[name]["config"]["seed"] for name in names}) > 1]

@@ -104,6 +104,8 @@ class Config:
     """Steps between checkpoints within an epoch; one is written at the end of every epoch anyway."""
     resume: bool = False
     """Go on with the run in --out; other flags are then taken from its config.yaml unless given again."""
+    dry_run: bool = False
+    """Check everything, take two steps, say how long it would take, and leave nothing."""
 
     def __post_init__(self) -> None:
         """Settle what is left empty and depends on the kind of labels, so that a run's config.yaml says it."""
@@ -160,6 +162,8 @@ class Config:
             "save_every": 1,
             "seed": 0,
         }
+        if self.dry_run and self.resume:
+            found.append("--dry_run: is of a new run; leave --resume out")
         found += [
             f"--{n} {getattr(self, n)}: must be at least {low}" for n, low in least.items() if getattr(self, n) < low
         ]

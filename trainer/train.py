@@ -10,28 +10,39 @@ if __name__ == "__main__":  # what is wrong with the settings is said before tor
     _run(_check)
 
 
+import contextlib
+import itertools
+import os
+import shutil
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from shards.errors import run
+from shards.errors import InputError, run
 from trainer.build import build
 from trainer.command import resolve
+from trainer.config import Config
 from trainer.content import Training
 from trainer.evaluate import finish
-from trainer.launching import close, set_threads
-from trainer.loop import Trainer
+from trainer.launching import close, on_main, set_threads
+from trainer.loop import Trainer, groups
 from trainer.report.words import SUMMARY, shown_split, summary, table
 from trainer.run import open_run
+from trainer.training import NOT_FINITE, duration
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, build, train, evaluate the best model, close."""
     set_threads()
-    trainer = build(resolve(argv))
+    config = resolve(argv)
+    if config.dry_run:
+        dry_run(config)
+        return
+    trainer = build(config)
     try:
         if trainer.finished:
             out, epochs = trainer.config.out, trainer.state.epoch
@@ -49,6 +60,45 @@ def main(argv: list[str] | None = None) -> None:
     finally:
         trainer.tracking.finish()
     close(trainer.accelerator)
+
+
+def dry_run(config: Config) -> None:
+    """All that a run does before its first epoch, two steps, and the tracker; then nothing of it is left."""
+    out = Path(config.out)
+    new = [folder for folder in (out, *out.parents) if not folder.exists()]
+    os.environ.setdefault("WANDB_MODE", "offline")  # nothing is sent
+    trainer = build(config)
+    acc, images = trainer.accelerator, len(trainer.plan)
+    try:
+        trainer.net.train()
+        seconds = 0.0
+        steps = itertools.islice(groups(trainer.loader.batches(0), config.accumulate), 2)
+        for group in steps:
+            began = time.monotonic()
+            sums = trainer.step(group, trainer.balance.value(config.epochs - 1, 1.0) if trainer.attends else 1.0)
+            if not bool(sums.isfinite().all()):  # waits for the device
+                raise InputError(NOT_FINITE.format(step=0))
+            seconds, taken = time.monotonic() - began, sum(batch.total for batch in group)
+        trainer.tracking.log({"ce": 0.0}, 0)
+        acc.print(
+            f"all is well: {config.epochs} epochs of {images} images; a step of {taken} images took {seconds:.3g} "
+            f"seconds, so that they take {duration(config.epochs * images / taken * seconds)}, and validation beside "
+            f"them. Nothing was kept; leave out --dry_run to train"
+        )
+    finally:
+        trainer.tracking.finish()
+        acc.wait_for_everyone()
+        on_main(acc, lambda: _remove(out, new))
+    close(acc)
+
+
+def _remove(out: Path, new: list[Path]) -> None:
+    """What a run has written into its folder, and the folders that it has made."""
+    for path in out.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for folder in new:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def conclude(trainer: Trainer) -> None:
