@@ -163,6 +163,33 @@ def test_the_interval_of_a_difference_is_paired():
     assert auc_interval(logits, labels, logits) == [0.0, 0.0]
 
 
+def test_images_of_one_patient_are_no_independent_ones():
+    """Every patient's images are alike: the intervals are those of a single image of each."""
+    rng = np.random.default_rng(0)
+    values, hits = rng.random(80), (rng.random(80) < 0.3).astype(float)
+    rows = torch.from_numpy(np.stack([values, hits], 1))
+    names, five = ("energy", "pointing"), np.arange(80).repeat(5)
+    single, many = summarize(rows, names), summarize(rows.repeat_interleave(5, 0), names, five)
+    for name in ("energy_95", "pointing_95"):
+        assert many[name] == pytest.approx(single[name], abs=2e-3)
+    as_images = summarize(rows.repeat_interleave(5, 0), names)
+    assert as_images["energy_95"][1] - as_images["energy_95"][0] < 0.5 * (many["energy_95"][1] - many["energy_95"][0])
+    apart = summarize(rows, names, np.arange(80))  # a patient an image
+    assert apart["energy_95"] == pytest.approx(single["energy_95"])
+    assert apart["pointing_95"] == pytest.approx(single["pointing_95"], abs=2e-3)
+    none = summarize(torch.zeros(80, 1), ("pointing",), np.arange(80) // 4)
+    assert none["pointing_95"] == pytest.approx(wilson(0, 20))
+
+    logits = torch.stack([torch.zeros(80), torch.from_numpy(rng.normal(0, 1, 80)) + torch.arange(80) % 2], 1)
+    labels = torch.arange(80) % 2
+    wide = auc_interval(logits.repeat_interleave(5, 0), labels.repeat_interleave(5), patients=five)
+    narrow = auc_interval(logits.repeat_interleave(5, 0), labels.repeat_interleave(5))
+    once = auc_interval(logits, labels)
+    assert wide == pytest.approx(once, abs=0.03)
+    assert narrow[1] - narrow[0] < 0.6 * (wide[1] - wide[0])
+    assert auc_interval(logits, labels, logits, patients=np.arange(80)) == [0, 0]
+
+
 def test_an_operating_point_by_hand():
     logits = torch.tensor([[0.0, 1.0], [0.0, -1.0], [0.0, 0.2], [0.0, -0.2]]).double()
     labels = torch.tensor([1, 0, 0, 1])

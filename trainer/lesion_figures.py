@@ -107,7 +107,9 @@ def lesion_figures(
                 for i, k in zip(chosen, finding, strict=True)
             ]
         )
-        content[name] = by_finding(rows, finding, says, outcome.task.findings, thresholds)
+        patients = outcome.patients()
+        whose = patients[outcome.pairs.image[chosen].numpy()] if patients is not None else None
+        content[name] = by_finding(rows, finding, says, outcome.task.findings, thresholds, whose)
     return content, thresholds
 
 

@@ -11,6 +11,8 @@ import torch
 from scipy import stats
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, roc_auc_score, roc_curve
 
+from trainer.multilabel import Sorted
+
 LOCALIZATION = ("energy", "lift", "pointing", "pointing_near", "coverage", "iou_otsu")
 THRESHOLDS = tuple(k / 16 for k in range(1, 16))  # at which IoU is measured, so that validation can choose one
 NEAR = 15 / 224  # tolerance of pointing_near, in shares of the image's side
@@ -179,31 +181,57 @@ def otsu(histogram: torch.Tensor) -> torch.Tensor:
     return apart[:, :-1].argmax(1) + 1
 
 
-def summarize(rows: torch.Tensor, names: tuple[str, ...] = LOCALIZATION) -> dict[str, Any] | None:
+def summarize(
+    rows: torch.Tensor, names: tuple[str, ...] = LOCALIZATION, patients: np.ndarray | None = None
+) -> dict[str, Any] | None:
     """Mean and 95% interval of each column of [n,C] over its figures that are not NaN; None for n = 0.
 
     The interval is Wilson's for pointing, a proportion (Wilson 1927), else the normal approximation of the mean, cut at
-    what the figure
-    can be. ``without_map``: images whose CAM is zero everywhere, which have no energy.
+    what the figure can be. With ``patients``, int [n], whose rows these are, rows of one patient are no independent
+    ones: see `spread`. ``without_map``: images whose CAM is zero everywhere, which have no energy.
     """
     if not len(rows):
         return None
     figures: dict[str, Any] = {"images": len(rows)}
     for name, column in zip(names, rows.double().unbind(1), strict=True):
-        known = column[~column.isnan()]
+        there = ~column.isnan()
+        known = column[there].numpy()
+        whose = patients[there.numpy()] if patients is not None else None
         mean = float(known.mean()) if len(known) else math.nan
-        half = (
-            1.96 * float(known.std(correction=1 if len(known) > 1 else 0)) / math.sqrt(len(known))
-            if len(known)
-            else math.nan
-        )
-        low = -1.0 if name in ("lift", "similarity") else 0.0
         figures[name] = mean
-        cut = [max(low, mean - half), min(1.0, mean + half)] if len(known) else [math.nan, math.nan]
-        figures[f"{name}_95"] = wilson(mean, len(known)) if name.startswith("pointing") and len(known) else cut
+        if not len(known):
+            figures[f"{name}_95"] = [math.nan, math.nan]
+        elif name.startswith("pointing"):
+            figures[f"{name}_95"] = proportion(known, whose)
+        else:
+            low, half = -1.0 if name in ("lift", "similarity") else 0.0, 1.96 * spread(known, whose)
+            figures[f"{name}_95"] = [max(low, mean - half), min(1.0, mean + half)]
         if name == "energy":
             figures["without_map"] = len(rows) - len(known)
     return figures
+
+
+def spread(values: np.ndarray, patients: np.ndarray | None = None) -> float:
+    """Standard error of the mean of float [n]; with ``patients``, int [n], the one that is robust to clusters (Cameron
+    & Miller, Journal of Human Resources 2015, section II): the deviations of a patient's values count together.
+    """
+    if patients is None:
+        return float(values.std(ddof=1 if len(values) > 1 else 0)) / math.sqrt(len(values))
+    whose = np.unique(patients, return_inverse=True)[1]
+    together = np.bincount(whose, values - values.mean())
+    few = len(together) / (len(together) - 1) if len(together) > 1 else 1.0
+    return math.sqrt(few * float((together**2).sum())) / len(values)
+
+
+def proportion(values: np.ndarray, patients: np.ndarray | None = None) -> list[float]:
+    """95% interval of the share of ones among n of zeros and ones: Wilson's, of as many independent values as have the
+    `spread` of these.
+    """
+    share, count = float(values.mean()), float(len(values))
+    if patients is not None:
+        error = spread(values, patients)
+        count = min(count, share * (1 - share) / error**2) if error > 0 else float(len(np.unique(patients)))
+    return wilson(share, count)
 
 
 def without_dead(rows: torch.Tensor, cam: torch.Tensor) -> torch.Tensor:
@@ -243,7 +271,7 @@ def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (x * y).sum(1) / (x.norm(dim=1) * y.norm(dim=1)).clamp(min=1e-12)
 
 
-def wilson(share: float, n: int) -> list[float]:
+def wilson(share: float, n: float) -> list[float]:
     """95% interval of a proportion seen in ``n`` cases:
     stays in [0, 1] and has a width at 0 and 1 (Wilson, JASA 1927).
     """
@@ -253,16 +281,22 @@ def wilson(share: float, n: int) -> list[float]:
 
 
 def auc_interval(
-    logits: torch.Tensor, labels: torch.Tensor, other: torch.Tensor | None = None, resamples: int = 1000
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    other: torch.Tensor | None = None,
+    resamples: int = 1000,
+    patients: np.ndarray | None = None,
 ) -> list[float]:
     """95% interval of `multiclass_auc`: percentiles of a bootstrap within the classes (Efron & Tibshirani 1993, section
-    13.3).
+    13.3), or, with ``patients``, int [N], of them: all images of one are drawn together.
 
     With ``other``, logits of the same images: the interval of the difference, ``logits`` minus ``other``, paired by
     image.
     """
     scores = [torch.softmax(x.double(), 1).numpy() for x in (logits, other) if x is not None]
     truth, rng = labels.numpy(), np.random.default_rng(0)
+    if patients is not None:
+        return _over_patients(scores, truth, patients, resamples)
     members = [np.flatnonzero(truth == k) for k in range(logits.shape[1])]
     if not all(map(len, members)):
         return [math.nan, math.nan]
@@ -272,6 +306,21 @@ def auc_interval(
         both = [_drawn_auc(s, drawn) for s in scores]
         areas.append(both[0] - both[1] if other is not None else both[0])
     return [float(v) for v in np.percentile(areas, [2.5, 97.5])]
+
+
+def _over_patients(scores: list[np.ndarray], truth: np.ndarray, patients: np.ndarray, resamples: int) -> list[float]:
+    """`auc_interval` of patients; resamples that lack a class are left out."""
+    whose, rng = np.unique(patients, return_inverse=True)[1], np.random.default_rng(0)
+    many, everyone = int(whose.max()) + 1, np.arange(len(truth))
+    classes = range(1 if scores[0].shape[1] == 2 else 0, scores[0].shape[1])
+    cells = [[Sorted.of(everyone, truth == k, score[:, k]) for k in classes] for score in scores]
+    areas = []
+    for _ in range(resamples):
+        often = np.bincount(rng.integers(0, many, many), minlength=many)[whose]
+        both = [float(np.mean([cell.auc(often) for cell in of])) for of in cells]
+        areas.append(both[0] - both[1] if len(both) > 1 else both[0])
+    known = [area for area in areas if not math.isnan(area)]
+    return [float(v) for v in np.percentile(known, [2.5, 97.5])] if known else [math.nan, math.nan]
 
 
 def _drawn_auc(scores: np.ndarray, drawn: list[np.ndarray]) -> float:

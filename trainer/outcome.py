@@ -87,18 +87,21 @@ class Outcome:
         figures = cast(Figures, of_labels)
         figures["calibration"] = self._calibrated(calibration)
         figures["localization"] = {}
+        patients = self.patients() if intervals else None
+        whose = patients[self.pairs.image.numpy()] if patients is not None else None
         for kind, table in self.tables().items():
             at = (chosen or {}).get(kind)
             names = LOCALIZATION if at is None else (*LOCALIZATION, "iou")
             columns = list(range(len(LOCALIZATION))) + ([] if at is None else [len(LOCALIZATION) + at])
             known = measured(table)
+            cut = table[:, columns]
             each = {
-                name: summarize(table[known & (self.pairs.finding == k)][:, columns], names)
+                name: _summary(cut, known & (self.pairs.finding == k), names, whose)
                 for k, name in enumerate(self.task.findings)
             }
             if kind == "expected_box" and not known.any():
                 continue
-            together = summarize(table[known][:, columns], names)
+            together = _summary(cut, known, names, whose)
             figures["localization"][kind] = {"all": together} | {n: f for n, f in each.items() if f}
             if at is not None and together is not None:
                 together["iou_threshold"] = THRESHOLDS[at]
@@ -113,3 +116,10 @@ class Outcome:
             known = None if p is None or np.isnan(p).any() else p
             found[self.task.findings[finding]] = calibration_figures(truth.numpy(), score.numpy(), known)
         return found
+
+
+def _summary(
+    rows: torch.Tensor, which: torch.Tensor, names: tuple[str, ...], patients: np.ndarray | None
+) -> dict[str, Any] | None:
+    """`summarize` of some rows, bool [P]; ``patients``: of all of them."""
+    return summarize(rows[which], names, None if patients is None else patients[which.numpy()])

@@ -91,11 +91,13 @@ def box_threshold(rows: torch.Tensor) -> int | None:
     return int(rows[:, start : start + len(THRESHOLDS)].mean(0).argmax()) if len(rows) else None
 
 
-def figures(rows: torch.Tensor, threshold: int | None) -> dict[str, Any] | None:
-    """Means of rows [n,33] of `against` with their 95% intervals; t_iou, t_iobb at ``threshold``. None for n = 0."""
+def figures(rows: torch.Tensor, threshold: int | None, patients: np.ndarray | None = None) -> dict[str, Any] | None:
+    """Means of rows [n,33] of `against` with their 95% intervals, over ``patients``, int [n], where they are known;
+    t_iou, t_iobb at ``threshold``. None for n = 0.
+    """
     if not len(rows):
         return None
-    found = summarize(rows[:, : len(NAMES)], NAMES)
+    found = summarize(rows[:, : len(NAMES)], NAMES, patients)
     assert found is not None
     found["miou"], found["miou_95"] = found.pop("iou_otsu"), found.pop("iou_otsu_95")
     if threshold is not None:
@@ -152,6 +154,7 @@ def by_finding(
     named: np.ndarray,
     names: Sequence[str],
     threshold: Mapping[str, int | None],
+    patients: np.ndarray | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Figures of all pairs, and of each finding, of several kinds of maps.
 
@@ -160,16 +163,20 @@ def by_finding(
         finding: int64 [n]; named: bool [n], whether the model says that the finding is there.
         names: of the findings.
         threshold: of boxes, by kind.
+        patients: int [n], where they are known.
     """
+
+    def of_some(table: torch.Tensor, which: np.ndarray, kind: str) -> dict[str, Any] | None:
+        whose = None if patients is None else patients[which]
+        return figures(table[torch.from_numpy(which)], threshold.get(kind), whose)
+
     content: dict[str, dict[str, Any]] = {}
     for name, of in (("all", np.ones(len(finding), bool)), *((n, finding == k) for k, n in enumerate(names))):
         if not of.any():
             continue
         entry: dict[str, Any] = {"images": int(of.sum())}
         for kind, table in rows.items():
-            own = table[torch.from_numpy(of)]
-            own = own[~own[:, NAMES.index("hit")].isnan()]
-            entry[kind] = figures(own, threshold.get(kind))
-        entry["true_positives"] = figures(rows["model"][torch.from_numpy(of & named)], threshold.get("model"))
+            entry[kind] = of_some(table, of & ~table[:, NAMES.index("hit")].isnan().numpy(), kind)
+        entry["true_positives"] = of_some(rows["model"], of & named, "model")
         content[name] = entry
     return content

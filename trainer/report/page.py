@@ -88,7 +88,9 @@ def page(
         summary=rows,
         meanings={name: meaning for name, meaning in MEANING.items() if name in shown},
         caution=CAUTION + (HEALTHY if NO_FINDING in first["findings"] else ""),
-        cells=_of_what(first[split], chosen_by(first)) if "per_finding" in first[split] else "",
+        cells=_of_what(first[split], chosen_by(first))
+        if "per_finding" in first[split]
+        else f"Intervals of 95% are over {first[split].get('resampled', 'images')}.",
         runs=each,
         text=text,
         verdict=verdict(first) if len(runs) == 1 else [],
@@ -104,7 +106,7 @@ def _of_what(figures: Figures, how: str) -> str:
         "unknown, whatever training made of them. "
         f"Thresholds are those that the run's val chose ({how}). Means are over the "
         f"{figures['defined']} of {len(figures['per_finding'])} findings of which there are images with and without. "
-        f"Intervals of AUC resample {figures['resampled']}."
+        f"Intervals of 95% are over {figures['resampled']}."
     )
 
 

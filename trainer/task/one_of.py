@@ -14,7 +14,7 @@ from shards.targets import SingleLabel
 from trainer.calibration import TEMPERATURE, Calibration, temperature
 from trainer.drawing import short
 from trainer.losses import at_least_float32, constant
-from trainer.metrics import at_threshold, auc_interval, binary_report, classification_report, multiclass_auc, wilson
+from trainer.metrics import at_threshold, auc_interval, binary_report, classification_report, multiclass_auc, proportion
 from trainer.multilabel import choose
 from trainer.task.protocol import Drawn, Groups, Pairs, Point, Scored
 
@@ -143,7 +143,11 @@ class OneOf:
         if isinstance(point, float):
             figures["at_threshold"] = at_threshold(logits, label, point)
         if intervals:
-            figures |= {"accuracy_95": wilson(figures["accuracy"], len(label)), "auc_95": auc_interval(logits, label)}
+            patients = groups() if groups else None
+            right = (logits.argmax(1) == label).double().numpy()
+            figures["accuracy_95"] = proportion(right, patients)
+            figures["auc_95"] = auc_interval(logits, label, patients=patients)
+            figures["resampled"] = "images" if patients is None else "patients"
         return figures
 
     def auc(self, logits: torch.Tensor, target: torch.Tensor) -> float:
@@ -158,7 +162,7 @@ class OneOf:
         groups: Groups | None = None,
     ) -> list[float]:
         """See `Task`."""
-        return auc_interval(logits, target.argmax(1), other)
+        return auc_interval(logits, target.argmax(1), other, patients=groups() if groups else None)
 
     def scored(self, logits: torch.Tensor, target: torch.Tensor) -> Iterator[Scored]:
         """See `Task`: every class but the first, against the others."""
