@@ -69,8 +69,8 @@ ARMS: dict[str, list[str]] = {
     "lesions of 10%": LESIONS,
     "all lesions": LESIONS,
 }
-AVOID = ["--findings", str(HERE / "declared.yaml"), "--attention.avoid", "Chest Drain"]
-DRAINS = {"drains avoided": AVOID, "drains avoided and lent": [*AVOID, "--swap.devices", "0.5"]}  # of drain alone
+AVOID = ["--findings", str(HERE / "declared.yaml"), "--attention.avoid", "Chest Drain", "--swap.devices"]
+DRAINS = {"drains avoided": [*AVOID, "0"], "drains avoided and lent": [*AVOID, "0.5"]}  # of drain alone
 ALONE = ("rectangles", "shape of the lungs")  # of one finding an image alone
 ANNOTATED = {"lesions of 1%": 0.01, "lesions of 10%": 0.1}  # of the training images with a finding
 SHARES = "0.5,0.1,0.4"

@@ -165,6 +165,20 @@ def test_the_swap_is_on_where_attention_has_a_gradient():
     assert config.swap_probability == 0.25
 
 
+def test_devices_are_lent_where_they_are_named():
+    config = Config("s", "o")
+    assert config.lent_devices == 0
+    config.attention.avoid = "Chest Drain"
+    assert config.lent_devices == 0.5
+    config.balance.lam = 1.0
+    assert config.lent_devices == 0
+    config.swap = Swap(devices=0.25)
+    assert config.lent_devices == 0.25
+    config = Config("s", "o")
+    config.attention.avoid, config.attention.form = "Chest Drain", "published"
+    assert config.lent_devices == 0
+
+
 def test_while_lambda_falls_no_epoch_is_the_best(flags, tmp_path, monkeypatch):
     """Else a run is over, or kept, before attention has begun."""
     monkeypatch.setattr(loop, "score_of", lambda figures, best, epoch: -float(epoch))  # each worse than the one before

@@ -294,10 +294,10 @@ def announce_swap(trainer: Trainer) -> None:
             f"context swap {what}: the region of {listed(fixed)} is unknown, or reaches beyond the lung box, whose "
             f"surroundings must then stay{but if trainer.annotations else ''}"
         )
-    if trainer.avoided and config.swap.devices:
+    if trainer.avoided and config.lent_devices:
         say(
-            f"{trainer.avoided.images} of {len(trainer.splits['train'])} training images have devices to lend "
-            f"({config.attention.avoid})"
+            f"{trainer.avoided.images} of {len(trainer.splits['train'])} training images have devices "
+            f"({config.attention.avoid}), which are lent to {config.lent_devices:g} of those without a finding"
         )
     if trainer.swaps and config.batch == 1:
         say("context swap does nothing with --batch 1: partners come from the same batch")
@@ -324,7 +324,7 @@ def findings_changed(config: Config, findings: dict[str, Finding]) -> bool:
 def avoided(config: Config, split: Split) -> Avoided | None:
     """What --attention.avoid names. InputError: no training image has such a box or mask."""
     names = [name.strip() for name in config.attention.avoid.split(",") if name.strip()]
-    if not names or (config.plain and not config.swap.devices):
+    if not names or (config.plain and not config.lent_devices):
         return None
     found = Avoided(split, names)
     if not found.images:

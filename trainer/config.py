@@ -32,6 +32,7 @@ CHEXPERT = "Edema: ones, Atelectasis: ones, zeros"
 # With 0.5 from the start attention is learnt first and alone: maps then hardly depend on the image (bench/LOG.md).
 LAMBDA, RAMP = 0.7, 0.5
 PUBLISHED_LAMBDA = 0.5
+LENT = 0.5  # share of the images without a finding that get another's devices, where these are named (bench/lesions.md)
 SWAPPED = 0.75  # share of the images whose surroundings are swapped where attention is trained
 
 
@@ -126,7 +127,7 @@ class Config:
                 ("swap.probability", self.swap_probability),
                 ("swap.dilate", self.swap.dilate),
                 ("swap.feather", self.swap.feather),
-                ("swap.devices", self.swap.devices),
+                ("swap.devices", self.lent_devices),
                 ("balance.lam", self.lam),
                 ("balance.ramp", self.balance.ramp or 0.0),
                 ("balance.low", self.balance.low),
@@ -355,6 +356,14 @@ class Config:
         if self.swap.probability is not None:
             return self.swap.probability
         return 0.0 if self.plain or self.attention.form == "published" else SWAPPED
+
+    @property
+    def lent_devices(self) -> float:
+        """Of the devices that are lent: as set, else on where they are named and attention has a gradient."""
+        if self.swap.devices is not None:
+            return self.swap.devices
+        named = self.attention.avoid and not self.plain and self.attention.form != "published"
+        return LENT if named else 0.0
 
 
 def arguments(text: str) -> dict[str, Any]:

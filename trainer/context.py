@@ -152,7 +152,7 @@ def lend_devices(
         draws: float [B,2], whether and whose.
     """
     alike, has = under(boxes, images.shape[-1], ALIKE, 0.0), devices.flatten(1).any(1)
-    lenders = partners((free & ~has)[:, None] & has & alike & alike.T, draws, settings.devices)
+    lenders = partners((free & ~has)[:, None] & has & alike & alike.T, draws, settings.devices or 0.0)
     borrows = lenders != torch.arange(len(images), device=images.device)
     lent = kept_mask(devices, settings.feather / 2)[lenders] * borrows[:, None, None]
     return Swapped(blend(images[lenders], lent, images), lenders)

@@ -68,13 +68,13 @@ class Trainer(Training):
         self.regions = Regions(split.classes, self.rules, config.size, device)
         self.model.keeps = self.balance.follows_gradients
         # Whose region lies inside the lung box, so that what lies outside may be exchanged. No Finding shows nowhere.
-        self.swap = replace(config.swap, probability=config.swap_probability)
+        self.swap = replace(config.swap, probability=config.swap_probability, devices=config.lent_devices)
         self.inside = {name for name, rule in self.rules.items() if rule.inside(config.swap.dilate)}
         self.reach = max((self.rules[name].dilate for name in self.inside), default=0.0)
         if self.inside:
             self.inside.add(NO_FINDING)
         self.swaps = bool(self.inside or self.annotations) and config.swap_probability > 0
-        self.lends = self.avoided is not None and config.swap.devices > 0
+        self.lends = self.avoided is not None and config.lent_devices > 0
         self.has_rule = torch.tensor([name in self.rules for name in split.classes])
         self.shows_outside = torch.tensor([name not in self.inside for name in split.classes], device=device)
 

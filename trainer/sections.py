@@ -157,9 +157,9 @@ class Swap:
     """How far the kept box reaches beyond the lung box, in shares of its sides."""
     feather: float = 0.04
     """Width of the seam, in shares of the image's side."""
-    devices: float = 0.0
+    devices: float | None = None
     """Share of the images without a finding that get the devices of another image of the batch: those that
-    attention.avoid names, where they are.
+    attention.avoid names, where they are; empty: 0.5 where it names some and attention is trained, else 0.
     """
 
 
