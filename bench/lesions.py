@@ -344,6 +344,7 @@ def main() -> None:
         (q, s): drawn(data, work, s) if q == DRAIN else shards_of(data, work, q, s)
         for q in a.questions
         for s in range(a.seeds)
+        if not a.tables or (work / f"shards_{q}_{s}").exists()
     }
     of_drains, of_others = (BASE, "default", *DRAINS), set(DRAINS)
     jobs = [

@@ -22,4 +22,7 @@ run trainer.train --shards "$out/shards" --out "$out/cross-entropy" --config lau
 echo; echo "== 3/4  the same with the Grad-CAM attention loss (lambda falls to 0.7) and context swap; the package's own segmenter finds the lungs"
 run trainer.train --shards "$out/shards" --out "$out/attention" --config launch/recipes/demo.yaml
 echo; echo "== 4/4  side by side, on test images"
-python -m trainer.report --out "$out/report.html" "$out/cross-entropy" "$out/attention"
+python -m trainer.report --out "$out/report.html" --title "A planted shortcut" --about "Synthetic radiographs with a mark in the \
+corner that agrees with the finding in 95% of the training images and says nothing in these test images: who reads the mark is \
+wrong here. One network was trained by cross-entropy alone, the other with attention and context swap; does it find the disease \
+without the mark, and does it look there?" "$out/cross-entropy" "$out/attention"

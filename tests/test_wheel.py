@@ -1,5 +1,6 @@
 """The package as it is installed."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -48,9 +49,11 @@ def test_the_wheel_has_recipes_and_weights(tmp_path):
     install = [str(home / "bin/python"), "-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall"]
     subprocess.run([*install, str(wheel)], check=True, timeout=300)
 
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
     def said(*words: str) -> str:
         command = [str(home / "bin" / words[0]), *words[1:]]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, cwd=tmp_path, env=alone, capture_output=True, text=True, timeout=300)
         return done.stdout + done.stderr
 
     assert "usage:" in said("cxr-shards", "--help")

@@ -35,7 +35,7 @@ from trainer.config import Config
 from trainer.content import Content, Measured, Training
 from trainer.drawing import short
 from trainer.gallery import gallery
-from trainer.groups import by_column
+from trainer.groups import by_column, limits_of, values_of
 from trainer.launching import close, on_main, set_threads, start
 from trainer.lesion_figures import lesion_figures
 from trainer.look import look
@@ -266,6 +266,10 @@ def refuse_to_overwrite(out: Path, path: Path, splits: Mapping[str, Split]) -> N
         raise InputError(f"--out {out}: holds the report of other images; name another folder for this one")
 
 
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3f}"
+
+
 def folder_of(run_folder: Path, dataset: str) -> Path:
     """Where the evaluation of other shards goes; a dataset's name cannot lead out of the run folder."""
     return run_folder / file_name(f"evaluate_{dataset}")
@@ -306,6 +310,9 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{path} has not finished: these are figures of its best model so far, of epoch {training['best_epoch']}")
     if not own and accelerator.is_main_process:
         tell_overlap(config, old.get("images", {}).get("train"), opened.findings, splits)
+    for column in options.columns:  # what is wrong with one is said before anything is measured
+        for split in splits.values():
+            values_of(split, column)
     if options.operating_point and not (own and "val" in splits):
         raise InputError(
             f"--operating_point {options.operating_point}: thresholds are chosen on the run's own val, never on other "
@@ -346,6 +353,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     if accelerator.is_main_process:
         print(table({path.resolve().name: content}))
+        if options.operating_point:
+            before, now = (limits_of(task.findings, c.get("threshold")) for c in (old, content))
+            each = (f"{n} {_number(at)} (was {_number(before.get(n))})" for n, at in now.items())
+            print(f"thresholds of {path}, chosen on val by {options.operating_point}: {', '.join(each) or 'none'}")
         print(f"wrote {out / 'report.html'}")
     close(accelerator)
 

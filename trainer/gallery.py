@@ -42,7 +42,7 @@ class Shown:
     Attributes:
         present, unknown, predicted: names of findings; of one finding an image the class is present.
         wrong: those that the model gets wrong; missed ones are present, false ones are not.
-        probability: of each finding.
+        probability: of each finding; limits: their thresholds; dead: findings whose map is zero everywhere.
         sure: how far the worst of its findings is on the wrong side of its threshold, below 0 if all are right.
         energy: of each finding with a map the share of it in the expected region; None where there is none.
         image: JPEG; cams, regions, lesions: PNGs to be laid over it, by finding; lungs: one; box: x0 y0 x1 y1 of the
@@ -60,6 +60,8 @@ class Shown:
     image: bytes
     lungs: bytes | None = None
     box: tuple[float, ...] | None = None
+    limits: dict[str, float | None] = field(default_factory=dict)
+    dead: list[str] = field(default_factory=list)
     cams: dict[str, bytes] = field(default_factory=dict)
     regions: dict[str, bytes] = field(default_factory=dict)
     lesions: dict[str, bytes] = field(default_factory=dict)
@@ -163,6 +165,7 @@ def _shown(evaluator: Evaluator, name: str, outcome: Outcome, point: Point, posi
     maps = None
     if seen.raw_cam is not None:
         maps = normalize_cam(seen.raw_cam.flatten(0, 1), HEAT).reshape(len(index), -1, HEAT, HEAT).cpu().numpy()
+    limits = limits_of(findings, point)
     result = []
     for b, position in enumerate(positions):
         states, found = outcome.target[position].tolist(), bool(seen.found[b])
@@ -179,6 +182,8 @@ def _shown(evaluator: Evaluator, name: str, outcome: Outcome, point: Point, posi
                 sure=float(np.nanmax(far[b])) if not np.isnan(far[b]).all() else 0.0,
                 energy={n: energies[n][b] for n in mapped if n in energies},
                 image=_jpeg(stored[b]),
+                limits=limits if task.several else {},
+                dead=[n for n in mapped if maps is not None and not maps[b, findings.index(n)].any()],
                 lungs=_outline(seen.lungs[b], LUNGS) if seen.lungs is not None and found else None,
                 box=tuple((seen.boxes[b] / evaluator.size).tolist()) if seen.boxes is not None and found else None,
                 cams={n: _heat(maps[b, findings.index(n)]) for n in mapped} if maps is not None else {},

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import average_precision_score
 
+from shards.dataset import Split
 from shards.errors import InputError, nearest
 from shards.sample import NO_FINDING
 from shards.targets import ABSENT, PRESENT
@@ -27,11 +28,10 @@ AGE, BANDS = "age", (40, 60, 80)  # years at which bands of the column age begin
 RATES = ("sensitivity", "false_positive_rate")
 
 
-def values_of(outcome: Outcome, column: str) -> list[str]:
+def values_of(split: Split, column: str) -> list[str]:
     """What each image has in a column of its sample; of ages their band. InputError: none has it, or too many different
     ones.
     """
-    split = outcome.split
     metas = [split.meta(p) for p in range(len(split))]
     if not any(column in meta for meta in metas):
         known = [name for name, value in metas[0].items() if isinstance(value, str | int | float)] if metas else []
@@ -64,7 +64,7 @@ def by_column(outcome: Outcome, column: str, point: Point = None) -> dict[str, d
     at lesions and expected regions. AUC and rates have 95% intervals over patients, or images where patients are not
     known.
     """
-    values, target = np.array(values_of(outcome, column)), outcome.target.numpy()
+    values, target = np.array(values_of(outcome.split, column)), outcome.target.numpy()
     score = outcome.task.probabilities(outcome.logits).numpy()
     image, finding = outcome.pairs.image.numpy(), outcome.pairs.finding.numpy()
     drawn, limits = resamples(outcome), limits_of(outcome.task.findings, point)

@@ -201,7 +201,7 @@ def summarize(
         figures[name] = mean
         if not len(known):
             figures[f"{name}_95"] = [math.nan, math.nan]
-        elif name.startswith("pointing"):
+        elif name.startswith("pointing") or name == "hit":
             figures[f"{name}_95"] = proportion(known, whose)
         else:
             low, half = -1.0 if name in ("lift", "similarity") else 0.0, 1.96 * spread(known, whose)

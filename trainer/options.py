@@ -172,6 +172,10 @@ class ReportConfig:
 
     out: str
     """HTML file to write."""
+    title: str = "cxr-focus"
+    """Heading of the page."""
+    about: str = ""
+    """What is compared and why, a paragraph below the heading."""
 
     def problems(self) -> list[str]:
         """Nothing beyond the types."""

@@ -51,6 +51,7 @@ class Source:
 
     name: str
     read: Callable[[Predictor], np.ndarray]
+    split: str = ""  # of shards
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
             lines = []
             for one, seen in zip(ready, cxr.look(squares, [one.shape for one in ready]), strict=True):
                 shown = [options.look_at] if options.look_at else seen.predicted or [_likeliest(seen)]
-                lines.append(line_of(one.source.name, seen, shown, cxr))
+                lines.append(line_of(one.source, seen, shown, cxr))
                 tell(one.source.name, seen, shown, cxr)
                 files.write(lines[-1], one, seen, shown, pool)
             files.wait()
@@ -153,12 +154,14 @@ def batches(
             yield ready
 
 
-def line_of(name: str, seen: Prediction, shown: list[str], cxr: Predictor) -> dict[str, Any]:
+def line_of(source: Source, seen: Prediction, shown: list[str], cxr: Predictor) -> dict[str, Any]:
     """What is printed of an image."""
     several = cxr.task.several
-    line: dict[str, Any] = {"image": name, "predicted": seen.predicted if several else seen.predicted[0]}
+    line: dict[str, Any] = {"image": source.name} | ({"split": source.split} if source.split else {})
+    line |= {"predicted": seen.predicted if several else seen.predicted[0]}
     line["probability"] = {finding: round(p, DIGITS) for finding, p in seen.probability.items()}
     line["calibrated"] = {finding: round(p, DIGITS) for finding, p in seen.calibrated.items()}
+    line["threshold"] = {finding: None if at is None else round(at, DIGITS) for finding, at in seen.threshold.items()}
     line["positive"] = seen.positive
     line["cam_of"] = (shown if several else shown[0]) if seen.cam else None
     if cxr.segmenter is not None:
@@ -306,7 +309,7 @@ def _of_shards(folder: Path) -> list[Source]:
     store = open_store(str(folder))
     splits = [Split(store, name) for name in store.index()["splits"]]
     return [
-        Source(split.key(i), lambda cxr, split=split, i=i: split.image(i))  # type: ignore[misc]
+        Source(split.key(i), lambda cxr, split=split, i=i: split.image(i), split.split)  # type: ignore[misc]
         for split in splits
         for i in range(len(split))
     ]

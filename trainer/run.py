@@ -82,7 +82,8 @@ class Run:
 def open_run(path: Path) -> Run:
     """Read a run folder. InputError: it is none, or has no model yet, or its files do not belong together."""
     if not (path / "config.yaml").is_file():
-        raise InputError(f"--run {path}: is not a run folder (no config.yaml)")
+        why = "no config.yaml" if path.is_dir() else "there is no such folder"
+        raise InputError(f"--run {path}: is not a run folder ({why}); name the --out of a trainer.train")
     if (path / "lung_unet.safetensors").is_file():
         raise InputError(f"--run {path}: is a run of trainer.train_lungs; name one of trainer.train")
     if not (path / MODEL).is_file():

@@ -12,8 +12,10 @@ if __name__ == "__main__":  # what is wrong with the flags is said before torch 
     _run(_check)
 
 
+import os
 from pathlib import Path
 from typing import cast
+from urllib.parse import quote
 
 from shards import atomic
 from shards.errors import InputError, read_json, run
@@ -55,8 +57,14 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"--out {out}: is a folder; name the HTML file to write, such as {out / 'report.html'}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        parts, lines = versus({folder.resolve().name: folder for folder in map(Path, folders)}, runs)
-        atomic.write(out, page("cxr-focus", runs, pictures, versus=parts))
+        of = {folder.resolve().name: folder for folder in map(Path, folders)}
+        parts, lines = versus(of, runs)
+        links = {
+            name: quote(os.path.relpath(folder.resolve() / "report.html", out.resolve().parent))
+            for name, folder in of.items()
+            if (folder / "report.html").is_file()
+        }
+        atomic.write(out, page(options.title, runs, pictures, versus=parts, about=options.about, links=links))
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({error.strerror})") from error
     print(table(runs))

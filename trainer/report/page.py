@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
@@ -52,12 +52,15 @@ def page(
     text: str = "",
     gallery: Sequence[Shown] = (),
     versus: Sequence[Versus] = (),
+    about: str = "",
+    links: Mapping[str, str] | None = None,
 ) -> str:
     """The page of one run, or of several side by side.
 
     Args:
         runs: content of report.json by name of the run; pictures: PNGs of each, by kind.
-        text: the published text report; gallery: images of one run; versus: what differs between several.
+        text: the published text report; gallery: images of one run; versus: what differs between several;
+            about: a paragraph of theirs; links: to the page of each.
     """
     first = next(iter(runs.values()))
     split = shown_split(first)
@@ -69,6 +72,8 @@ def page(
     each = [
         {
             "name": name,
+            "verdict": verdict(content) if len(runs) > 1 else [],
+            "link": (links or {}).get(name, ""),
             "training": _training(content),
             "data": _data(content),
             "tables": _tables(content, split if split in content else shown_split(content)),
@@ -96,6 +101,7 @@ def page(
         verdict=verdict(first) if len(runs) == 1 else [],
         gallery=gallery,
         versus=versus,
+        about=about,
     )
 
 
@@ -239,17 +245,21 @@ def _lesions(of: dict[str, OfLesions], findings: Sequence[str]) -> list[Rows]:
         cells = [_of_lesion(every[kind], name) for kind in shown]  # type: ignore[literal-required]
         if any(cell != NOTHING for cell in cells):
             rows.append([words, *cells])
-    tables: list[Rows] = [([f"lesions, {every['images']} pairs", *(kinds[kind] for kind in shown)], rows)]
+    head = [
+        f"lesions, at the size that images are stored at, {every['images']} pairs",
+        *(kinds[kind] for kind in shown),
+    ]
+    tables: list[Rows] = [(head, rows)]
     names = [name for name in findings if name in of]
     if len(names) > 1:
         figures = ("hit", "energy", "miou", "t_iou 0.1", "t_iou 0.3", "t_iou 0.5")
-        head = ["lesions of", "pairs"]
-        head += [f"{LESION_WORDS[name]}{of_what}" for name in figures for of_what in ("", ", mean lesion")]
+        of_each = ["lesions of", "pairs"]
+        of_each += [f"{LESION_WORDS[name]}{of_what}" for name in figures for of_what in ("", ", mean lesion")]
         lines: list[list[Cell]] = []
         for name in names:
             both = (of[name].get("model"), of[name].get("constant"))
             lines.append([name, str(of[name]["images"]), *(_of_lesion(f, n) for n in figures for f in both)])
-        tables.append((head, lines))
+        tables.append((of_each, lines))
     return tables
 
 

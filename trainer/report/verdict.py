@@ -35,7 +35,10 @@ def _asked(content: Content, figures: Figures, findings: list[str], split: str) 
     else:
         asked = f"Asked was which of these a radiograph shows: {', '.join(findings)}."
         area = "The area under the ROC curve"
-    return [asked, f"On {of} {area[0].lower()}{area[1:]} is {told(figures['auc'], figures.get('auc_95'))}."]
+    sentence = f"On {of} {area[0].lower()}{area[1:]} is {told(figures['auc'], figures.get('auc_95'))}"
+    low = (figures.get("auc_95") or [math.nan])[0]
+    chance = not unknown(low) and low <= 0.5
+    return [asked, f"{sentence}{': that is not shown to be better than chance' if chance else ''}."]
 
 
 def _region(figures: Figures) -> list[str]:
@@ -47,6 +50,8 @@ def _region(figures: Figures) -> list[str]:
     probe = figures.get("probe")
     chance = (probe["random"] or {}).get("energy") if probe else None
     said += f"; the same network with random weights has {percent(chance)}." if not unknown(chance) else "."
+    if dead := found.get("without_map"):
+        said += f" {dead} of {found['images']} have no map (it is zero everywhere) and are left out of that."
     return [said]
 
 
@@ -55,7 +60,8 @@ def _lesions(figures: Figures) -> list[str]:
     model, constant = found.get("model"), found.get("constant")
     if not model or unknown(model.get("energy")):
         return ["Lesions are not known here, so whether it looks at them is open."]
-    said = f"On the {found['images']} images with known lesions {percent(model['energy'], model.get('energy_95'))} of "
+    what = "pairs of an image and a finding" if "per_finding" in figures else "images"
+    said = f"On the {found['images']} {what} with known lesions {percent(model['energy'], model.get('energy_95'))} of "
     said += f"the energy lies in them, and the peak hits {percent(model['hit'], model.get('hit_95'))} of them"
     if not constant or unknown(constant.get("energy")):
         return [f"{said}."]
