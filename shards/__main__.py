@@ -1,6 +1,7 @@
 """python -m shards {phantom,nih,folder,csv,dicom,archive,masks,index,verify}: make shards, and check them."""
 
 import argparse
+import os
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -331,6 +332,8 @@ def _table(index: dict[str, Any]) -> None:
 def _verify(a: argparse.Namespace) -> None:
     from shards.verify import verify
 
+    if "://" not in a.dir and not os.path.isdir(a.dir):
+        raise InputError(f"{a.dir}: no such folder; name a folder of packed shards")
     index, problems = verify(a.dir, a.workers)
     for problem in problems[:20]:
         print(problem)
