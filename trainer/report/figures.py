@@ -91,8 +91,8 @@ def curves(history: list[dict[str, Any]], outcomes: dict[str, Outcome], findings
     """Losses, lambda and validation figures by epoch, then ROC and precision-recall of each split; ``findings`` names
     them, of classes class 0 first. Of many findings those of the last split alone.
     """
-    figure = Figure(figsize=(19, 3.2), layout="constrained")
-    axes = figure.subplots(1, 6)
+    figure = Figure(figsize=(11, 6.4), layout="constrained")
+    axes = figure.subplots(2, 3).ravel()
     epochs = [line for line in history if "val_loss" in line]
     steps = [line for line in history if "ce" in line]
     axes[0].set_title("cross-entropy")
