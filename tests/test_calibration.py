@@ -25,6 +25,10 @@ def test_a_temperature_has_the_least_loss():
     assert found == pytest.approx(3 * temperature(logits, label), rel=1e-3)
 
 
+def test_a_val_without_an_error_makes_nobody_surer():
+    assert temperature(np.array([[2.0, -2.0], [-2.0, 2.0], [1.0, -1.0]]), np.array([0, 1, 0])) == 1
+
+
 def test_platts_scaling_is_logistic_regression_on_his_targets():
     rng = np.random.default_rng(1)
     truth = rng.random(300) < 0.2

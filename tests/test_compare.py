@@ -91,8 +91,23 @@ def test_a_comparison_is_that_of_scikit_learn():
     assert both.probability["A"] == pytest.approx((first.probability["A"] + other.probability["A"]) / 2)
     assert both.limits == {"A": pytest.approx(0.6), "B": None}
     assert "energy in region" not in compare(first, both).figures
-    with pytest.raises(InputError, match="other images or findings"):
+    with pytest.raises(InputError, match="other images, findings or labels"):
         compare(first, dataclasses.replace(other, keys=other.keys[::-1]))
+
+
+def test_only_what_both_have_is_compared():
+    """A threshold or a map that one run alone has says nothing of a difference; other labels are no pair."""
+    first, other = predictions(1, 1.0), predictions(2, 1.0)
+    first = dataclasses.replace(first, limits={"A": 0.6, "B": 0.5})
+    found = compare(first, other)
+    a = first.truth["A"]
+    assert found.figures["sensitivity at its threshold"].first == (first.probability["A"][a == 1] >= 0.6).mean()
+    other.place["lesion", "energy"]["A"][:150] = np.nan
+    other.place["lesion", "energy"]["B"][:] = np.nan
+    shown = first.place["lesion", "energy"]["A"][150:]
+    assert compare(first, other).figures["energy in lesion"].first == pytest.approx(np.nanmean(shown))
+    with pytest.raises(InputError, match="labels"):
+        compare(first, dataclasses.replace(other, truth={**other.truth, "A": np.nan_to_num(other.truth["A"])}))
 
 
 def test_seeds_of_one_configuration_are_recognised():

@@ -44,6 +44,13 @@ def test_margins_by_hand():
     assert found == pytest.approx(np.array([[-0.3, 0.4, np.nan], [0.3, np.nan, np.nan]]), nan_ok=True)
 
 
+def test_who_is_at_a_threshold_is_named():
+    several = Seen(AnyOf(("A",)), [[0.0], [0.0]], [[0], [1]])
+    assert [m > 0 for m in margins(several, {"A": 0.5})[:, 0]] == [True, False]
+    tied = Seen(OneOf(("A", "B")), [[0.0, 0.0]], [[0, 1]])  # argmax names the first
+    assert margins(tied, None)[0, 1] > 0
+
+
 def test_the_worst_come_first_and_something_of_all_the_rest():
     rng = np.random.default_rng(0)
     logits = np.stack([np.zeros(500), rng.normal(1, 1, 500)], 1)  # of class 1, most of them right
@@ -141,7 +148,7 @@ step("first", {});
 step("wrong", {right: "0"});
 step("right", {right: "1"});
 step("all", {right: ""});
-step("effusion", {cam: "Effusion"});
+step("effusion", {cam: "=Effusion"});
 step("none", {cam: "*none"});
 step("energy", {cam: "*lead", sort: "energy"});
 step("named", {sort: "name"});

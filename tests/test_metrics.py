@@ -177,6 +177,9 @@ def test_images_of_one_patient_are_no_independent_ones():
     apart = summarize(rows, names, np.arange(80))  # a patient an image
     assert apart["energy_95"] == pytest.approx(single["energy_95"])
     assert apart["pointing_95"] == pytest.approx(single["pointing_95"], abs=2e-3)
+    alone = summarize(rows[:3], names, np.zeros(3, int))  # of one patient nothing follows for others
+    assert np.isnan(alone["energy_95"]).all()
+    assert alone["pointing_95"] == pytest.approx(wilson(alone["pointing"], 1))
     none = summarize(torch.zeros(80, 1), ("pointing",), np.arange(80) // 4)
     assert none["pointing_95"] == pytest.approx(wilson(0, 20))
 

@@ -160,6 +160,20 @@ def test_overlays_and_maps_are_of_the_file_s_own_size(padded, tmp_path, capsys, 
     assert not (tmp_path / "none").exists()
 
 
+def test_no_image_is_overwritten_and_files_of_one_name_stay_apart(trained, tmp_path, capsys):
+    for folder in ("a", "b", "c"):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(np.full((40, 50), 90, np.uint8)).save(tmp_path / folder / "view1.png")
+    before = (tmp_path / "a/view1.png").read_bytes()
+    with pytest.raises(InputError, match=r"--out \S*a: would overwrite \S*view1.png; name another folder"):
+        predict.main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "a"), str(tmp_path / "a")])
+    assert (tmp_path / "a/view1.png").read_bytes() == before
+    capsys.readouterr()
+    predict.main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "o"), *(str(tmp_path / f) for f in "abc")])
+    drawn = [json.loads(line)["overlay"] for line in capsys.readouterr().out.splitlines()]
+    assert [path.rpartition("/")[2] for path in drawn] == ["view1.png", "view1_2.png", "view1_3.png"]
+
+
 def test_a_loaded_run_takes_pixels_and_says_what_it_cannot(trained, flags, tmp_path):
     cxr = trainer.load(tmp_path / "run")
     image = Split(flags[1], "test", ("No Finding", "Effusion")).image(0)

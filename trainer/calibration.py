@@ -28,6 +28,8 @@ def temperature(logits: np.ndarray, label: np.ndarray) -> float:
         return -float(log_softmax(logits / math.exp(log_t), axis=1)[np.arange(len(label)), label].mean())
 
     limit = math.log(HOTTEST)
+    if (logits.argmax(1) == label).all():  # then the colder the better, without an end
+        return max(1.0, math.exp(float(minimize_scalar(loss, bounds=(-limit, limit), method="bounded").x)))
     return math.exp(float(minimize_scalar(loss, bounds=(-limit, limit), method="bounded").x))
 
 

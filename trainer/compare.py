@@ -10,7 +10,7 @@ Legend: N images; truth, a, b over the n images where a finding is known.
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,14 @@ from trainer.groups import limits_of
 from trainer.multilabel import Sorted
 
 RESAMPLES = 1000
-OWN = ("seed", "out", "workers", "resume", "tracker")  # settings that may differ between runs that are one in kind
+OWN = (
+    "seed",
+    "out",
+    "workers",
+    "resume",
+    "dry_run",
+    "tracker",
+)  # may differ between runs that are one in kind
 AGREE = 0.05  # of probability: nearer ones are one opinion
 
 
@@ -122,7 +129,7 @@ def delong(truth: np.ndarray, a: np.ndarray, b: np.ndarray) -> tuple[float, floa
         float(np.var(v[0] - v[1], ddof=1)) / len(v[0]) if len(v[0]) > 1 else math.inf for v in (of_present, of_absent)
     )
     change = areas[0] - areas[1]
-    p = 1.0 if change == 0 else float(2 * norm.sf(abs(change) / math.sqrt(spread))) if spread > 0 else 0.0
+    p = 1.0 if change == 0 else float(2 * norm.sf(abs(change) / math.sqrt(spread))) if spread > 0 else math.nan
     return areas[0], areas[1], p
 
 
@@ -160,8 +167,10 @@ class Comparison:
 
 def compare(first: Predictions, other: Predictions) -> Comparison:
     """The other against the first. InputError: they are not of the same images and findings."""
-    if first.keys != other.keys or list(first.truth) != list(other.truth):
-        raise InputError("are of other images or findings")
+    alike = first.keys == other.keys and list(first.truth) == list(other.truth)
+    if not alike or any(not np.array_equal(t, other.truth[n], equal_nan=True) for n, t in first.truth.items()):
+        raise InputError("are of other images, findings or labels")
+    first, other = _paired(first, other), _paired(other, first)
     findings, rng = list(first.truth), np.random.default_rng(0)
     many = int(first.patients.max()) + 1 if len(first.keys) else 0
     drawn = [
@@ -173,14 +182,12 @@ def compare(first: Predictions, other: Predictions) -> Comparison:
     for name in findings:
         known = ~np.isnan(first.truth[name])
         truth = first.truth[name][known] == 1
-        a, b, p = delong(truth, first.probability[name][known], other.probability[name][known])
+        _, _, p = delong(truth, first.probability[name][known], other.probability[name][known])
         if math.isnan(p):
             continue
         change = _change(lambda run, often, n=name: run.sorted[n].auc(often), first, other, drawn)  # type: ignore[misc]
         auc[name] = (change, p, math.nan)
         tests.append(p)
-        assert abs(change.first - a) < 1e-9
-        assert abs(change.other - b) < 1e-9
     auc = {name: (*of[:2], q) for (name, of), q in zip(auc.items(), holm(tests), strict=True)}
     figures: dict[str, Change] = {}
     for words, figure in _figures(findings).items():
@@ -191,6 +198,16 @@ def compare(first: Predictions, other: Predictions) -> Comparison:
 
 
 Figure = Callable[[Predictions, np.ndarray], float]
+
+
+def _paired(run: Predictions, other: Predictions) -> Predictions:
+    """A run as far as the other has the same: thresholds of the same findings, maps of the same pairs."""
+    limits = {name: at if other.limits.get(name) is not None else None for name, at in run.limits.items()}
+    place = {
+        kind: {name: np.where(np.isnan(other.place[kind][name]), math.nan, values) for name, values in of.items()}
+        for kind, of in run.place.items()
+    }
+    return replace(run, limits=limits, place=place)
 
 
 def _figures(findings: Sequence[str]) -> dict[str, Figure]:
@@ -278,5 +295,5 @@ def seeds_of_one(runs: dict[str, Content]) -> list[list[str]]:
     groups: dict[str, list[str]] = {}
     for name, content in runs.items():
         config = {k: v for k, v in content["config"].items() if k not in OWN}
-        groups.setdefault(json.dumps([config, content["images"]], sort_keys=True, default=str), []).append(name)
+        groups.setdefault(json.dumps([config, content.get("images")], sort_keys=True, default=str), []).append(name)
     return [names for names in groups.values() if len({runs[name]["config"]["seed"] for name in names}) > 1]

@@ -33,6 +33,7 @@ WRONG = 0.6  # at most so many of them are those that the model gets wrong
 SIDE, LINES, HEAT = 384, 192, 56
 OF_ALL = 4  # findings: with more than these an image has the maps of those alone that are there or named
 BATCH = 16
+TIE = 1e-12
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Shown:
         wrong: those that the model gets wrong; missed ones are present, false ones are not.
         probability: of each finding; limits: their thresholds; dead: findings whose map is zero everywhere.
         sure: how far the worst of its findings is on the wrong side of its threshold, below 0 if all are right.
+        judged: whether any of its findings is known and has a threshold.
         energy: of each finding with a map the share of it in the expected region; None where there is none.
         image: JPEG; cams, regions, lesions: PNGs to be laid over it, by finding; lungs: one; box: x0 y0 x1 y1 of the
             lungs in shares of its sides.
@@ -57,6 +59,7 @@ class Shown:
     probability: dict[str, float]
     sure: float
     energy: dict[str, float | None]
+    judged: bool
     image: bytes
     lungs: bytes | None = None
     box: tuple[float, ...] | None = None
@@ -99,8 +102,9 @@ class Shown:
 def gallery(evaluator: Evaluator, name: str, outcome: Outcome, point: Point) -> list[Shown]:
     """Up to 200 images of a split, as far as their pictures are not too large for a page: `interesting` ones."""
     chosen, shown, weight = interesting(outcome, point), list[Shown](), 0
-    for begin in range(0, len(chosen), BATCH):
-        for one in _shown(evaluator, name, outcome, point, chosen[begin : begin + BATCH]):
+    batch = min(BATCH, evaluator.batch)
+    for begin in range(0, len(chosen), batch):
+        for one in _shown(evaluator, name, outcome, point, chosen[begin : begin + batch]):
             weight += one.weight
             if weight > BUDGET:
                 return shown
@@ -117,16 +121,18 @@ def margins(outcome: Outcome, point: Point) -> np.ndarray:
     if not task.several:
         own = np.where(target == PRESENT, probability, -np.inf).max(1)
         other = np.where(target == PRESENT, -np.inf, probability).max(1)
-        return np.where(target == PRESENT, (other - own)[:, None], np.nan)
+        right = task.predicted(outcome.logits).numpy() == target.argmax(1)
+        far = np.where(right, np.minimum(other - own, -TIE), np.maximum(other - own, TIE))
+        return np.where(target == PRESENT, far[:, None], np.nan)
     limits = limits_of(task.findings, point)
     limit = np.array([np.nan if (at := limits.get(name)) is None else at for name in task.findings])
-    far = np.where(target == PRESENT, limit - probability, probability - limit)
+    far = np.where(target == PRESENT, limit - probability, probability - limit + TIE)  # at its threshold it is named
     return np.where(target >= ABSENT, far, np.nan)
 
 
 def interesting(outcome: Outcome, point: Point, most: int = MOST) -> list[int]:
     """Positions of images: those that the model gets wrong, the surest first, up to 60 of 100; then, of those that it
-    gets right, by turns those whose maps are least in their regions and any others, evenly from all.
+    gets right, those whose maps are least in their regions, and as many others, evenly from all.
     """
     far = margins(outcome, point)
     known = ~np.isnan(far).all(1)
@@ -140,12 +146,13 @@ def interesting(outcome: Outcome, point: Point, most: int = MOST) -> list[int]:
     energy = np.full(count, np.nan)
     of_pair = outcome.expected[:, LOCALIZATION.index("energy")].numpy()
     there = ~np.isnan(of_pair)
-    energy[outcome.pairs.image.numpy()[there]] = of_pair[there]
+    np.fmin.at(energy, outcome.pairs.image.numpy()[there], of_pair[there])
     low = [int(i) for i in np.argsort(energy, kind="stable") if worst[i] <= 0 and not np.isnan(energy[i])]
     left = most - len(taken)
     taken += low[: left // 2]
-    others = sorted(set(range(count)) - set(taken))
-    return [*taken, *(others[int(k)] for k in np.linspace(0, len(others) - 1, most - len(taken)).round())]
+    others = sorted(set(np.flatnonzero(worst <= 0).tolist()) - set(taken))
+    left = min(most - len(taken), len(others))
+    return [*taken, *(others[int(k)] for k in np.linspace(0, len(others) - 1, left).round())]
 
 
 def _shown(evaluator: Evaluator, name: str, outcome: Outcome, point: Point, positions: Sequence[int]) -> list[Shown]:
@@ -181,6 +188,7 @@ def _shown(evaluator: Evaluator, name: str, outcome: Outcome, point: Point, posi
                 probability=dict(zip(findings, probability[b], strict=True)),
                 sure=float(np.nanmax(far[b])) if not np.isnan(far[b]).all() else 0.0,
                 energy={n: energies[n][b] for n in mapped if n in energies},
+                judged=not bool(np.isnan(far[b]).all()),
                 image=_jpeg(stored[b]),
                 limits=limits if task.several else {},
                 dead=[n for n in mapped if maps is not None and not maps[b, findings.index(n)].any()],

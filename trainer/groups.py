@@ -53,6 +53,8 @@ def band(age: str) -> str:
         years = float(age)
     except ValueError:
         return age
+    if not math.isfinite(years):
+        return age
     low = max((edge for edge in (0, *BANDS) if edge <= years), default=0)
     return next((f"{low}-{edge - 1}" for edge in BANDS if years < edge), f"{low}+")
 
@@ -67,6 +69,7 @@ def by_column(outcome: Outcome, column: str, point: Point = None) -> dict[str, d
     values, target = np.array(values_of(outcome.split, column)), outcome.target.numpy()
     score = outcome.task.probabilities(outcome.logits).numpy()
     image, finding = outcome.pairs.image.numpy(), outcome.pairs.finding.numpy()
+    patients = outcome.patients()
     drawn, limits = resamples(outcome), limits_of(outcome.task.findings, point)
     content: dict[str, dict[str, Any]] = {}
     for value in sorted(set(values)):
@@ -95,7 +98,9 @@ def by_column(outcome: Outcome, column: str, point: Point = None) -> dict[str, d
                     entry[rate], entry[f"{rate}_95"] = _rate(named, of_whom, drawn)
             pairs = own[image] & (finding == k)
             for kind, table in outcome.tables().items():
-                if found := summarize(table[pairs & measured(table).numpy()][:, : len(LOCALIZATION)]):
+                rows = pairs & measured(table).numpy()
+                whose = patients[image[rows]] if patients is not None else None
+                if found := summarize(table[rows][:, : len(LOCALIZATION)], patients=whose):
                     entry[kind] = {n: found[n] for n in ("images", "energy", "energy_95", "pointing", "pointing_95")}
             of[name] = entry
         content[value] = {"images": int(own.sum()), "per_finding": of}

@@ -310,7 +310,7 @@ class Trainer(Training):
             refresh=False,
         )
         self.write(line)
-        if not self.paced and line["images_per_s"]:
+        if not self.paced and line["images_per_s"] and self.accelerator.is_main_process:
             self.paced = True
             left = self.config.epochs * len(self.plan) - state.epoch * len(self.plan) - state.position
             self.tell_pace(bar, line["images_per_s"], left)

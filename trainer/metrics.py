@@ -205,7 +205,8 @@ def summarize(
             figures[f"{name}_95"] = proportion(known, whose)
         else:
             low, half = -1.0 if name in ("lift", "similarity") else 0.0, 1.96 * spread(known, whose)
-            figures[f"{name}_95"] = [max(low, mean - half), min(1.0, mean + half)]
+            cut = [max(low, mean - half), min(1.0, mean + half)]
+            figures[f"{name}_95"] = [math.nan, math.nan] if math.isnan(half) else cut
         if name == "energy":
             figures["without_map"] = len(rows) - len(known)
     return figures
@@ -219,7 +220,9 @@ def spread(values: np.ndarray, patients: np.ndarray | None = None) -> float:
         return float(values.std(ddof=1 if len(values) > 1 else 0)) / math.sqrt(len(values))
     whose = np.unique(patients, return_inverse=True)[1]
     together = np.bincount(whose, values - values.mean())
-    few = len(together) / (len(together) - 1) if len(together) > 1 else 1.0
+    if len(together) < 2:
+        return math.nan  # one patient says nothing of others
+    few = len(together) / (len(together) - 1)
     return math.sqrt(few * float((together**2).sum())) / len(values)
 
 
@@ -229,8 +232,8 @@ def proportion(values: np.ndarray, patients: np.ndarray | None = None) -> list[f
     """
     share, count = float(values.mean()), float(len(values))
     if patients is not None:
-        error = spread(values, patients)
-        count = min(count, share * (1 - share) / error**2) if error > 0 else float(len(np.unique(patients)))
+        error, many = spread(values, patients), len(np.unique(patients))
+        count = min(count, share * (1 - share) / error**2) if many > 1 and error > 1e-9 else float(many)
     return wilson(share, count)
 
 

@@ -15,8 +15,9 @@ import glob
 import io
 import itertools
 import json
+import os
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -103,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
             raise InputError(f"--out {out}: cannot be written ({error.strerror})") from error
 
     bad: list[str] = []
-    files = Files(out, options, cxr.task.several)
+    files = Files(out, options, cxr.task.several, frozenset(os.path.realpath(one.name) for one in sources))
     progress = tqdm(total=len(sources), unit="img", smoothing=0.05, file=sys.stderr, disable=None)
     with ThreadPoolExecutor(max(1, options.workers)) as pool, progress:
         for ready in batches(cxr, sources, options, pool, bad):
@@ -193,9 +194,10 @@ def _likeliest(seen: Prediction) -> str:
 class Files:
     """The overlays and maps of images, written by threads."""
 
-    def __init__(self, out: Path, options: PredictConfig, several: bool) -> None:
+    def __init__(self, out: Path, options: PredictConfig, several: bool, sources: frozenset[str]) -> None:
         self.out, self.options, self.several = out, options, several
-        self.taken: set[str] = set()
+        self.taken: Counter[str] = Counter()
+        self.sources = sources
         self.pending: list[Future[None]] = []
 
     def write(
@@ -203,9 +205,12 @@ class Files:
     ) -> None:
         """Begin to write the files of an image, and name them in its line: by finding where there are several."""
         stem = file_name(clean_key(Path(one.source.name).stem), ".npy").removesuffix(".npy")
-        while stem in self.taken:
-            stem += "_"
-        self.taken.add(stem)
+        self.taken[stem] += 1
+        if self.taken[stem] > 1:  # another file of that name: a.png, a_2.png, ...
+            while (numbered := f"{stem}_{self.taken[stem]}") in self.taken:
+                self.taken[stem] += 1
+            stem = numbered
+            self.taken[stem] += 1
         wanted = [("overlay", "png", _overlay)] if self.options.overlay else []
         wanted += (
             [("cam", self.options.cam, _array if self.options.cam == "npy" else _gray)] if self.options.cam else []
@@ -219,6 +224,8 @@ class Files:
                 end = f".{finding}" if self.several else ""
                 end += ".cam" if kind == "cam" else ""
                 path = self.out / file_name(f"{stem}{end}", f".{suffix}")
+                if os.path.realpath(path) in self.sources:
+                    raise InputError(f"--out {self.out}: would overwrite {path}; name another folder")
                 names[finding] = str(path)
                 self.pending.append(pool.submit(_write, path, make, one, seen, finding))
             line[kind] = names if self.several else names[shown[0]]
@@ -272,7 +279,8 @@ def named_images(names: Sequence[str]) -> list[Source]:
     for name in names:
         path = Path(name)
         if name.startswith("@") and not path.exists():
-            images += named_images(_listed(Path(name[1:])))
+            inner = _listed(Path(name[1:]))
+            images += named_images([one for one in inner if not Path(one).name.startswith("@")])
             continue
         if (path / "index.json").is_file():
             images += _of_shards(path)

@@ -76,7 +76,7 @@ def dry_run(config: Config) -> None:
         for group in steps:
             began = time.monotonic()
             sums = trainer.step(group, trainer.balance.value(config.epochs - 1, 1.0) if trainer.attends else 1.0)
-            if not bool(sums.isfinite().all()):  # waits for the device
+            if not bool(acc.reduce(sums, "sum").isfinite().all()):  # of all processes; waits for the device
                 raise InputError(NOT_FINITE.format(step=0))
             seconds, taken = time.monotonic() - began, sum(batch.total for batch in group)
         trainer.tracking.log({"ce": 0.0}, 0)

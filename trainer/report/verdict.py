@@ -17,8 +17,11 @@ def verdict(content: Content) -> list[str]:
     findings = [str(name) for name in content["findings"]]
     return [
         *_asked(content, figures, findings, split),
-        *_region(figures),
-        *_lesions(figures),
+        *(
+            _looks(figures)
+            if content["training"].get("map", True)
+            else ["Its backbone has no map, so where it looks is open."]
+        ),
         *_wrong(figures, findings),
     ]
 
@@ -41,8 +44,14 @@ def _asked(content: Content, figures: Figures, findings: list[str], split: str) 
     return [asked, f"{sentence}{': that is not shown to be better than chance' if chance else ''}."]
 
 
+def _looks(figures: Figures) -> list[str]:
+    return [*_region(figures), *_lesions(figures)]
+
+
 def _region(figures: Figures) -> list[str]:
     found = figures["localization"].get("expected", {}).get("all")
+    if found and found.get("without_map") == found["images"]:
+        return ["All its maps are zero everywhere: it looks nowhere."]
     if not found or unknown(found["energy"]):
         return ["Nothing is said of where it looks: no finding has an expected region here."]
     said = f"Of the energy of its maps {percent(found['energy'], found.get('energy_95'))} lies where the finding is "
@@ -59,6 +68,8 @@ def _lesions(figures: Figures) -> list[str]:
     found: dict[str, Any] = dict((figures.get("lesions") or {}).get("all") or {})
     model, constant = found.get("model"), found.get("constant")
     if not model or unknown(model.get("energy")):
+        if figures["localization"].get("lesion", {}).get("all"):
+            return []  # of a report from before there were such figures, or of maps that are all zero
         return ["Lesions are not known here, so whether it looks at them is open."]
     what = "pairs of an image and a finding" if "per_finding" in figures else "images"
     said = f"On the {found['images']} {what} with known lesions {percent(model['energy'], model.get('energy_95'))} of "
@@ -67,6 +78,8 @@ def _lesions(figures: Figures) -> list[str]:
         return [f"{said}."]
     said += f"; the mean lesion of other patients, which knows no image, has {percent(constant['energy'])} and hits "
     said += f"{percent(constant['hit'])}."
+    if constant["images"] != model["images"]:
+        return [said]  # of other pairs: no comparison
     better = [
         name
         for name, words in (("energy", "its maps"), ("hit", "its peaks"))

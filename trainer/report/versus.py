@@ -45,7 +45,7 @@ def versus(folders: Mapping[str, Path], runs: Mapping[str, Content]) -> tuple[li
         try:
             found = compare(known[first], known[name])
         except InputError:
-            lines.append(f"{name} and {first} are of other images or findings: they are not compared")
+            lines.append(f"{name} and {first} are of other images, findings or labels: they are not compared")
             continue
         alike.append(name)
         parts.append(_changes(first, name, found))
@@ -81,7 +81,7 @@ def _changes(first: str, name: str, found: Comparison) -> Versus:
         opinions = [[key, of, f"{p:.2f}", f"{q:.2f}"] for key, of, p, q in found.disagreed[:SHOWN]]
         tables.append((["image", "finding", first, name], opinions))
     else:
-        says.append("Each image is called the same by both.")
+        says.append("No image is called otherwise by the two with probabilities more than 0.05 apart.")
     return Versus(f"{name} less {first}", says, tables)
 
 

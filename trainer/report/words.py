@@ -244,8 +244,8 @@ HEALTHY = " The CAM of a No Finding image is that of its own class and has no re
 
 
 def chosen_by(content: Content) -> str:
-    """How val chose the thresholds; before there was a choice, by Youden's index."""
-    return content.get("operating_point", "youden")
+    """How val chose the thresholds; older reports say it in their settings."""
+    return content.get("operating_point") or content["config"].get("labels", {}).get("operating_point", "youden")
 
 
 def shown_split(content: Content) -> Measured:

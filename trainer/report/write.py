@@ -68,7 +68,9 @@ def _predictions(outcome: Outcome, split: Split, point: Point = None, patients: 
     lines: list[dict[str, Any]] = [{"key": split.key(i), **line} for i, line in enumerate(said)]
     if patients is not None:
         lines = [line | {"patient": int(who)} for line, who in zip(lines, patients, strict=True)]
-    one_each = torch.equal(outcome.pairs.image, torch.arange(len(lines)))  # or figures stand under their finding
+    one_each = not outcome.task.several and torch.equal(
+        outcome.pairs.image, torch.arange(len(lines))
+    )  # or figures stand under their finding
     for kind, table in outcome.tables().items():
         for pair in measured(table).nonzero().flatten().tolist():  # an energy that is null: the CAM is zero everywhere
             # The rest: IoU by threshold

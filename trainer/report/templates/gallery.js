@@ -13,14 +13,14 @@
   };
   function wanted(card, of) {
     if (of === "*none") return [];
-    const names = of === "*lead" ? [card.element.dataset.lead] : of === "*predicted" ? card.predicted : [of];
+    const names = of === "*lead" ? [card.element.dataset.lead] : of === "*predicted" ? card.predicted : [of.slice(1)];
     const known = card.layers.filter((layer) => layer.classList.contains("cam")).map((layer) => layer.dataset.of);
     return names.filter((name) => known.includes(name)).slice(0, 1);
   }
   function show() {
     let count = 0;
     for (const card of cards) {
-      const finding = form.filter.value;
+      const finding = form.filter.value.slice(1);
       const there = (!finding || card.present.includes(finding) || card.predicted.includes(finding)) &&
         (!form.right.value || card.right === form.right.value);
       card.element.hidden = !there;
