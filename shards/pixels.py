@@ -325,7 +325,7 @@ def fit(image: np.ndarray | Image.Image, size: int, aspect: str = "stretch", *, 
 
 
 def encode_image(image: np.ndarray, form: str) -> bytes:
-    """uint8 ``[H, W]`` to the bytes of a JPEG (quality 95),
+    """uint8 ``[H, W]``, of a PNG also ``[H, W, 3 or 4]``, to the bytes of a JPEG (quality 95),
     a PNG or a lossless WebP (lossy WebP has only 220 grays).
     """
     buffer = io.BytesIO()

@@ -31,8 +31,13 @@ def overlay(
     width = 1 + max(pixels.shape) // 500
     for mask, colour in ((lungs, LUNGS), (region, REGION)):
         if mask is not None:
-            drawn[edge(mask, width)] = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+            drawn[edge(mask, width)] = rgb(colour)
     return drawn
+
+
+def rgb(colour: str) -> list[int]:
+    """``#00e5ff`` as three numbers of 0 to 255."""
+    return [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
 
 
 def edge(mask: np.ndarray, width: int) -> np.ndarray:

@@ -285,7 +285,8 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = start(config.seed, opened.precision)
     index = store.index()
     # As the report last chose, unless it is said anew
-    how = options.operating_point or read_report(path).get("operating_point") or config.labels.operating_point
+    old = read_report(path)
+    how = options.operating_point or old.get("operating_point") or config.labels.operating_point
     config = replace(config, labels=replace(config.labels, operating_point=how))
     task = task_of(config, opened.findings)
     splits = {name: Split(store, name, task.labels) for name in SPLITS[1:] if name in index["splits"]}
@@ -295,7 +296,6 @@ def main(argv: list[str] | None = None) -> None:
     own = os.path.realpath(options.shards) == os.path.realpath(config.shards) or options.shards.rstrip(
         "/"
     ) == config.shards.rstrip("/")
-    old = read_report(path)
     # The run's own shards, if they are still those that it was trained on.
     own = own and all(
         old.get("images", {}).get(name, split.fingerprint) == split.fingerprint for name, split in splits.items()
@@ -356,7 +356,7 @@ def main(argv: list[str] | None = None) -> None:
         if options.operating_point:
             before, now = (limits_of(task.findings, c.get("threshold")) for c in (old, content))
             each = (f"{n} {_number(at)} (was {_number(before.get(n))})" for n, at in now.items())
-            print(f"thresholds of {path}, chosen on val by {options.operating_point}: {', '.join(each) or 'none'}")
+            print(f"thresholds of {out}, chosen on val by {options.operating_point}: {', '.join(each) or 'none'}")
         print(f"wrote {out / 'report.html'}")
     close(accelerator)
 

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from shards.pixels import encode_image
 from shards.sample import NO_FINDING
 from shards.targets import ABSENT, PRESENT
 from trainer.cam import normalize_cam
 from trainer.classifier import evaluating
-from trainer.drawing import LESION, LUNGS, REGION, edge
+from trainer.drawing import LESION, LUNGS, REGION, edge, rgb
 from trainer.groups import limits_of
 from trainer.look import everywhere, look
 from trainer.measure import Evaluator
@@ -102,9 +103,9 @@ class Shown:
 def gallery(evaluator: Evaluator, name: str, outcome: Outcome, point: Point) -> list[Shown]:
     """Up to 200 images of a split, as far as their pictures are not too large for a page: `interesting` ones."""
     chosen, shown, weight = interesting(outcome, point), list[Shown](), 0
-    batch = min(BATCH, evaluator.batch)
+    batch, far = min(BATCH, evaluator.batch), margins(outcome, point)
     for begin in range(0, len(chosen), batch):
-        for one in _shown(evaluator, name, outcome, point, chosen[begin : begin + batch]):
+        for one in _shown(evaluator, name, outcome, point, far, chosen[begin : begin + batch]):
             weight += one.weight
             if weight > BUDGET:
                 return shown
@@ -155,7 +156,9 @@ def interesting(outcome: Outcome, point: Point, most: int = MOST) -> list[int]:
     return [*taken, *(others[int(k)] for k in np.linspace(0, len(others) - 1, left).round())]
 
 
-def _shown(evaluator: Evaluator, name: str, outcome: Outcome, point: Point, positions: Sequence[int]) -> list[Shown]:
+def _shown(
+    evaluator: Evaluator, name: str, outcome: Outcome, point: Point, margin: np.ndarray, positions: Sequence[int]
+) -> list[Shown]:
     split, task, device = evaluator.splits[name], outcome.task, evaluator.accelerator.device
     index, findings = torch.tensor(positions), task.findings
     every = torch.arange(len(findings), device=device).expand(len(index), -1)
@@ -165,7 +168,7 @@ def _shown(evaluator: Evaluator, name: str, outcome: Outcome, point: Point, posi
     lesions = LesionRegions(split, exact=True)
     with evaluating(evaluator.model):
         seen = look(evaluator.accelerator, evaluator.model, raw, index, every, lungs, places, index * 0)
-    far = margins(outcome, point)[positions]
+    far = margin[positions]
     named = task.named(outcome.logits[index], point)
     probability = task.probabilities(outcome.logits[index]).tolist()
     regions, energies = everywhere(seen, findings, evaluator.rules, places)
@@ -224,18 +227,12 @@ def _heat(cam: np.ndarray) -> bytes:
     """A map [h,w] in [0,1] as colours that cover the more the larger it is."""
     colours = matplotlib.colormaps["inferno"](cam)
     colours[..., 3] = cam
-    return _png((colours * 255).round().astype(np.uint8))
+    return encode_image((colours * 255).round().astype(np.uint8), "png")
 
 
 def _outline(mask: torch.Tensor, colour: str) -> bytes:
     """The edge of a mask bool [S,S]."""
     small = np.asarray(Image.fromarray(mask.cpu().numpy()).resize((LINES, LINES), Image.Resampling.NEAREST))
     lines = np.zeros((LINES, LINES, 4), np.uint8)
-    lines[edge(small, 1)] = [*(int(colour[i : i + 2], 16) for i in (1, 3, 5)), 255]
-    return _png(lines)
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
+    lines[edge(small, 1)] = [*rgb(colour), 255]
+    return encode_image(lines, "png")

@@ -70,7 +70,7 @@ def by_column(outcome: Outcome, column: str, point: Point = None) -> dict[str, d
     score = outcome.task.probabilities(outcome.logits).numpy()
     image, finding = outcome.pairs.image.numpy(), outcome.pairs.finding.numpy()
     patients = outcome.patients()
-    drawn, limits = resamples(outcome), limits_of(outcome.task.findings, point)
+    drawn, limits = resamples(patients, len(values)), limits_of(outcome.task.findings, point)
     content: dict[str, dict[str, Any]] = {}
     for value in sorted(set(values)):
         own = values == value
@@ -130,10 +130,10 @@ def limits_of(findings: Sequence[str], point: Point) -> dict[str, float | None]:
     return point if isinstance(point, dict) else {} if point is None else {findings[1]: point}
 
 
-def resamples(outcome: Outcome) -> list[np.ndarray]:
+def resamples(patients: np.ndarray | None, images: int) -> list[np.ndarray]:
     """How many times each image counts in each of 1000 resamples of the patients, or images: uint16 [N] each."""
-    groups, rng = outcome.patients(), np.random.default_rng(0)
-    groups = np.arange(len(outcome.target)) if groups is None else groups
+    rng = np.random.default_rng(0)
+    groups = np.arange(images) if patients is None else patients
     many = int(groups.max()) + 1
     return [
         np.bincount(rng.integers(0, many, many), minlength=many)[groups].astype(np.uint16) for _ in range(RESAMPLES)

@@ -26,14 +26,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from shards import atomic
 from shards.dataset import Split
 from shards.errors import InputError, listed, nearest, run
 from shards.files import walk
-from shards.pixels import IMAGE_SUFFIXES, is_dicom
+from shards.pixels import IMAGE_SUFFIXES, encode_image, is_dicom
 from shards.sample import clean_key
 from shards.store import open_store
 from trainer.command import parse, positionals
@@ -251,7 +250,7 @@ def _overlay(one: Ready, seen: Prediction, finding: str) -> bytes:
     assert one.pixels is not None
     cam = seen.cam[finding] if seen.cam else np.zeros(one.shape, np.float32)
     region = seen.region.get(finding)
-    return _png(overlay(one.pixels, cam, lungs=seen.lungs, region=region))
+    return encode_image(overlay(one.pixels, cam, lungs=seen.lungs, region=region), "png")
 
 
 def _array(one: Ready, seen: Prediction, finding: str) -> bytes:
@@ -261,13 +260,7 @@ def _array(one: Ready, seen: Prediction, finding: str) -> bytes:
 
 
 def _gray(one: Ready, seen: Prediction, finding: str) -> bytes:
-    return _png((seen.cam[finding] * 255).round().astype(np.uint8))
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
+    return encode_image((seen.cam[finding] * 255).round().astype(np.uint8), "png")
 
 
 def named_images(names: Sequence[str]) -> list[Source]:
