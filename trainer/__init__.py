@@ -4,13 +4,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from trainer.predictor import Predictor
+    from trainer.predictor import Reader
 
 __version__ = "0.1.0"
 
 
-def load(run: str | Path) -> "Predictor":
-    """A finished run, ready for images: see `trainer.predictor`. InputError: it is no run folder."""
-    from trainer.predictor import Predictor  # torch takes seconds, and not all who import this package need it
+def load(run: str | Path) -> "Reader":
+    """A finished run, or its export, ready for images: see `trainer.predictor`. InputError: it is neither."""
+    from trainer.export.session import EXPORTED, Exported  # torch takes seconds, and not all of this package need it
+    from trainer.predictor import Predictor
 
-    return Predictor(Path(run))
+    return Exported(Path(run)) if (Path(run) / EXPORTED).is_file() else Predictor(Path(run))

@@ -110,7 +110,8 @@ class FocusClassifier(nn.Module):
         mean, std = ([value] * 3 for value in normal) if normal else (config["mean"], config["std"])
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
-        self.to(memory_format=torch.channels_last)
+        self.layout = torch.channels_last  # of tensors in memory
+        self.to(memory_format=self.layout)
         with self._explained(f"at --size {size}"), torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             trial = torch.rand(1, 1, size, size)
@@ -280,7 +281,7 @@ class FocusClassifier(nn.Module):
             differentiable: whether the CAM carries a gradient. Under no_grad it never does, and only the head keeps a
                 graph.
         """
-        x = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        x = ((images - self.mean) / self.std).contiguous(memory_format=self.layout)
         if not cam:
             return Prediction(self.net(x), None)
         differentiable = differentiable and torch.is_grad_enabled()

@@ -16,6 +16,7 @@ MODULES = {
     "cxr-report": "trainer.report",
     "cxr-regions": "trainer.regions",
     "cxr-lungs": "trainer.lungs",
+    "cxr-export": "trainer.export",
 }
 CONFIG = "accelerate_config.yaml"
 

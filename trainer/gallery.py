@@ -20,7 +20,7 @@ from trainer.cam import normalize_cam
 from trainer.classifier import evaluating
 from trainer.drawing import LESION, LUNGS, REGION, edge, rgb
 from trainer.groups import limits_of
-from trainer.look import everywhere, look
+from trainer.look import energies_of, look, regions_of
 from trainer.measure import Evaluator
 from trainer.metrics import LOCALIZATION
 from trainer.outcome import Outcome
@@ -171,7 +171,8 @@ def _shown(
     far = margin[positions]
     named = task.named(outcome.logits[index], point)
     probability = task.probabilities(outcome.logits[index]).tolist()
-    regions, energies = everywhere(seen, findings, evaluator.rules, places)
+    regions = regions_of(seen, findings, evaluator.rules, places)
+    energies = energies_of(seen.cam, regions, findings)
     maps = None
     if seen.raw_cam is not None:
         maps = normalize_cam(seen.raw_cam.flatten(0, 1), HEAT).reshape(len(index), -1, HEAT, HEAT).cpu().numpy()

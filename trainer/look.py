@@ -7,7 +7,7 @@ Legend: raw uint8 [B,1,H,W], as stored; images float [B,1,S,S] in [0,1]; boxes i
 float [B,S,S] in [0,1].
 """
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -110,23 +110,22 @@ def look(
     return Seen(images, located.boxes, located.outlines, located.found, expected, logits, seen_cam, raw_cam)
 
 
-def everywhere(
-    seen: Seen, findings: Sequence[str], rules: Container[str], regions: Regions
-) -> tuple[dict[str, torch.Tensor], dict[str, list[float | None]]]:
-    """Of a batch whose CAMs [B,K,S,S] were taken of all findings: where each of those that have a rule is expected,
-    bool [B,S,S] on the device, nowhere in an image without lungs; and by finding the share of the CAMs there.
+def regions_of(seen: Seen, findings: Sequence[str], rules: Container[str], regions: Regions) -> dict[str, torch.Tensor]:
+    """Where each of the findings that have a rule is expected in a batch: bool [B,S,S] on the device, nowhere in an
+    image without lungs; nothing where nobody looked for lungs.
     """
-    places: dict[str, torch.Tensor] = {}
-    energies: dict[str, list[float | None]] = {}
-    if seen.boxes is not None:
-        found = seen.found.to(seen.boxes.device)[:, None, None]
-        for k, name in enumerate(findings):
-            if name in rules:
-                region = regions(torch.full((len(found),), k), seen.boxes, seen.lungs).region
-                places[name] = region & found
-                if seen.cam is not None:
-                    energies[name] = energy_in(seen.cam[:, k], places[name])
-    return places, energies
+    if seen.boxes is None:
+        return {}
+    found = seen.found.to(seen.boxes.device)[:, None, None]
+    of = {name: torch.full((len(found),), k) for k, name in enumerate(findings) if name in rules}
+    return {name: regions(numbers, seen.boxes, seen.lungs).region & found for name, numbers in of.items()}
+
+
+def energies_of(
+    cam: torch.Tensor | None, places: Mapping[str, torch.Tensor], findings: Sequence[str]
+) -> dict[str, list[float | None]]:
+    """By finding the share of its CAM, of cam [B,K,S,S], in its place, bool [B,S,S]; nothing without CAMs."""
+    return {n: energy_in(cam[:, findings.index(n)], at) for n, at in places.items()} if cam is not None else {}
 
 
 def energy_in(cam: torch.Tensor, region: torch.Tensor) -> list[float | None]:

@@ -164,6 +164,21 @@ class PredictConfig:
 
 
 @dataclass
+class ExportConfig:
+    """A finished run for others: an ONNX graph, weights, and a card.
+
+    Usage: python -m trainer.export RUN --out DIR
+    """
+
+    out: str
+    """Folder to write."""
+
+    def problems(self) -> list[str]:
+        """Nothing beyond the types."""
+        return []
+
+
+@dataclass
 class ReportConfig:
     """Finished runs side by side.
 

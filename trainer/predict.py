@@ -35,11 +35,12 @@ from shards.files import walk
 from shards.pixels import IMAGE_SUFFIXES, encode_image, is_dicom
 from shards.sample import clean_key
 from shards.store import open_store
+from trainer import load
 from trainer.command import parse, positionals
 from trainer.drawing import overlay
 from trainer.launching import set_threads
 from trainer.options import PredictConfig
-from trainer.predictor import Prediction, Predictor
+from trainer.predictor import Prediction, Reader
 from trainer.report.words import file_name
 
 DIGITS = 6  # of probabilities
@@ -50,7 +51,7 @@ class Source:
     """An image, before it is read: its name, and what gives its pixels, uint8 [H,W]."""
 
     name: str
-    read: Callable[[Predictor], np.ndarray]
+    read: Callable[[Reader], np.ndarray]
     split: str = ""  # of shards
 
 
@@ -80,10 +81,10 @@ def main(argv: list[str] | None = None) -> None:
     if not names:
         raise InputError("no images named: python -m trainer.predict --run RUN IMAGE...")
     set_threads()
-    cxr = Predictor(Path(options.run))
+    cxr = load(options.run)
     if cxr.unfinished:
         print(
-            f"{options.run} has not finished: its best model so far is used, of epoch {int(cxr.metadata['epoch']) + 1}",
+            f"{options.run} has not finished: its best model so far is used, of epoch {cxr.epoch + 1}",
             file=sys.stderr,
         )
     if options.look_at and options.look_at not in cxr.findings:
@@ -128,7 +129,7 @@ MOST_BAD = 20
 
 
 def batches(
-    cxr: Predictor, sources: Sequence[Source], options: PredictConfig, pool: ThreadPoolExecutor, bad: list[str]
+    cxr: Reader, sources: Sequence[Source], options: PredictConfig, pool: ThreadPoolExecutor, bad: list[str]
 ) -> Iterator[list[Ready]]:
     """Batches of images in their order, read ahead by no more than two; what cannot be read goes to ``bad``."""
 
@@ -154,7 +155,7 @@ def batches(
             yield ready
 
 
-def line_of(source: Source, seen: Prediction, shown: list[str], cxr: Predictor) -> dict[str, Any]:
+def line_of(source: Source, seen: Prediction, shown: list[str], cxr: Reader) -> dict[str, Any]:
     """What is printed of an image."""
     several = cxr.task.several
     line: dict[str, Any] = {"image": source.name} | ({"split": source.split} if source.split else {})
@@ -164,7 +165,7 @@ def line_of(source: Source, seen: Prediction, shown: list[str], cxr: Predictor) 
     line["threshold"] = {finding: None if at is None else round(at, DIGITS) for finding, at in seen.threshold.items()}
     line["positive"] = seen.positive
     line["cam_of"] = (shown if several else shown[0]) if seen.cam else None
-    if cxr.segmenter is not None:
+    if cxr.looks_for_lungs:
         line["lung_box"] = list(seen.lung_box) if seen.lung_box is not None else None
         energies = {one: seen.energy_in_region.get(one) for one in shown if one in cxr.rules}
         if several:
@@ -174,9 +175,9 @@ def line_of(source: Source, seen: Prediction, shown: list[str], cxr: Predictor) 
     return line
 
 
-def tell(name: str, seen: Prediction, shown: list[str], cxr: Predictor) -> None:
+def tell(name: str, seen: Prediction, shown: list[str], cxr: Reader) -> None:
     """Say what a reader of an image's figures must know."""
-    if cxr.segmenter is not None and seen.lung_box is None:
+    if cxr.looks_for_lungs and seen.lung_box is None:
         print(
             f"warning: no lungs were found in {name}: is it a frontal chest radiograph? Its figures mean little",
             file=sys.stderr,

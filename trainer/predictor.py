@@ -11,10 +11,11 @@ a side of the network's input; B images of a batch, K findings.
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,11 +25,12 @@ from shards.errors import InputError
 from shards.gray import Scale
 from shards.pixels import Frame, fit, load_image
 from trainer.classifier import FocusClassifier
+from trainer.config import Config
 from trainer.launching import Accelerator, start
-from trainer.look import everywhere, look
+from trainer.look import energies_of, look, regions_of
 from trainer.lungs import LungFinder
 from trainer.regions import Regions
-from trainer.rules import rules_of
+from trainer.rules import Finding, rules_of
 from trainer.run import open_run, read_report, task_of
 
 
@@ -97,42 +99,62 @@ class Prediction:
         return self.outline.get("lungs")
 
 
-class Predictor:
-    """A run's best model with all that it needs to be used on any radiograph.
+class Outputs(NamedTuple):
+    """What a network makes of a batch, on the CPU. None, or no entry: there is no such thing."""
+
+    logits: torch.Tensor  # float [B,K]
+    cam: torch.Tensor | None  # float [B,K,S,S] in [0,1]
+    boxes: torch.Tensor | None  # int64 [B,4] x0 y0 x1 y1, ends exclusive, pixels of the network's input
+    lungs: torch.Tensor | None  # bool [B,S,S]
+    found: torch.Tensor  # bool [B]: whether there are lungs
+    regions: dict[str, torch.Tensor]  # bool [B,S,S] by finding, nowhere in an image without lungs
+
+
+class Reader(ABC):
+    """What radiographs go through on their way into a network, and what comes out on its way to a `Prediction`.
 
     Args:
-        folder: of the run.
-        accelerator: of the process; None: one of its own, in the precision of the training.
+        config: of the run.
+        known: its findings.
+        stored: how the training images were packed: size, aspect, scales.
+        report: thresholds and calibration, as report.json has them.
+        epoch: of its model, from 0 on.
 
     Attributes:
-        model: the classifier, a module in eval mode: images float [B,1,S,S] in [0,1] -> logits [B,K] and a CAM.
         findings: K names.
-
-    InputError: it is no run folder, or has no model yet.
+        side: pixels of a side of the square that an image is packed into.
     """
 
-    def __init__(self, folder: Path, accelerator: Accelerator | None = None) -> None:
-        opened = open_run(folder)
-        self.config, self.metadata = opened.config, opened.metadata
-        self.accelerator = accelerator or start(opened.config.seed, opened.precision)
-        device = self.accelerator.device
-        self.model: FocusClassifier = opened.model.to(device)
-        self.task = task_of(opened.config, opened.findings)
+    def __init__(
+        self,
+        config: Config,
+        known: Mapping[str, Finding],
+        stored: Mapping[str, Any],
+        report: Mapping[str, Any],
+        epoch: int,
+    ) -> None:
+        self.config, self.epoch = config, epoch
+        self.task = task_of(config, known)
         self.findings = self.task.findings
-        self.rules = rules_of(opened.findings)
-        self.regions = Regions(self.findings, self.rules, self.size, device)
-        self.segmenter = opened.segmenter.to(device) if opened.segmenter is not None else None
-        self.key = self.segmenter.fingerprint() if self.segmenter is not None else ""
-        report = read_report(folder)
+        self.rules = rules_of(known)
         self.point = point = report.get("threshold")
         # Of one finding an image and two classes it is that of the second
-        self.threshold = point if isinstance(point, dict) else {} if point is None else {self.findings[1]: point}
+        self.threshold: dict[str, float | None] = (
+            point if isinstance(point, dict) else {} if point is None else {self.findings[1]: point}
+        )
         self.calibration = report.get("calibration") or {}
         self.unfinished = bool(report.get("training", {"unfinished": True}).get("unfinished"))
-        stored: dict[str, Any] = json.loads(self.metadata.get("stored", "{}"))
-        self.side = int(stored.get("size", self.metadata["stored_size"]))
-        self.aspect = str(stored.get("aspect", "stretch"))
+        self.side, self.aspect = int(stored["size"]), str(stored.get("aspect", "stretch"))
         self.scales: list[Scale] = [(float(low), float(high)) for low, high in stored.get("scales", ())]
+
+    @abstractmethod
+    def see(self, squares: torch.Tensor) -> Outputs:
+        """What the network makes of a batch, uint8 [B,side,side] on the CPU, from `packed`."""
+
+    @property
+    @abstractmethod
+    def looks_for_lungs(self) -> bool:
+        """Whether it has a lung segmenter."""
 
     @property
     def size(self) -> int:
@@ -165,22 +187,16 @@ class Predictor:
         Args:
             squares: uint8 [B,side,side] on the CPU, from `packed`; shapes: height and width of their files.
         """
-        device, count = self.accelerator.device, len(squares)
-        finder = LungFinder(self.segmenter, self.size, count, "", self.key) if self.segmenter is not None else None
-        every = torch.arange(len(self.findings), device=device).expand(count, -1)
-        index = torch.arange(count)
-        raw = squares[:, None].to(device)
-        seen = look(self.accelerator, self.model, raw, index, every, finder, self.regions, index * 0)
+        seen = self.see(squares)
         probability, named = self.task.probabilities(seen.logits).tolist(), self.task.named(seen.logits, self.point)
-        calibrated = self.task.calibrated(seen.logits.cpu(), self.calibration).tolist()
-        cams = seen.cam.float().cpu() if seen.cam is not None else None
-        boxes, lungs = (part.cpu() if part is not None else None for part in (seen.boxes, seen.lungs))
-        places, energies = everywhere(seen, self.findings, self.rules, self.regions)
+        calibrated = self.task.calibrated(seen.logits, self.calibration).tolist()
+        energies = energies_of(seen.cam, seen.regions, self.findings)
         result = []
         for i, (shape, found) in enumerate(zip(shapes, seen.found.tolist(), strict=True)):
             frame, file = Frame.of(shape, self.size, self.aspect), (shape[0], shape[1])
             of = dict(zip(self.findings, probability[i], strict=True))
-            maps = {name: cams[i, k] for k, name in enumerate(self.findings)} if cams is not None else {}
+            maps = {name: seen.cam[i, k] for k, name in enumerate(self.findings)} if seen.cam is not None else {}
+            outline = {"lungs": seen.lungs[i]} if found and seen.lungs is not None else {}
             result.append(
                 Prediction(
                     probability=of,
@@ -188,10 +204,10 @@ class Predictor:
                     threshold=dict(self.threshold),
                     positive={name: of[name] >= at for name, at in self.threshold.items() if at is not None},
                     predicted=named[i],
-                    lung_box=self._at_file(boxes[i], shape) if found and boxes is not None else None,
-                    outline=AtFile({"lungs": lungs[i]} if found and lungs is not None else {}, frame, file),
+                    lung_box=self._at_file(seen.boxes[i], shape) if found and seen.boxes is not None else None,
+                    outline=AtFile(outline, frame, file),
                     cam=AtFile(maps, frame, file),
-                    region=AtFile({n: place[i].cpu() for n, place in places.items()} if found else {}, frame, file),
+                    region=AtFile({n: place[i] for n, place in seen.regions.items()} if found else {}, frame, file),
                     energy_in_region={name: each[i] for name, each in energies.items()},
                 )
             )
@@ -202,3 +218,48 @@ class Predictor:
         share = Frame.of(shape, self.side, self.aspect).share((box * (self.side / self.size)).tolist())
         x0, y0, x1, y1 = (round(v * s) for v, s in zip(share, (shape[1], shape[0]) * 2, strict=True))
         return x0, y0, x1, y1
+
+
+class Predictor(Reader):
+    """A run's best model with all that it needs to be used on any radiograph.
+
+    Args:
+        folder: of the run.
+        accelerator: of the process; None: one of its own, in the precision of the training.
+
+    Attributes:
+        model: the classifier, a module in eval mode: images float [B,1,S,S] in [0,1] -> logits [B,K] and a CAM.
+
+    InputError: it is no run folder, or has no model yet.
+    """
+
+    def __init__(self, folder: Path, accelerator: Accelerator | None = None) -> None:
+        opened = open_run(folder)
+        stored: dict[str, Any] = json.loads(opened.metadata.get("stored", "{}"))
+        stored.setdefault("size", opened.metadata["stored_size"])
+        super().__init__(opened.config, opened.findings, stored, read_report(folder), int(opened.metadata["epoch"]))
+        self.accelerator = accelerator or start(opened.config.seed, opened.precision)
+        device = self.accelerator.device
+        self.model: FocusClassifier = opened.model.to(device)
+        self.regions = Regions(self.findings, self.rules, self.size, device)
+        self.segmenter = opened.segmenter.to(device) if opened.segmenter is not None else None
+        self.key = self.segmenter.fingerprint() if self.segmenter is not None else ""
+
+    @property
+    def looks_for_lungs(self) -> bool:
+        """Whether it has a lung segmenter."""
+        return self.segmenter is not None
+
+    def see(self, squares: torch.Tensor) -> Outputs:
+        """See `Reader`."""
+        count, device = len(squares), self.accelerator.device
+        finder = LungFinder(self.segmenter, self.size, count, "", self.key) if self.segmenter is not None else None
+        every = torch.arange(len(self.findings), device=device).expand(count, -1)
+        index = torch.arange(count)
+        raw = squares[:, None].to(device)
+        seen = look(self.accelerator, self.model, raw, index, every, finder, self.regions, index * 0)
+        boxes, lungs = (part.cpu() if part is not None else None for part in (seen.boxes, seen.lungs))
+        places = regions_of(seen, self.findings, self.rules, self.regions)
+        cam = seen.cam.float().cpu() if seen.cam is not None else None
+        places = {name: at.cpu() for name, at in places.items()}
+        return Outputs(seen.logits.cpu(), cam, boxes, lungs, seen.found, places)

@@ -38,7 +38,7 @@ def lung_boxes(masks: torch.Tensor, size: int) -> torch.Tensor:
     """
     masks = masks.float()
     if masks.shape[-2:] != (size, size):
-        masks = F.interpolate(masks[:, None], (size, size), mode="bilinear", align_corners=False)[:, 0]
+        masks = _resampled(masks, size)
     foreground = masks >= 0.5
     (x0, x1), (y0, y1) = ends(foreground.any(1)), ends(foreground.any(2))
     boxes = torch.stack([x0, y0, x1, y1], 1)
@@ -46,11 +46,23 @@ def lung_boxes(masks: torch.Tensor, size: int) -> torch.Tensor:
     return torch.where(foreground.flatten(1).any(1)[:, None], boxes, full)
 
 
+def _resampled(masks: torch.Tensor, size: int) -> torch.Tensor:
+    """Masks float [B,H,W], bilinear to [B,size,size]."""
+    if not torch.compiler.is_exporting():
+        return F.interpolate(masks[:, None], (size, size), mode="bilinear", align_corners=False)[:, 0]
+    # Every few pixels lie midway between two: which side of a half they come out on is torch's rounding, and the box
+    # follows it. Its own weights, as matrices, keep to that
+    down, across = (
+        F.interpolate(torch.eye(side)[None], size, mode="linear", align_corners=False)[0].T for side in masks.shape[1:]
+    )
+    return down @ masks @ across.T
+
+
 def outlines(masks: torch.Tensor, boxes: torch.Tensor, size: int) -> torch.Tensor:
     """Masks bool [B,H,W] in a grid over their boxes (of a size x size image): float [B,22,24]."""
     height, width = masks.shape[-2:]
     scale = torch.tensor([width / size, height / size], device=boxes.device).repeat(2)
-    image = torch.arange(len(masks), device=boxes.device, dtype=torch.float32)
+    image = torch.arange(masks.shape[0], device=boxes.device, dtype=torch.float32)
     rois = torch.cat([image[:, None], boxes * scale], 1)
     samples = math.ceil(max(height, width) / min(GRID))  # a side of a cell: at least one a pixel of the mask
     with torch.autocast(masks.device.type, enabled=False):

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from kornia.contrib import connected_components_union_find
 from scipy import ndimage
+from torch._higher_order_ops import while_loop
 
 # A second component below this share of the largest is a speck, not a lung.
 SPECK = 0.12
@@ -39,14 +40,36 @@ def components(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """8-connected components: labels int64 [B,S,S], 0 outside, from 1 in each image; and the area in pixels of each,
     int64 [B,N] (0 beyond them).
     """
-    labels = _labelled_by_scipy(masks) if masks.device.type == "cpu" else _labelled_by_kornia(masks)
-    area = torch.zeros(
-        len(masks), int(labels.max()) + 1 if labels.numel() else 1, dtype=torch.int64, device=masks.device
-    )
-    area = torch.nn.functional.pad(area, (0, 2))  # `two_largest` takes two
-    area.scatter_add_(1, labels.flatten(1), torch.ones_like(labels.flatten(1)))
+    if torch.compiler.is_exporting():
+        labels, most = _labelled_by_spreading(masks), masks.shape[1] * masks.shape[2]
+    else:
+        labels = _labelled_by_scipy(masks) if masks.device.type == "cpu" else _labelled_by_kornia(masks)
+        most = int(labels.max()) if labels.numel() else 0
+    # `two_largest` takes two
+    area = torch.zeros(masks.shape[0], most + 3, dtype=torch.int64, device=masks.device)
+    area = area.scatter_add(1, labels.flatten(1), torch.ones_like(labels.flatten(1)))
     area[:, 0] = 0
     return labels, area
+
+
+def _labelled_by_spreading(masks: torch.Tensor) -> torch.Tensor:
+    """For an exported graph, which has no functions beside torch's: each pixel takes the largest number around it, and
+    that of the pixel which it is called after, until nothing changes. Labels are not from 1 on.
+    """
+    height, width = masks.shape[1:]
+    within = masks.float()
+    own = within * torch.arange(1, height * width + 1, device=masks.device).view(height, width)
+
+    def changed(before: torch.Tensor, labels: torch.Tensor, within: torch.Tensor) -> torch.Tensor:
+        return (before != labels).any()
+
+    def spread(before: torch.Tensor, labels: torch.Tensor, within: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        grown = torch.nn.functional.max_pool2d(labels[:, None], 3, 1, 1)[:, 0] * within
+        named = grown.flatten(1).gather(1, (grown.flatten(1).long() - 1).clamp(min=0)).view_as(grown) * within
+        return labels.clone(), named, within.clone()
+
+    _, labels, _ = while_loop(changed, spread, (torch.zeros_like(own), own, within))
+    return labels.long()
 
 
 def _labelled_by_scipy(masks: torch.Tensor) -> torch.Tensor:
@@ -147,25 +170,18 @@ def complete(masks: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     """Where one lung alone is left, on one side of the image, add its mirror image about the midline beside it: bool
     [B,S,S].
     """
-    if not (count == 1).any():
-        return masks
-    shape = Shape.of(masks)
-    single = torch.nonzero((count == 1) & (shape.bridge > MOST_BRIDGE))[:, 0]
-    if not len(single):
-        return masks
-    size, masks = masks.shape[-1], masks.clone()
-    columns = torch.arange(size, device=masks.device)
-    for b in single.tolist():
-        x0, x1 = float(shape.x0[b]), float(shape.x1[b])
-        on_left = float(masks[b, :, : size // 2].sum() / masks[b].sum())
-        if min(on_left, 1 - on_left) > MOST_ACROSS:
-            continue  # in the middle: both lungs from the side, or none
-        gap = INNER_GAP * (x1 - x0)
-        midline = x1 + gap if on_left > 0.5 else x0 - gap
-        source = (2 * midline * size - 1 - columns).round().long()
-        inside = (source >= 0) & (source < size)
-        masks[b] |= masks[b][:, source.clamp(0, size - 1)] & inside
-    return masks
+    shape, size = Shape.of(masks), masks.shape[-1]
+    on_left = masks[:, :, : size // 2].sum((1, 2)) / masks.sum((1, 2)).clamp(min=1)
+    # In the middle it is both lungs from the side, or none
+    aside = torch.minimum(on_left, 1 - on_left) <= MOST_ACROSS
+    single = (count == 1) & (shape.bridge > MOST_BRIDGE) & aside
+    x0, x1 = shape.x0.double(), shape.x1.double()
+    gap = INNER_GAP * (x1 - x0)
+    midline = torch.where(on_left > 0.5, x1 + gap, x0 - gap)[:, None]
+    source = (2 * midline * size - 1 - torch.arange(size, device=masks.device)).round().long()
+    inside = (source >= 0) & (source < size)
+    mirrored = masks.gather(2, source.clamp(0, size - 1)[:, None].expand_as(masks)) & inside[:, None]
+    return masks | (mirrored & single[:, None, None])
 
 
 def believable(masks: torch.Tensor, confidence: torch.Tensor) -> torch.Tensor:

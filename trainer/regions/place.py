@@ -73,9 +73,7 @@ class Regions:
         has_place = self.has_place[labels]
         # Of a place inside the lung box its part of the box stands in, of one outside what its part has beyond the box.
         boxed = self.box(torch.zeros_like(labels), boxes)
-        stand_in = torch.where(
-            has_place[:, None, None], parts & (boxed ^ self.beyond[labels][:, None, None]), parts
-        ).float()
+        stand_in = (parts & (~has_place[:, None, None] | boxed ^ self.beyond[labels][:, None, None])).float()
         if lungs is None:
             return Expected(stand_in, has_place, stand_in > 0)
         place = torch.zeros_like(parts)

@@ -22,6 +22,11 @@ def render(template: str, **content: Any) -> str:
     return _PAGES.get_template(template).render(**content)
 
 
+def plain(template: str, **content: Any) -> str:
+    """A text that is no page, such as Markdown: nothing is escaped."""
+    return _PAGES.overlay(autoescape=False).get_template(template).render(**content)
+
+
 def small(text: str, aside: str) -> Markup:
     """A cell: text, and in small print what stands beside it."""
     return Markup("{} <small>{}</small>").format(text, aside)

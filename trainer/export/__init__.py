@@ -1,0 +1,1 @@
+"""A run for others: an ONNX graph, its weights, and a card that says what it is."""

@@ -1,0 +1,169 @@
+"""Writing an export, and holding it against the run that it is of."""
+
+import importlib.util
+import json
+import warnings
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import trainer
+from shards import atomic
+from shards.errors import InputError
+from shards.phantom import Phantoms
+from trainer.command import to_yaml
+from trainer.export.card import card
+from trainer.export.graph import Graph
+from trainer.export.session import EXPORTED, EXTRA, GRAPH, Exported
+from trainer.launching import start
+from trainer.predictor import Outputs, Predictor
+from trainer.rules import to_yaml as findings_to_yaml
+from trainer.run import FINDINGS, LUNGS, MODEL, read_report, run_findings
+
+OPSET = 18
+CARD = "README.md"
+# How far the graph may be from the run, on images of every kind: of probabilities and of maps, both in [0,1]
+PROBABILITY, CAM = 1e-4, 2e-3
+PHANTOMS, NOISE = 6, 2  # images that both are tried on
+FILES = {GRAPH, MODEL, LUNGS, "config.yaml", FINDINGS, EXPORTED, CARD}
+TOO_LARGE = 2**31 - 2**20  # bytes of a graph, which is one message of protobuf
+
+
+def export(folder: Path, out: Path) -> list[str]:
+    """Write the export of a run folder; what is said of it, line by line.
+
+    InputError: it is no finished run, its network has a part that ONNX has not, or comes out otherwise there; there are
+    other files in ``out``.
+    """
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: is a file; name a folder")
+    if out.is_dir() and {one.name for one in out.iterdir()} - FILES:
+        raise InputError(f"--out {out}: holds other files; name another folder")
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(f"an export needs {', '.join(missing)}, which is not installed: {EXTRA}")
+    if (folder / EXPORTED).is_file():
+        raise InputError(f"{folder}: is an export; name the run that it is of")
+    cxr = Predictor(folder, start(0, cpu=True, mixed_precision="no"))
+    content = read_report(folder)
+    if cxr.unfinished or not content:
+        raise InputError(f"{folder}: has not finished; go on with `-m trainer.train --out {folder} --resume`")
+    graph = Graph(cxr).eval()
+    data = to_onnx(graph)
+    stored = {"size": cxr.side, "aspect": cxr.aspect, "scales": cxr.scales}
+    description: dict[str, Any] = {
+        "written": f"cxr-focus {trainer.__version__}",
+        "findings": list(cxr.findings),
+        "labels": cxr.config.labels.kind,
+        "input": f"images: uint8 [B,{cxr.side},{cxr.side}], 0 black, packed with --aspect {cxr.aspect}",
+        "size": cxr.size,
+        "outputs": graph.names,
+        "regions": graph.regions,
+        "stored": stored,
+        "epoch": cxr.epoch,
+        "threshold": cxr.point,
+        "calibration": cxr.calibration,
+        "training": {"unfinished": False},
+    }
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / EXPORTED).unlink(missing_ok=True)  # what is half-written is no export
+        atomic.write(out / GRAPH, data)
+        atomic.write(out / MODEL, (folder / MODEL).read_bytes())
+        if (folder / LUNGS).is_file():
+            atomic.write(out / LUNGS, (folder / LUNGS).read_bytes())
+        # Paths of the machine that trained it are nobody's business
+        config = replace(cxr.config, shards="", out="", pretrained="false", findings="published", resume=False)
+        config = replace(config, lungs=replace(config.lungs, weights=""))
+        atomic.write(out / "config.yaml", to_yaml(config))
+        atomic.write(out / FINDINGS, findings_to_yaml(run_findings(folder, cxr.config)))
+        atomic.write(out / EXPORTED, json.dumps(description, indent=1))
+        far = distance(cxr, Exported(out))
+        said = checked(far, out)
+        atomic.write(out / EXPORTED, json.dumps(description | {"distance": far}, indent=1))
+        atomic.write(out / CARD, card(content, asdict(cxr.config), description | {"distance": far}, cxr.segmenter))
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written ({error.strerror})") from error
+    except InputError:
+        (out / EXPORTED).unlink(missing_ok=True)
+        raise
+    return [*said, f"export: {out.resolve()}", f"its card: {(out / CARD).resolve()}"]
+
+
+def to_onnx(graph: Graph) -> bytes:
+    """The graph as an ONNX file, for any number of images. InputError: ONNX has no operator for a part of it."""
+    example = torch.zeros(2, graph.cxr.side, graph.cxr.side, dtype=torch.uint8)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch and onnxscript about themselves
+            program: Any = torch.onnx.export(
+                graph,
+                (example,),
+                dynamo=True,
+                dynamic_shapes=({0: torch.export.Dim("images")},),
+                opset_version=OPSET,
+                input_names=["images"],
+                output_names=graph.names,
+                verbose=False,
+            )
+            data: bytes = program.model_proto.SerializeToString()
+    except Exception as error:  # torch's exporter raises many kinds
+        why = next((line for line in reversed(str(error).splitlines()) if "No ONNX function" in line), str(error))
+        raise InputError(
+            f"--backbone {graph.cxr.config.backbone}: cannot be written as ONNX ({' '.join(why.split())[:300]}); its "
+            "weights are in the run folder, and `trainer.load` gives it to Python"
+        ) from error
+    if len(data) > TOO_LARGE:
+        raise InputError(f"--backbone {graph.cxr.config.backbone}: is too large for one ONNX file (2 GB)")
+    return data
+
+
+def distance(cxr: Predictor, exported: Exported) -> dict[str, float]:
+    """How far the two are from each other on phantoms, noise and a black image, in batches of several sizes: the
+    largest difference of probabilities and maps, of lung boxes in pixels, and the share of other pixels of the lungs.
+    """
+    source = Phantoms(20, 0, size=max(64, cxr.side))
+    images = [cxr.packed(source.load(item).image) for item in source.items[:PHANTOMS]]
+    rng = np.random.default_rng(0)
+    images += [rng.integers(0, 256, (cxr.side, cxr.side)).astype(np.uint8) for _ in range(NOISE)]
+    images.append(np.zeros((cxr.side, cxr.side), np.uint8))
+    squares = torch.from_numpy(np.stack(images))
+    far = {"probability": 0.0}
+    far |= {"cam": 0.0} if cxr.model.has_map else {}
+    far |= {"lung_box": 0.0, "lungs": 0.0} if cxr.segmenter is not None else {}
+    for part in (squares, squares[:1], squares[-3:]):
+        ours, theirs = cxr.see(part), exported.see(part)
+        for name, value in _apart(cxr, ours, theirs).items():
+            far[name] = max(far[name], value)
+    return far
+
+
+def _apart(cxr: Predictor, ours: Outputs, theirs: Outputs) -> dict[str, float]:
+    found = {"probability": _most(cxr.task.probabilities(ours.logits) - cxr.task.probabilities(theirs.logits))}
+    if ours.cam is not None and theirs.cam is not None:
+        found["cam"] = _most(ours.cam - theirs.cam)
+    if ours.boxes is not None and theirs.boxes is not None and ours.lungs is not None and theirs.lungs is not None:
+        found["lung_box"] = _most((ours.boxes - theirs.boxes).double())
+        found["lungs"] = _most((ours.lungs != theirs.lungs).double().mean((1, 2)))
+    return found
+
+
+def _most(difference: torch.Tensor) -> float:
+    return float(difference.abs().max())
+
+
+def checked(far: dict[str, float], out: Path) -> list[str]:
+    """What is said of the distance. InputError: it is too far."""
+    words = {
+        "probability": "probabilities",
+        "cam": "maps",
+        "lung_box": "lung boxes, in pixels",
+        "lungs": "lungs, share of other pixels",
+    }
+    told = ", ".join(f"{words[name]} {value:.1g}" for name, value in far.items())
+    if far["probability"] > PROBABILITY or far.get("cam", 0.0) > CAM or far.get("lung_box", 0.0) > 1:
+        raise InputError(f"--out {out}: the graph comes out otherwise than the run ({told}); it is no export")
+    return [f"largest difference between the graph and the run, on {PHANTOMS + NOISE + 1} images: {told}"]
