@@ -123,7 +123,9 @@ def build(config: Config) -> Trainer:
     if parts.accelerator.is_main_process and not trainer.finished:
         atomic.write(Path(config.out) / "config.yaml", to_yaml(replace(config, resume=False)))
         parts.segmenter.save(Path(config.out) / LUNGS)
-    trainer.tracking.start(Path(config.out), asdict(config))
+    # What is really used, where a setting says nothing
+    swap = replace(config.swap, probability=config.swap_probability, devices=config.lent_devices)
+    trainer.tracking.start(Path(config.out), asdict(replace(config, swap=swap)))
     return trainer
 
 

@@ -17,6 +17,7 @@ MODULES = {
     "cxr-regions": "trainer.regions",
     "cxr-lungs": "trainer.lungs",
     "cxr-export": "trainer.export",
+    "cxr-sweep": "trainer.sweep",
 }
 CONFIG = "accelerate_config.yaml"
 

@@ -1,6 +1,7 @@
 """The settings of the commands beside trainer.train, each checked before torch is imported."""
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -164,6 +165,33 @@ class PredictConfig:
 
 
 @dataclass
+class SweepConfig:
+    """A grid of trainings, one after the other, or as many at once as there are GPUs.
+
+    Usage: python -m trainer.sweep GRID.yaml --out DIR [--part I/N]
+    """
+
+    out: str
+    """Folder of the runs."""
+    part: str = "1/1"
+    """Which share of the grid, as 3/8, for the jobs of an array."""
+    jobs: int = 0
+    """Trainings at a time; 0: as many as there are GPUs, without one 1."""
+
+    def part_of(self) -> tuple[int, int]:
+        """The share's number, from 1 on, and of how many."""
+        number, _, of = self.part.partition("/")
+        return int(number), int(of)
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with the values, each naming its flag."""
+        found = [f"--jobs {self.jobs}: must be at least 0"] if self.jobs < 0 else []
+        if not re.fullmatch(r"\d{1,6}/\d{1,6}", self.part) or not 1 <= self.part_of()[0] <= self.part_of()[1]:
+            found.append(f"--part {self.part}: expected I/N, as 3/8, with I from 1 to N")
+        return found
+
+
+@dataclass
 class ExportConfig:
     """A finished run for others: an ONNX graph, weights, and a card.
 
@@ -191,7 +219,13 @@ class ReportConfig:
     """Heading of the page."""
     about: str = ""
     """What is compared and why, a paragraph below the heading."""
+    table: Literal["", "paper"] = ""
+    """paper: instead of a page the published table of these runs, backbones and tasks by lambda, with the published
+    figures; --out names a .md, .csv or .tex file.
+    """
 
     def problems(self) -> list[str]:
-        """Nothing beyond the types."""
+        """Everything that is wrong with the values, each naming its flag."""
+        if self.table and not self.out.endswith((".md", ".csv", ".tex")):
+            return [f"--out {self.out}: of --table {self.table} a .md, .csv or .tex file is written"]
         return []

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -113,6 +113,12 @@ def open_run(path: Path) -> Run:
         )
     segmenter = load_segmenter(path / LUNGS) if (path / LUNGS).is_file() else None
     return Run(config, model.eval(), segmenter, run_findings(path, config), metadata)
+
+
+def shareable(config: Config) -> Config:
+    """The settings of a run for others: paths of the machine that trained it are nobody's business."""
+    plain = replace(config, shards="", out="", pretrained="false", findings="published", resume=False)
+    return replace(plain, lungs=replace(config.lungs, weights=""))
 
 
 def run_findings(path: Path, config: Config) -> dict[str, Finding]:

@@ -24,14 +24,16 @@ from PIL import Image
 
 from shards.errors import InputError, run
 from trainer.build import build
-from trainer.command import resolve
+from trainer.command import resolve, to_yaml
 from trainer.config import Config
-from trainer.content import Training
-from trainer.evaluate import finish
+from trainer.content import Content, Training
+from trainer.evaluate import finish, tiles
+from trainer.export.card import card_of_run
 from trainer.launching import close, on_main, set_threads
 from trainer.loop import Trainer, groups
+from trainer.report.tables import tables
 from trainer.report.words import SUMMARY, shown_split, summary, table
-from trainer.run import open_run
+from trainer.run import FINDINGS, LUNGS, MODEL, open_run, shareable, stored_as
 from trainer.training import NOT_FINITE, duration
 
 
@@ -121,16 +123,32 @@ def conclude(trainer: Trainer) -> None:
     }
     content = finish(trainer.evaluator, config, trainer.findings, training, out)
     if acc.is_main_process:
-        if (out / "panel.png").is_file():  # no image shows a finding of the task
-            with Image.open(out / "panel.png") as panel:
-                trainer.tracking.picture("panel", np.asarray(panel.convert("RGB")), state.step)
-        shown = shown_split(content)
-        figures = dict(zip(SUMMARY, summary(content), strict=True))
-        trainer.tracking.log(
-            {f"{shown}/{name}": pair[0] for name, pair in figures.items() if pair is not None}, state.step
-        )
+        track(trainer, content)
         print(table({out.name: content}))
         print(f"report: {(out / 'report.html').resolve()}")
+
+
+def track(trainer: Trainer, content: Content) -> None:
+    """Give the tracker what came out: figures, pictures, tables, and the model with its card."""
+    tracking, out, step = trainer.tracking, Path(trainer.config.out), trainer.state.step
+    shown = shown_split(content)
+    figures = dict(zip(SUMMARY, summary(content), strict=True))
+    tracking.result({f"{shown}/{name}": pair[0] for name, pair in figures.items() if pair is not None}, step)
+    for name in ("panel", "curves"):
+        if (out / f"{name}.png").is_file():  # no image shows a finding of the task
+            with Image.open(out / f"{name}.png") as picture:
+                tracking.picture(name, np.asarray(picture.convert("RGB")), step)
+    if not tracking.takes_models:
+        return
+    tracking.tables(
+        {f"{shown}/{head[0].replace('/', '-')}": (head, rows) for head, rows in tables(content, shown)}, step
+    )
+    tracking.images("radiographs", tiles(trainer.evaluator, shown), step)
+    stored = stored_as(trainer.splits["train"])
+    texts = {"README.md": card_of_run(content, stored, trainer.model.size, open_run(out).segmenter)}
+    texts["config.yaml"] = to_yaml(shareable(trainer.config))
+    files = {name: out / name for name in (MODEL, LUNGS, FINDINGS) if (out / name).is_file()}
+    tracking.model(out.name, files, texts)
 
 
 if __name__ == "__main__":

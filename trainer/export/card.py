@@ -24,9 +24,9 @@ DESCRIBED = {
     "region": "bool [B,{regions},S,S]: where these are expected: {names}",
 }
 SHIPPED = (
-    "`lungs.safetensors`, and the part of `model.onnx` that it became, are the segmenter that ships with cxr-focus. It "
-    "learned from masks of the Shenzhen set by Stirenko et al. (arXiv 1803.01199), which are under CC BY-NC-SA 4.0, "
-    "and carries their terms: not for commercial use, share alike, name the source."
+    "The lung segmenter, `lungs.safetensors` and whatever was made of it, ships with cxr-focus. It learned from masks "
+    "of the Shenzhen set by Stirenko et al. (arXiv 1803.01199), which are under CC BY-NC-SA 4.0, and carries their "
+    "terms: not for commercial use, share alike, name the source."
 )
 OWN = "The lung segmenter was one of the trainer's own choice: its terms are those of the masks that it learned from."
 
@@ -83,6 +83,13 @@ def card(
         written=description["written"],
         report=content.get("written", ""),
     )
+
+
+def card_of_run(content: Content, stored: Mapping[str, Any], size: int, segmenter: LungSegmenter | None) -> str:
+    """The card of a run that has no graph; ``stored``: how its images are packed; ``size``: of its input."""
+    nothing: dict[str, Any] = {"outputs": [], "regions": [], "distance": {}}
+    description = nothing | {"size": size, "stored": {"aspect": "stretch"} | dict(stored), "written": ""}
+    return card(content, content["config"], description, segmenter)
 
 
 def _loss(several: bool, alone: bool) -> str:

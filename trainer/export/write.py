@@ -3,7 +3,7 @@
 import importlib.util
 import json
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from trainer.export.session import EXPORTED, EXTRA, GRAPH, Exported
 from trainer.launching import start
 from trainer.predictor import Outputs, Predictor
 from trainer.rules import to_yaml as findings_to_yaml
-from trainer.run import FINDINGS, LUNGS, MODEL, read_report, run_findings
+from trainer.run import FINDINGS, LUNGS, MODEL, read_report, run_findings, shareable
 
 OPSET = 18
 CARD = "README.md"
@@ -75,10 +75,7 @@ def export(folder: Path, out: Path) -> list[str]:
         atomic.write(out / MODEL, (folder / MODEL).read_bytes())
         if (folder / LUNGS).is_file():
             atomic.write(out / LUNGS, (folder / LUNGS).read_bytes())
-        # Paths of the machine that trained it are nobody's business
-        config = replace(cxr.config, shards="", out="", pretrained="false", findings="published", resume=False)
-        config = replace(config, lungs=replace(config.lungs, weights=""))
-        atomic.write(out / "config.yaml", to_yaml(config))
+        atomic.write(out / "config.yaml", to_yaml(shareable(cxr.config)))
         atomic.write(out / FINDINGS, findings_to_yaml(run_findings(folder, cxr.config)))
         atomic.write(out / EXPORTED, json.dumps(description, indent=1))
         far = distance(cxr, Exported(out))

@@ -22,6 +22,7 @@ from shards.errors import InputError, read_json, run
 from trainer.command import parse, positionals
 from trainer.content import Content
 from trainer.options import ReportConfig
+from trainer.report import paper
 from trainer.report.page import page
 from trainer.report.versus import versus
 from trainer.report.words import table
@@ -47,6 +48,8 @@ def main(argv: list[str] | None = None) -> None:
             )
         name = folder.resolve().name
         runs[name] = cast(Content, content)
+        if options.table:
+            continue
         pictures[name] = {
             kind: (folder / f"{kind}.png").read_bytes()
             for kind in ("panel", "curves", "no_lungs")
@@ -57,6 +60,14 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"--out {out}: is a folder; name the HTML file to write, such as {out / 'report.html'}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        if options.table:
+            rows, said = paper.table(runs)
+            atomic.write(out, paper.FORMS[out.suffix](paper.HEAD, rows))
+            print(paper.markdown(paper.HEAD, rows), end="")
+            for line in said:
+                print(f"note: {line}")
+            print(f"\ntable: {out.resolve()}")
+            return
         of = {folder.resolve().name: folder for folder in map(Path, folders)}
         parts, lines = versus(of, runs)
         links = {
