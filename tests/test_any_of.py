@@ -420,6 +420,8 @@ def test_every_figure_of_the_report_follows_from_the_predictions(trained):
                 ("f1", f1_score(truth, said)),
             ):
                 assert of[figure] == (None if value is None else pytest.approx(value)), figure
+                if value is not None and figure != "f1":
+                    assert of[f"{figure}_95"][0] - 1e-9 <= value <= of[f"{figure}_95"][1] + 1e-9
             if name == "val":
                 false, true, thresholds = roc_curve(truth, score, drop_intermediate=False)
                 assert (true - false)[thresholds == thresholds[np.abs(thresholds - points[finding]).argmin()]] == max(

@@ -9,8 +9,8 @@ import torch
 from sklearn.metrics import average_precision_score, recall_score, roc_auc_score
 
 from shards.errors import InputError
-from trainer.groups import band, by_column, gaps
-from trainer.task import AnyOf
+from trainer.groups import at_prevalence, band, by_column, gaps, per_unit, units_of
+from trainer.task import AnyOf, OneOf
 
 POINT = {"A": 0.5, "B": None}
 
@@ -94,3 +94,61 @@ def test_a_column_that_is_no_group_is_refused(outcome):
         by_column(outcome, "sx")
     with pytest.raises(InputError, match="has 300 different values; expected at most 12 groups"):
         by_column(outcome, "key")
+
+
+@pytest.mark.parametrize("how", ["mean", "max"])
+def test_figures_of_studies_are_those_of_their_pooled_images(outcome, how):
+    for i, meta in enumerate(outcome.metas):
+        meta["study"] = "" if i in (5, 17) else str(i // 3)
+    found = per_unit(outcome, "study", how, POINT)
+    score, target = torch.sigmoid(outcome.logits).numpy(), outcome.target.numpy()
+    units: dict[str, list[int]] = {}
+    for i, meta in enumerate(outcome.metas):
+        units.setdefault(meta["study"] or f"own {i}", []).append(i)
+    assert (found["images"], found["pooled"], found["without"], found["pooling"]) == (len(units), 300, 2, how)
+    for k, name in enumerate("AB"):
+        truth, p = [], []
+        for images in units.values():
+            states = target[images, k]
+            if (states >= 0).any():
+                truth.append((states == 1).any())
+                p.append(getattr(score[images, k], how)())
+        of = found["per_finding"][name]
+        assert (of["positive"], of["negative"]) == (sum(truth), len(truth) - sum(truth))
+        assert of["auc"] == pytest.approx(roc_auc_score(truth, p))
+        assert of["auprc"] == pytest.approx(average_precision_score(truth, p))
+        assert of["auc_95"][0] < of["auc"] < of["auc_95"][1]
+        assert of["auprc_95"][0] < of["auprc"] < of["auprc_95"][1]
+        if name == "A":
+            assert of["sensitivity"] == pytest.approx(recall_score(truth, np.array(p) >= 0.5))
+    with pytest.raises(InputError, match=r"--per stdy: of no test image it is known; did you mean study"):
+        per_unit(outcome, "stdy", how)
+
+
+def test_units_without_patients(outcome):
+    """Of one finding an image the first class is not measured; patients are units, too, where they are known."""
+    split = outcome.split
+    split.ids = lambda: {"patient": np.array([0, 7, 7] * 100), "key": np.arange(300)}
+    unit, without = units_of(split, "patient")
+    assert without == 100
+    assert len(set(unit.tolist())) == 101
+    one = SimpleNamespace(**vars(outcome) | {"task": OneOf(("None", "A"))})
+    one.target = torch.stack([torch.arange(300) % 2, 1 - torch.arange(300) % 2], 1)
+    found = per_unit(one, "patient", "max", 0.5)
+    assert list(found["per_finding"]) == ["A"]
+    assert "sensitivity" in found["per_finding"]["A"]
+    split.ids = lambda: {"patient": np.zeros(300), "key": np.arange(300)}
+    with pytest.raises(InputError, match="--per patient: of no test image it is known"):
+        units_of(split, "patient")
+
+
+def test_what_a_yes_is_worth_elsewhere():
+    """Altman & Bland, BMJ 1994: sensitivity .9, specificity .8."""
+    figures = {"per_finding": {"A": {"sensitivity": 0.9, "specificity": 0.8}, "B": {"sensitivity": math.nan}, "C": {}}}
+    found = at_prevalence(figures, ("A", "B", "C"), {"": 0.5, "A": 0.1})
+    assert list(found) == ["A"]
+    assert found["A"]["ppv"] == pytest.approx(0.09 / (0.09 + 0.18))
+    assert found["A"]["npv"] == pytest.approx(0.72 / (0.72 + 0.01))
+    one = {"at_threshold": {"sensitivity": 1.0, "specificity": 1.0}}
+    assert at_prevalence(one, ("None", "A"), {"": 0.02}) == {"A": {"prevalence": 0.02, "ppv": 1.0, "npv": 1.0}}
+    assert at_prevalence({}, ("None", "A"), {"": 0.02}) == {}

@@ -7,6 +7,7 @@ import torch
 from conftest import GOLDEN
 from scipy.stats import spearmanr
 
+from trainer.intervals import wilson
 from trainer.metrics import (
     LOCALIZATION,
     THRESHOLDS,
@@ -22,7 +23,6 @@ from trainer.metrics import (
     otsu,
     rank_correlation,
     summarize,
-    wilson,
     without_dead,
 )
 

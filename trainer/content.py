@@ -31,6 +31,7 @@ class OfFinding(TypedDict, total=False):
     auc: float
     auc_95: Interval
     auprc: float
+    auprc_95: Interval
     threshold: float | None
     sensitivity: float
     specificity: float
@@ -72,8 +73,11 @@ class Figures(TypedDict, total=False):
     images: int
     cells: int
     auprc: float
+    auprc_95: Interval
     defined: int
     per_finding: dict[str, OfFinding]
+    per: dict[str, Any]  # `trainer.groups.per_unit`
+    at_prevalence: dict[str, dict[str, float]]
     macro: dict[str, float]
     macro_findings: dict[str, int]
     micro: dict[str, float]

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from shards.dataset import Split
-from shards.errors import InputError, run
+from shards.errors import InputError, nearest, run
 from shards.sample import SPLITS
 from shards.store import open_store
 from shards.targets import ABSENT, PRESENT
@@ -35,7 +35,7 @@ from trainer.config import Config
 from trainer.content import Content, Measured, Training
 from trainer.drawing import short
 from trainer.gallery import gallery
-from trainer.groups import by_column, limits_of, values_of
+from trainer.groups import at_prevalence, by_column, limits_of, per_unit, units_of, values_of
 from trainer.launching import close, on_main, set_threads, start
 from trainer.lesion_figures import lesion_figures
 from trainer.look import look
@@ -113,6 +113,8 @@ def finish(
     *,
     foreign: bool = False,
     by: Sequence[str] = (),
+    per: tuple[str, str] = ("", ""),
+    prevalence: Mapping[str, float] | None = None,
     maps: str = "",
 ) -> Content:
     """Evaluate val and test, probe the model, and write the run's reports. Returns the content of report.json.
@@ -122,6 +124,8 @@ def finish(
             there is no val, thresholds are those that the run's own validation images chose.
         foreign: whether these are other images than the run's own, whose val then chooses nothing that is known.
         by: columns of the samples that figures are split by.
+        per: a column, and how its images are pooled, of figures of studies or patients.
+        prevalence: by finding, of all others under the empty name, for PPV and NPV there.
         maps: a folder for the maps of what the report shows.
 
     InputError: the report could not be written; the run is as it was.
@@ -169,6 +173,10 @@ def finish(
     for split in MEASURED:
         if by and split in outcomes:
             content[split]["by"] = {column: by_column(outcomes[split], column, point) for column in by}
+        if per[0] and split in outcomes:
+            content[split]["per"] = per_unit(outcomes[split], *per, point)
+        if prevalence and split in outcomes:
+            content[split]["at_prevalence"] = at_prevalence(content[split], evaluator.task.findings, prevalence)
     content["config"] = known.get("config") or asdict(config)
     shown: Measured = "test" if "test" in splits else "val"
     content[shown]["probe"] = evaluator.probe(shown, outcomes[shown])
@@ -313,6 +321,11 @@ def main(argv: list[str] | None = None) -> None:
     for column in options.columns:  # what is wrong with one is said before anything is measured
         for split in splits.values():
             values_of(split, column)
+    for split in splits.values() if options.per else ():
+        units_of(split, options.pooled[0])
+    if wrong := set(options.prevalences) - {"", *task.findings}:
+        name = sorted(wrong)[0]
+        raise InputError(f"--prevalence {name}: is no finding of the run; {nearest(name, task.findings)}")
     if options.operating_point and not (own and "val" in splits):
         raise InputError(
             f"--operating_point {options.operating_point}: thresholds are chosen on the run's own val, never on other "
@@ -349,6 +362,8 @@ def main(argv: list[str] | None = None) -> None:
         known,
         foreign=not own,
         by=options.columns,
+        per=options.pooled,
+        prevalence=options.prevalences,
         maps=options.maps,
     )
     if accelerator.is_main_process:

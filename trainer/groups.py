@@ -6,7 +6,7 @@ pneumothorax is found where there is a chest drain, and missed where there is no
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from shards.sample import NO_FINDING
 from shards.targets import ABSENT, PRESENT
 from trainer.calibration import ece
 from trainer.metrics import LOCALIZATION, measured, summarize
-from trainer.multilabel import RESAMPLES, Sorted
+from trainer.multilabel import RESAMPLES, Cells, Sorted
 from trainer.outcome import Outcome
 from trainer.task import Point
 
@@ -123,6 +123,70 @@ def gaps(groups: dict[str, dict[str, Any]], figure: str = "auc_within") -> dict[
         for name, known in of.items()
         if len(known) > 1
     }
+
+
+def units_of(split: Split, column: str) -> tuple[np.ndarray, int]:
+    """The number of the study, the patient, or whatever a column tells apart, of each image: int64 [N]; an image of
+    which it is not known is one of its own: how many. InputError: no image has the column.
+    """
+    if column == "patient":
+        ids = split.ids()
+        values = [str(one) if one else "" for one in ids["patient"].tolist()]
+    else:
+        values = [str(split.meta(p).get(column, "")).strip() for p in range(len(split))]
+    if not any(values):
+        known = [*split.meta(0)] if len(split) else []
+        raise InputError(
+            f"--per {column}: of no {split.split} image it is known; {nearest(column, [*known, 'patient'])} "
+            "(shards csv --keep-column keeps columns of a table)"
+        )
+    own = [f"={value}" if value else f"#{p}" for p, value in enumerate(values)]
+    return np.unique(own, return_inverse=True)[1], values.count("")
+
+
+def per_unit(outcome: Outcome, column: str, how: str, point: Point = None) -> dict[str, Any]:
+    """Figures of the `units_of` a column instead of images: of its images the ``mean`` probability or the ``max``; a
+    finding is there if it is in one of them, and unknown where it is in all of them. Thresholds are those of images. As
+    `Cells.figures`, with ``unit``, ``pooling``, ``pooled`` images and those ``without`` a unit.
+    """
+    names = outcome.task.findings
+    target, score = outcome.target.numpy(), outcome.task.probabilities(outcome.logits).numpy()
+    unit, without = units_of(outcome.split, column)
+    patients = outcome.patients()
+    count = int(unit.max()) + 1
+    pooled, state = np.full((count, len(names)), -np.inf), np.full((count, len(names)), target.min())
+    np.maximum.at(state, unit, target)
+    if how == "max":
+        np.maximum.at(pooled, unit, score)
+    else:
+        pooled[:] = 0
+        np.add.at(pooled, unit, score)
+        pooled /= np.bincount(unit, minlength=count)[:, None]
+    whose = np.zeros(count, np.int64)
+    whose[unit] = patients if patients is not None else unit
+    asked = [k for k in range(len(names)) if outcome.task.several or k > 0]
+    cells = Cells([names[k] for k in asked], pooled[:, asked], state[:, asked])
+    figures = cells.figures(limits_of(names, point), groups=whose, intervals=True)
+    return figures | {"unit": column, "pooling": how, "pooled": len(target), "without": without}
+
+
+def at_prevalence(
+    figures: Mapping[str, Any], findings: Sequence[str], prevalence: Mapping[str, float]
+) -> dict[str, dict[str, float]]:
+    """By finding with a threshold: PPV and NPV where so many have it as ``prevalence`` says (by finding, of all others
+    under the empty name), from sensitivity and specificity by Bayes' rule; they hold where those do.
+    """
+    several = figures.get("per_finding")
+    of = several or ({findings[1]: figures["at_threshold"]} if "at_threshold" in figures else {})
+    found = {}
+    for name, at in of.items():
+        share, hit, spared = prevalence.get(name, prevalence.get("")), at.get("sensitivity"), at.get("specificity")
+        if share is None or hit is None or spared is None or math.isnan(hit) or math.isnan(spared):
+            continue
+        named, passed = share * hit + (1 - share) * (1 - spared), share * (1 - hit) + (1 - share) * spared
+        ppv, npv = (share * hit / named if named else math.nan), ((1 - share) * spared / passed if passed else math.nan)
+        found[name] = {"prevalence": share, "ppv": ppv, "npv": npv}
+    return found
 
 
 def limits_of(findings: Sequence[str], point: Point) -> dict[str, float | None]:

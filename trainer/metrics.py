@@ -11,6 +11,7 @@ import torch
 from scipy import stats
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, roc_auc_score, roc_curve
 
+from trainer.intervals import proportion, spread
 from trainer.multilabel import Sorted
 
 LOCALIZATION = ("energy", "lift", "pointing", "pointing_near", "coverage", "iou_otsu")
@@ -212,31 +213,6 @@ def summarize(
     return figures
 
 
-def spread(values: np.ndarray, patients: np.ndarray | None = None) -> float:
-    """Standard error of the mean of float [n]; with ``patients``, int [n], the one that is robust to clusters (Cameron
-    & Miller, Journal of Human Resources 2015, section II): the deviations of a patient's values count together.
-    """
-    if patients is None:
-        return float(values.std(ddof=1 if len(values) > 1 else 0)) / math.sqrt(len(values))
-    whose = np.unique(patients, return_inverse=True)[1]
-    together = np.bincount(whose, values - values.mean())
-    if len(together) < 2:
-        return math.nan  # one patient says nothing of others
-    few = len(together) / (len(together) - 1)
-    return math.sqrt(few * float((together**2).sum())) / len(values)
-
-
-def proportion(values: np.ndarray, patients: np.ndarray | None = None) -> list[float]:
-    """95% interval of the share of ones among n of zeros and ones: Wilson's, of as many independent values as have the
-    `spread` of these.
-    """
-    share, count = float(values.mean()), float(len(values))
-    if patients is not None:
-        error, many = spread(values, patients), len(np.unique(patients))
-        count = min(count, share * (1 - share) / error**2) if many > 1 and error > 1e-9 else float(many)
-    return wilson(share, count)
-
-
 def without_dead(rows: torch.Tensor, cam: torch.Tensor) -> torch.Tensor:
     """Rows [B,6 + 15] of `localize` in which a CAM [B,S,S] that is zero everywhere has neither energy nor lift (NaN):
     it lies nowhere.
@@ -272,15 +248,6 @@ def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
     x, y = ranks(a), ranks(b)
     return (x * y).sum(1) / (x.norm(dim=1) * y.norm(dim=1)).clamp(min=1e-12)
-
-
-def wilson(share: float, n: float) -> list[float]:
-    """95% interval of a proportion seen in ``n`` cases:
-    stays in [0, 1] and has a width at 0 and 1 (Wilson, JASA 1927).
-    """
-    z2 = 1.96**2
-    middle, half = share + z2 / (2 * n), 1.96 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    return [max(0.0, (middle - half) / (1 + z2 / n)), min(1.0, (middle + half) / (1 + z2 / n))]
 
 
 def auc_interval(

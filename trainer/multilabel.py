@@ -6,7 +6,7 @@ alike, and such findings are left out of means.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
 from shards.names import lists, same_as
+from trainer.intervals import proportion
 
 RESAMPLES = 1000
 MANY = 2 * 10**6  # cells
@@ -71,6 +72,19 @@ def at_point(truth: np.ndarray, positive: np.ndarray) -> dict[str, float]:
 
 
 AT_POINT = ("sensitivity", "specificity", "ppv", "npv", "f1")
+
+
+def intervals_at(truth: np.ndarray, named: np.ndarray, groups: np.ndarray | None = None) -> dict[str, list[float]]:
+    """95% intervals of sensitivity, specificity, ppv and npv, as ``sensitivity_95``; truth, named bool [n]; groups: the
+    patient of each, int64 [n]. A figure over nothing has none.
+    """
+    over = {"sensitivity": (truth, named), "specificity": (~truth, ~named), "ppv": (named, truth)}
+    over["npv"] = (~named, ~truth)
+    return {
+        f"{name}_95": proportion(hit[among].astype(float), groups[among] if groups is not None else None)
+        for name, (among, hit) in over.items()
+        if among.any()
+    }
 
 
 @dataclass(frozen=True)
@@ -135,10 +149,14 @@ class Cells:
             figures[CHEXPERT5] = float(np.mean(of_five))  # NaN, too, where one of them is undefined
         if intervals:
             figures["resampled"] = "images" if groups is None else "patients"
-            drawn = np.array(list(self._resampled(groups, [self.probability])))[:, 0]
-            figures["auc_95"] = _percentiles(_row_means(drawn))
+            drawn, precise = self._resampled(groups, [self.probability], both=True).swapaxes(0, 1)
+            figures |= {"auc_95": _percentiles(_row_means(drawn)), "auprc_95": _percentiles(_row_means(precise))}
             for k, name in enumerate(names):
-                each[name]["auc_95"] = _percentiles(drawn[:, k])
+                each[name] |= {"auc_95": _percentiles(drawn[:, k]), "auprc_95": _percentiles(precise[:, k])}
+                if (point := points.get(name)) is not None:
+                    known = self.target[:, k] >= 0
+                    truth, score = self.of(k)
+                    each[name] |= intervals_at(truth, score >= point, groups[known] if groups is not None else None)
         return figures
 
     def _micro(self, points: Mapping[str, float | None]) -> dict[str, float]:
@@ -152,24 +170,33 @@ class Cells:
             micro |= at_point(self.target[has_point] == 1, (self.probability >= limit)[has_point])
         return micro
 
+    def areas(self, groups: np.ndarray | None) -> dict[str, Any]:
+        """Mean AUPRC over the findings where it is defined, and its interval over ``groups`` int64 [N], or images."""
+        each = [_of_both(average_precision_score, *self.of(k)) for k in range(len(self.findings))]
+        drawn = self._resampled(groups, [self.probability], both=True)[:, 1]
+        return {"auprc": _mean(each), "auprc_95": _percentiles(_row_means(drawn))}
+
     def macro_interval(self, groups: np.ndarray | None, other: np.ndarray | None = None) -> list[float]:
         """95% interval of `macro_auc`; with the ``other`` probabilities of the same images, of the difference."""
         scores = [self.probability] if other is None else [self.probability, other]
-        drawn = np.array(list(self._resampled(groups, scores)))
+        drawn = self._resampled(groups, scores)
         means = [_row_means(drawn[:, i]) for i in range(len(scores))]
         return _percentiles(means[0] if other is None else means[0] - means[1])
 
-    def _resampled(self, groups: np.ndarray | None, scores: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
-        """AUROC [scores,K] of each of 1000 (of very many cells 200) resamples of the patients, or images (Efron &
-        Tibshirani 1993, section 13.3); the same ones for all scores.
+    def _resampled(self, groups: np.ndarray | None, scores: Sequence[np.ndarray], *, both: bool = False) -> np.ndarray:
+        """AUROC [R,scores,K] of each of R = 1000 (of very many cells 200) resamples of the patients, or images (Efron &
+        Tibshirani 1993, section 13.3); the same ones for all scores. With ``both`` of one score AUROC and AUPRC.
         """
         resamples = RESAMPLES if self.target.size < MANY else RESAMPLES // 5  # a thousand would take minutes
         who = np.arange(len(self.target)) if groups is None else np.unique(groups, return_inverse=True)[1]
         rng, patients = np.random.default_rng(0), int(who.max()) + 1 if len(who) else 0
         sorted_ = [[Sorted.of(*self._scored(k, score)) for k in range(len(self.findings))] for score in scores]
+        drawn = []
         for _ in range(resamples):
             often = np.bincount(rng.integers(0, patients, patients), minlength=patients)[who]
-            yield np.array([[one.auc(often) for one in of_score] for of_score in sorted_])
+            rows = [[one.auc(often) for one in of_score] for of_score in sorted_]
+            drawn.append(rows + ([[one.average_precision(often) for one in sorted_[0]]] if both else []))
+        return np.array(drawn)
 
     def _scored(self, k: int, score: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         known = np.flatnonzero(self.target[:, k] >= 0)

@@ -108,6 +108,13 @@ class EvaluateConfig:
     """Folder for the reports; empty: the run folder for its own shards, RUN/evaluate_<dataset> for others."""
     by: str = ""
     """Columns of the samples, with commas, that figures are split by, such as drain,view."""
+    per: str = ""
+    """Figures of studies or patients instead of images, too: a column of the samples, or patient; of its images the
+    mean probability counts, or with =max, as in study=max, the largest.
+    """
+    prevalence: str = ""
+    """How common findings are where the model is to be used, for PPV and NPV there: 0.02, or Effusion=0.1,Mass=0.01.
+    """
     operating_point: str = ""
     """How thresholds are chosen on val from now on: youden, f1, sensitivity=0.9, specificity=0.9, ppv=0.8; empty: as
     when it was trained. Of the run's own shards, whose val chooses.
@@ -121,6 +128,18 @@ class EvaluateConfig:
     """Loader processes per process."""
 
     @property
+    def pooled(self) -> tuple[str, str]:
+        """See ``per``: the column, and how its images are pooled."""
+        column, _, how = self.per.partition("=")
+        return column.strip(), how.strip() or "mean"
+
+    @property
+    def prevalences(self) -> dict[str, float]:
+        """See ``prevalence``; under the empty name that of all others. ValueError: not a number."""
+        pairs = [part.rpartition("=") for part in self.prevalence.split(",") if part.strip()]
+        return {name.strip(): float(value) for name, _, value in pairs}
+
+    @property
     def columns(self) -> list[str]:
         """See ``by``."""
         return [name.strip() for name in self.by.split(",") if name.strip()]
@@ -128,7 +147,16 @@ class EvaluateConfig:
     def problems(self) -> list[str]:
         """Everything that is wrong with the values, each naming its flag."""
         why = wrong_point(self.operating_point) if self.operating_point else ""
-        return [f"--operating_point {why}"] * bool(why) + [
+        found = [f"--operating_point {why}"] * bool(why)
+        if self.per and (self.pooled[1] not in ("mean", "max") or not self.pooled[0]):
+            found.append(f"--per {self.per}: expected a column, as study, or study=max")
+        try:
+            fine = all(0 < share < 1 for share in self.prevalences.values())
+        except ValueError:
+            fine = False
+        if not fine:
+            found.append(f"--prevalence {self.prevalence}: expected a share as 0.02, or Effusion=0.1,Mass=0.01")
+        return found + [
             f"--{n} {v}: must be at least {low}"
             for n, v, low in (("batch", self.batch, 1), ("workers", self.workers, 0))
             if v < low

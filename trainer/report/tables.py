@@ -1,7 +1,7 @@
 """The tables of a report, and what is said of how a model came about."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
@@ -99,6 +99,10 @@ def tables(content: Content, split: Measured) -> list[Rows]:
             every.append(_localization(found, head))
     if found_lesions := figures.get("lesions"):
         every += _lesions(found_lesions, content["findings"])
+    if pooled := figures.get("per"):
+        every.append(_of_units(pooled))
+    if common := figures.get("at_prevalence"):
+        every.append(_at_prevalence(common))
     for column, groups in figures.get("by", {}).items():
         every.append(_by_column(column, groups))
     if not several:
@@ -112,9 +116,7 @@ def tables(content: Content, split: Measured) -> list[Rows]:
         if at := figures.get("at_threshold"):
             how = {"youden": "the best Youden's index", "f1": "the best F1"}.get(way := chosen_by(content), way)
             points.append((f"{at['threshold']:.3f}, {how} on val", at))
-        rows: list[list[Cell]] = [
-            [what, *(NOTHING if of[n] is None else f"{of[n]:.3f}" for n in names)] for what, of in points
-        ]
+        rows: list[list[Cell]] = [[what, *(_with_interval(of, n) for n in names)] for what, of in points]
         every.append(([f"{content['findings'][1]} from a probability of", *names.values()], rows))
     return every
 
@@ -187,6 +189,27 @@ def _by_column(column: str, groups: dict[str, dict[str, Any]]) -> Rows:
     return [head[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 
+def _of_units(of: Mapping[str, Any]) -> Rows:
+    """Of studies or patients instead of images."""
+    alone = f", {of['without']} of them on their own as their {of['unit']} is unknown" if of["without"] else ""
+    head = [f"by {of['unit']}: {of['pooling']} of {of['pooled']} images, {of['images']} in all{alone}"]
+    head += ["present", "absent", "AUC", "AUPRC", "threshold", "sensitivity", "specificity", "PPV", "NPV"]
+    rows: list[list[Cell]] = []
+    for name, row in of["per_finding"].items():
+        cells: list[Cell] = [name, str(row["positive"]), str(row["negative"])]
+        cells += [_with_interval(row, n) for n in ("auc", "auprc")] + [_number(row["threshold"])]
+        rows.append(cells + [_with_interval(row, n) for n in AT_POINT[:4]])
+    return head, rows
+
+
+def _at_prevalence(of: Mapping[str, Mapping[str, float]]) -> Rows:
+    """What a yes and a no are worth where findings are as common as the user says."""
+    head = ["where it is as common as", "prevalence", "PPV", "NPV"]
+    return head, [
+        [name, f"{row['prevalence']:g}", _number(row["ppv"]), _number(row["npv"])] for name, row in of.items()
+    ]
+
+
 def _of_lesion(found: Found | None, name: str) -> Cell:
     """A figure of `trainer.papers.figures`; ``t_iou 0.1``: one of several steps."""
     kind, _, step = name.partition(" ")
@@ -203,19 +226,16 @@ def _of_cells(figures: Figures) -> Rows:
     rows: list[list[Cell]] = []
     for name, row in figures["per_finding"].items():
         cells: list[Cell] = [name, *(str(row[n]) for n in ("positive", "negative", "unknown"))]  # type: ignore[literal-required]
-        cells += [
-            figure((row["auc"], row.get("auc_95", NO_INTERVAL))),
-            _number(row["auprc"]),
-            _number(row["threshold"]),
-        ]
-        cells += [_number(dict[str, Any](row).get(n)) for n in AT_POINT]
+        cells += [_with_interval(dict(row), n) for n in ("auc", "auprc")]
+        cells.append(_number(row["threshold"]))
+        cells += [_with_interval(dict(row), n) for n in AT_POINT]
         for kind, _ in places:
             found = figures["localization"].get(kind, {}).get(name)
             cells += [figure((found[f], found[f"{f}_95"])) if found else NOTHING for f in ("energy", "pointing")]
         rows.append(cells)
     macro, micro = figures["macro"], figures["micro"]
     mean: list[Cell] = [f"mean of {figures['defined']} of {len(rows)}", "", "", ""]
-    mean += [figure((figures["auc"], figures.get("auc_95", NO_INTERVAL))), _number(figures["auprc"]), ""]
+    mean += [_with_interval(dict(figures), n) for n in ("auc", "auprc")] + [""]
     together: list[Cell] = ["all cells together", "", "", "", _number(micro["auc"]), _number(micro["auprc"]), ""]
     fewer = {n: figures["macro_findings"][n] for n in AT_POINT if figures["macro_findings"][n] < figures["defined"]}
     mean += [small(f"{macro[n]:.3f}", f"of {fewer[n]}") if fewer.get(n) else _number(macro[n]) for n in AT_POINT]
@@ -225,6 +245,10 @@ def _of_cells(figures: Figures) -> Rows:
     rows += [mean, together]
     kept = [i for i in range(len(head)) if i < 12 or any(row[i] not in (NOTHING, "") for row in rows)]
     return [head[i] for i in kept], [[row[i] for i in kept] for row in rows]
+
+
+def _with_interval(row: Mapping[str, Any], name: str) -> Cell:
+    return figure((row[name], row.get(f"{name}_95", NO_INTERVAL))) if row.get(name) is not None else NOTHING
 
 
 def _upper(name: str) -> str:

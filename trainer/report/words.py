@@ -259,7 +259,7 @@ def summary(content: Content) -> list[tuple[float, list[float]] | None]:
     pairs: list[tuple[float, list[float]] | None] = [
         (figures["accuracy"], figures["accuracy_95"]) if "accuracy" in figures else None,
         (figures["auc"], figures["auc_95"]),
-        (figures["auprc"], NO_INTERVAL) if "auprc" in figures else None,
+        (figures["auprc"], figures.get("auprc_95", NO_INTERVAL)) if "auprc" in figures else None,
         (figures["chexpert5"], NO_INTERVAL) if "chexpert5" in figures else None,
     ]
     for kind, names in (("expected", ("energy", "lift", "pointing")), ("lesion", ("energy", "pointing"))):

@@ -13,9 +13,10 @@ from shards.sample import NO_FINDING
 from shards.targets import SingleLabel
 from trainer.calibration import TEMPERATURE, Calibration, temperature
 from trainer.drawing import short
+from trainer.intervals import proportion
 from trainer.losses import at_least_float32, constant
-from trainer.metrics import at_threshold, auc_interval, binary_report, classification_report, multiclass_auc, proportion
-from trainer.multilabel import choose
+from trainer.metrics import at_threshold, auc_interval, binary_report, classification_report, multiclass_auc
+from trainer.multilabel import Cells, choose, intervals_at
 from trainer.task.protocol import Drawn, Groups, Pairs, Point, Scored
 
 FOCUS = 2.0  # gamma of the focal loss (Lin et al., ICCV 2017)
@@ -148,6 +149,11 @@ class OneOf:
             figures["accuracy_95"] = proportion(right, patients)
             figures["auc_95"] = auc_interval(logits, label, patients=patients)
             figures["resampled"] = "images" if patients is None else "patients"
+            cells = Cells(self.findings[1:], self.probabilities(logits)[:, 1:].numpy(), target[:, 1:].numpy())
+            figures |= cells.areas(patients)
+            if isinstance(point, float):
+                named = (self.probabilities(logits)[:, 1] >= point).numpy()
+                figures["at_threshold"] |= intervals_at((label == 1).numpy(), named, patients)
         return figures
 
     def auc(self, logits: torch.Tensor, target: torch.Tensor) -> float:
