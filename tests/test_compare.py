@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import shutil
 
 import numpy as np
@@ -140,3 +141,42 @@ def test_a_page_of_two_runs_says_what_differs(trained, tmp_path, capsys):
     farthest = lines[int(np.abs(2 * p - 1).argmax())]["key"]
     assert (f"<td>{farthest}</td>" in page) == (np.abs(2 * p - 1).max() > 0.05)
     assert "again less run" in capsys.readouterr().out
+
+
+def test_images_of_two_opinions_stand_side_by_side(trained, shards, tmp_path, monkeypatch, capsys):
+    """A copy of the run says the opposite of two images; where the images have gone, the page says so."""
+    other = tmp_path / "other"
+    shutil.copytree(trained, other)
+    file = other / "predictions_test.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    keys = []
+    for line in lines[:2]:
+        names = list(line["probability"])
+        line["probability"] = {name: 1 - line["probability"][name] for name in names}
+        keys.append(line["key"])
+    for line in lines:  # and all are far from the middle
+        line["probability"] = {name: float(p > 0.5) for name, p in line["probability"].items()}
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = tmp_path / "both.html"
+    report_main(["--out", str(page), str(trained), str(other), "--images", "3"])
+    figures = re.findall(r"<figure class=beside>.*?</figure>", page.read_text(), re.DOTALL)
+    assert 1 <= len(figures) <= 3
+    for figure in figures:
+        assert figure.count("data:image/jpeg;base64,") == 2
+        assert "run: 0." in figure
+        assert "has it" in figure or "does not have it" in figure
+    config = other.parent / "run/config.yaml"
+    config.write_text(config.read_text().replace(str(shards), str(tmp_path / "gone")))
+    report_main(["--out", str(page), str(trained), str(other)])
+    assert "Their images cannot be shown" in page.read_text()
+    report_main(["--out", str(page), str(trained), str(other), "--images", "0"])
+    assert "cannot be shown" not in page.read_text()
+    with pytest.raises(InputError, match="--images 51: must be from 0 to 50"):
+        report_main(["--out", str(page), str(trained), "--images", "51"])
+
+
+def test_curves_are_drawn_as_lines(trained):
+    page = (trained / "report.html").read_text()
+    assert "data:image/svg+xml;base64," in page
+    assert (trained / "curves.svg").read_bytes().startswith(b"<?xml")
+    assert (trained / "curves.png").is_file()

@@ -135,10 +135,10 @@ def units_of(split: Split, column: str) -> tuple[np.ndarray, int]:
     else:
         values = [str(split.meta(p).get(column, "")).strip() for p in range(len(split))]
     if not any(values):
-        known = [*split.meta(0)] if len(split) else []
+        known = [name for name in (*split.meta(0), "patient") if name != column] if len(split) else []
         raise InputError(
-            f"--per {column}: of no {split.split} image it is known; {nearest(column, [*known, 'patient'])} "
-            "(shards csv --keep-column keeps columns of a table)"
+            f"--per {column}: of no {split.split} image it is known; {nearest(column, known)} (shards csv "
+            "--patient-column and --keep-column take columns of a table)"
         )
     own = [f"={value}" if value else f"#{p}" for p, value in enumerate(values)]
     return np.unique(own, return_inverse=True)[1], values.count("")

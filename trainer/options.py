@@ -247,6 +247,8 @@ class ReportConfig:
     """Heading of the page."""
     about: str = ""
     """What is compared and why, a paragraph below the heading."""
+    images: int = 6
+    """Images of each pair of runs that are shown side by side, where they disagree most; 0: none."""
     table: Literal["", "paper"] = ""
     """paper: instead of a page the published table of these runs, backbones and tasks by lambda, with the published
     figures; --out names a .md, .csv or .tex file.
@@ -254,6 +256,7 @@ class ReportConfig:
 
     def problems(self) -> list[str]:
         """Everything that is wrong with the values, each naming its flag."""
+        found = [f"--images {self.images}: must be from 0 to 50"] if not 0 <= self.images <= 50 else []
         if self.table and not self.out.endswith((".md", ".csv", ".tex")):
-            return [f"--out {self.out}: of --table {self.table} a .md, .csv or .tex file is written"]
-        return []
+            found.append(f"--out {self.out}: of --table {self.table} a .md, .csv or .tex file is written")
+        return found

@@ -50,11 +50,11 @@ def main(argv: list[str] | None = None) -> None:
         runs[name] = cast(Content, content)
         if options.table:
             continue
-        pictures[name] = {
-            kind: (folder / f"{kind}.png").read_bytes()
-            for kind in ("panel", "curves", "no_lungs")
-            if (folder / f"{kind}.png").is_file()
-        }
+        pictures[name] = {}
+        for kind in ("panel", "curves", "no_lungs"):
+            files = [folder / f"{kind}.{suffix}" for suffix in ("svg", "png")]
+            if (file := next((one for one in files if one.is_file()), None)) is not None:
+                pictures[name][kind] = file.read_bytes()
     out = Path(options.out)
     if out.is_dir():
         raise InputError(f"--out {out}: is a folder; name the HTML file to write, such as {out / 'report.html'}")
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"\ntable: {out.resolve()}")
             return
         of = {folder.resolve().name: folder for folder in map(Path, folders)}
-        parts, lines = versus(of, runs)
+        parts, lines = versus(of, runs, options.images)
         links = {
             name: quote(os.path.relpath(folder.resolve() / "report.html", out.resolve().parent))
             for name, folder in of.items()

@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from sklearn.metrics import precision_recall_curve, roc_curve
+from sklearn.metrics import auc, precision_recall_curve, roc_curve
 
 from shards.dataset import Split
 from trainer.calibration import reliability
@@ -18,6 +18,7 @@ from trainer.drawing import LESION, LUNGS, REGION, short
 from trainer.outcome import Outcome
 
 TILES = 12
+LARGEST = 400_000  # bytes of an SVG
 
 
 @dataclass
@@ -87,9 +88,18 @@ def draw(ax: Any, tile: Tile) -> None:
     ax.set_title(tile.title, fontsize=8)
 
 
-def curves(history: list[dict[str, Any]], outcomes: dict[str, Outcome], findings: Sequence[str]) -> Figure:
-    """Losses, lambda and validation figures by epoch, then ROC and precision-recall of each split; ``findings`` names
-    them, of classes class 0 first. Of many findings those of the last split alone.
+def curves(
+    history: list[dict[str, Any]],
+    outcomes: dict[str, Outcome],
+    findings: Sequence[str],
+    measured: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Figure:
+    """Losses, lambda and validation figures by epoch, then ROC and precision-recall of each split, and how far
+    probabilities are right, dotted with val's correction; ``findings`` names them, of classes class 0 first. Of many
+    findings those of the last split alone.
+
+    Args:
+        measured: figures by split.
     """
     figure = Figure(figsize=(11, 6.4), layout="constrained")
     axes = figure.subplots(2, 3).ravel()
@@ -98,9 +108,9 @@ def curves(history: list[dict[str, Any]], outcomes: dict[str, Outcome], findings
     axes[0].set_title("cross-entropy")
     axes[1].set_title("attention loss and lambda")
     axes[2].set_title("validation")
-    axes[3].set_title("ROC")
+    axes[3].set_title("ROC, and its area")
     axes[4].set_title("precision and recall")
-    axes[5].set_title("calibration")
+    axes[5].set_title("calibration; dotted: corrected by val")
     axes[3].plot([0, 1], [0, 1], ":", color="gray", lw=0.8)
     axes[5].plot([0, 1], [0, 1], ":", color="gray", lw=0.8)
     axes[0].plot([line["position"] for line in steps], [line["ce"] for line in steps], lw=0.8, label="train")
@@ -131,10 +141,13 @@ def curves(history: list[dict[str, Any]], outcomes: dict[str, Outcome], findings
                 false, true, _ = roc_curve(truth.numpy(), score.numpy())
                 precision, recall, _ = precision_recall_curve(truth.numpy(), score.numpy())
                 name = split if len(scored) == 1 else f"{split}, {short(findings[finding])}"
-                axes[3].plot(false, true, lw=1, label=name)
+                (line,) = axes[3].plot(false, true, lw=1, label=f"{name}: {auc(false, true):.3f}")
                 axes[4].plot(recall, precision, lw=1)
                 said, is_, _ = zip(*reliability(truth.numpy(), score.numpy()), strict=True)
-                axes[5].plot(said, is_, "o-", ms=2, lw=1)
+                axes[5].plot(said, is_, "o-", ms=2, lw=1, color=line.get_color())
+                of = (measured or {}).get(split, {}).get("calibration", {}).get(findings[finding], {})
+                if corrected := of.get("reliability_calibrated"):
+                    axes[5].plot(*list(zip(*corrected, strict=True))[:2], ":", lw=1, color=line.get_color())
     for ax, label in zip(axes, ("epoch", "epoch", "epoch", "1 - specificity", "recall", "probability"), strict=True):
         ax.set_xlabel(label)
         ax.grid(alpha=0.3)
@@ -142,6 +155,15 @@ def curves(history: list[dict[str, Any]], outcomes: dict[str, Outcome], findings
             entries = len(ax.get_legend_handles_labels()[0])
             ax.legend(fontsize=7 if entries <= 12 else 3.5, ncols=1 if entries <= 12 else 2)
     return figure
+
+
+def svg(figure: Figure) -> bytes:
+    """A figure as an SVG whose letters are letters; as a PNG where that would be much larger."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings(), matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "cxr-focus"}):
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue() if len(buffer.getvalue()) <= LARGEST else png(figure)
 
 
 def png(figure: Figure, dpi: int = 110) -> bytes:

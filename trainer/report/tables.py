@@ -111,7 +111,8 @@ def tables(content: Content, split: Measured) -> list[Rows]:
         ]
         every.append((["is \\ predicted", *content["findings"]], confusion))
     if "binary" in figures:
-        names = {"sensitivity": "sensitivity", "specificity": "specificity", "ppv": "PPV", "youden": "Youden's index"}
+        names = {"sensitivity": "sensitivity", "specificity": "specificity", "ppv": "PPV", "npv": "NPV"}
+        names["youden"] = "Youden's index"
         points = [("predicted class, 0.5", figures["binary"])]
         if at := figures.get("at_threshold"):
             how = {"youden": "the best Youden's index", "f1": "the best F1"}.get(way := chosen_by(content), way)

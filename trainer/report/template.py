@@ -14,6 +14,7 @@ _PAGES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
+_PAGES.filters["kind"] = lambda data: {b"<": "image/svg+xml", b"\xff": "image/jpeg"}.get(data[:1], "image/png")
 _PAGES.filters["base64"] = lambda data: base64.b64encode(data).decode()
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from shards.errors import InputError
 from trainer.compare import Change, Comparison, Predictions, compare, read_predictions, seeds_of_one, together
 from trainer.content import Content
+from trainer.report.beside import Beside, Runs
 from trainer.report.words import SUMMARY, shown_split, summary
 
 SHOWN = 20  # images on which two runs are of another opinion
@@ -18,16 +19,21 @@ Rows = tuple[list[str], list[list[str]]]  # a table: its head and its rows
 
 @dataclass(frozen=True)
 class Versus:
-    """A part of the page: its heading, sentences below it, tables."""
+    """A part of the page: its heading, sentences below it, tables, images that several runs see."""
 
     heading: str
     says: list[str]
     tables: list[Rows]
+    images: list[Beside] = field(default_factory=list)
 
 
-def versus(folders: Mapping[str, Path], runs: Mapping[str, Content]) -> tuple[list[Versus], list[str]]:
-    """All parts about runs by name, of which the first is what the others are compared with, and lines of text."""
-    parts, lines = list[Versus](), list[str]()
+def versus(folders: Mapping[str, Path], runs: Mapping[str, Content], images: int = 0) -> tuple[list[Versus], list[str]]:
+    """All parts about runs by name, of which the first is what the others are compared with, and lines of text.
+
+    Args:
+        images: how many of those where two are of another opinion are shown.
+    """
+    parts, lines, opened = list[Versus](), list[str](), Runs(dict(folders))
     for names in seeds_of_one(dict(runs)):
         parts.append(_seeds(names, runs))
     first, *others = runs
@@ -48,14 +54,25 @@ def versus(folders: Mapping[str, Path], runs: Mapping[str, Content]) -> tuple[li
             lines.append(f"{name} and {first} are of other images, findings or labels: they are not compared")
             continue
         alike.append(name)
-        parts.append(_changes(first, name, found))
+        parts.append(_changes(first, name, found, _shown(opened, first, name, found, images)))
         lines.append(f"{name} less {first}: {_in_a_line(found)}")
     if len(alike) > 1:
         parts.append(_ensemble(first, alike, known))
     return parts, lines
 
 
-def _changes(first: str, name: str, found: Comparison) -> Versus:
+def _shown(opened: Runs, first: str, name: str, found: Comparison, images: int) -> list[Beside] | str:
+    """What is shown, or why it cannot be."""
+    wanted = [(key, finding) for key, finding, _, _ in found.disagreed[:images]]
+    if not wanted:
+        return []
+    try:
+        return opened.beside([first, name], wanted)
+    except InputError as error:
+        return f"Their images cannot be shown: {error}."
+
+
+def _changes(first: str, name: str, found: Comparison, images: list[Beside] | str) -> Versus:
     says = [
         f"On the same images, paired; intervals of 95% resample {found.over}. p is DeLong's, which takes images as "
         "independent."
@@ -82,7 +99,10 @@ def _changes(first: str, name: str, found: Comparison) -> Versus:
         tables.append((["image", "finding", first, name], opinions))
     else:
         says.append("No image is called otherwise by the two with probabilities more than 0.05 apart.")
-    return Versus(f"{name} less {first}", says, tables)
+    if isinstance(images, str):
+        says.append(images)
+        images = []
+    return Versus(f"{name} less {first}", says, tables, images)
 
 
 def _ensemble(first: str, names: Sequence[str], known: Mapping[str, Predictions]) -> Versus:

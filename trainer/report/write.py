@@ -18,9 +18,9 @@ from trainer.drawing import short
 from trainer.gallery import Shown
 from trainer.metrics import LOCALIZATION, measured
 from trainer.outcome import Outcome
-from trainer.report.figures import TILES, Tile, curves, panel, png, without_lungs
+from trainer.report.figures import TILES, Tile, curves, panel, png, svg, without_lungs
 from trainer.report.page import page
-from trainer.report.words import is_published_kind, text_name, text_report
+from trainer.report.words import MEASURED, is_published_kind, text_name, text_report
 from trainer.task import Point
 
 
@@ -44,11 +44,15 @@ def write_run(
     """
     history = read_lines(out / "metrics.jsonl")
     pictures = {"panel": png(panel(shown))} if shown else {}
-    pictures |= {"curves": png(curves(history, outcomes, content["findings"]))}
+    drawn = curves(history, outcomes, content["findings"], {n: dict(content[n]) for n in MEASURED if n in content})
+    pictures |= {"curves": png(drawn)}
     if (sheet := without_lungs(splits, lost)) is not None:
         pictures["no_lungs"] = png(sheet)
     for name, data in pictures.items():
         atomic.write(out / f"{name}.png", data)
+    pictures["curves"] = svg(drawn)
+    if pictures["curves"].startswith(b"<"):
+        atomic.write(out / "curves.svg", pictures["curves"])
     for name, outcome in outcomes.items():
         lines = _predictions(outcome, splits[name], content["threshold"], outcome.patients())
         atomic.write(out / f"predictions_{name}.jsonl", lines)
