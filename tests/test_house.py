@@ -81,7 +81,7 @@ def test_links_lead_somewhere(page):
 
 def test_the_readme_is_read_to_its_end():
     assert len((ROOT / "README.md").read_text().splitlines()) < 200
-    linked = set(re.findall(r"\]\((docs/[^)]+)\)", (ROOT / "README.md").read_text()))
+    linked = set(re.findall(r"\]\((docs/[^)]+\.md)\)", (ROOT / "README.md").read_text()))
     assert linked == {f"docs/{page.name}" for page in PAGES[1:]}
 
 

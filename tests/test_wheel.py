@@ -1,14 +1,42 @@
 """The package as it is installed."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from curves import ROOT
 
 from trainer import launching
+
+
+def as_the_image_copies_it(folder: Path) -> Path:
+    """What the Dockerfile copies before it installs the package, and nothing else."""
+    text = (ROOT / "Dockerfile").read_text()
+    for words in (line.split()[1:] for line in text.splitlines() if line.startswith("COPY ")):
+        for name in words[:-1]:
+            to = folder / words[-1].removeprefix("/src").strip("/")
+            if (ROOT / name).is_dir():
+                shutil.copytree(ROOT / name, to, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                to.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / name, to)
+    return folder
+
+
+def test_the_image_asks_for_what_there_is():
+    """Extras are those of the package; no step needs what an earlier one has not made."""
+    text = (ROOT / "Dockerfile").read_text()
+    extras = re.search(r'"/src\[([\w,]+)\]"', text)[1].split(",")
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(extras) <= set(known)
+    steps = [line.split()[0] for line in text.splitlines() if line[:1].isupper()]
+    assert steps[:2] == ["ARG", "FROM"]
+    assert text.index("python3 -m venv") < text.index("pip install") < text.index("USER ")
 
 
 def test_the_wheel_has_recipes_and_weights(tmp_path):
@@ -22,7 +50,7 @@ def test_the_wheel_has_recipes_and_weights(tmp_path):
         "--no-build-isolation",
         "--wheel-dir",
         str(tmp_path),
-        str(ROOT),
+        str(as_the_image_copies_it(tmp_path / "source")),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if done.returncode and "setuptools" in done.stderr:
@@ -35,6 +63,9 @@ def test_the_wheel_has_recipes_and_weights(tmp_path):
     assert {
         "launch/recipes/published.yaml",
         "launch/demo.sh",
+        "launch/grids/paper.yaml",
+        "trainer/report/published.csv",
+        "trainer/report/templates/card.md",
         "trainer/lungs/weights/lung_unet.safetensors",
         "trainer/findings/nih.yaml",
     } <= names
