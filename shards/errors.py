@@ -143,9 +143,9 @@ def run(main: Callable[[], None]) -> None:
         if rank:
             time.sleep(ALONE)  # the first process most likely says the same; the launcher then ends this one
         tell(str(error))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:  # one that was asked for by a scheduler has a code of its own
         print(f"{where}interrupted", file=sys.stderr, flush=True)
-        sys.exit(130)
+        sys.exit(getattr(interrupt, "code", 130))
     except BrokenPipeError:  # `... | head` closed the pipe: nothing is wrong
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

@@ -4,6 +4,7 @@ Legend: W processes that train, B images a process and batch; positions are thos
 """
 
 import multiprocessing
+import os
 import signal
 import sys
 import threading
@@ -268,8 +269,13 @@ class _Watch:
 
 
 def _leave_interrupts(_: int) -> None:
-    """In a loader process: Ctrl-C is the parent's, which ends this one."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """In a loader process: signals that go to all processes of a job are the parent's, which ends this one."""
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    parent = os.getppid()
+    # The parent's own request to end, or anybody's when the parent is gone, is a SIGTERM, too: torch asks its processes
+    # by an event first
+    signal.signal(signal.SIGTERM, lambda *_: None if os.getppid() == parent else os._exit(0))
 
 
 class _Buffers:

@@ -13,6 +13,7 @@ import torch
 import two
 from curves import ROOT, launch
 from jobs import TOGETHER, content_of, seeing
+from safetensors.torch import load_file
 
 from shards.dataset import Split
 from shards.loader import Loader
@@ -48,6 +49,25 @@ def test_two_processes_train_one_run(flags, tmp_path, policy):
     assert (job.state.epoch, job.state.position) == (2, 0)
     job.train()
     assert job.state.epoch == 3
+
+
+@TOGETHER
+def test_a_signal_to_one_process_ends_both_at_the_same_step(flags, tmp_path):
+    """Exit code 0, a checkpoint of that step, and on to the weights of a run that nobody disturbed."""
+    both = [*flags, "--batch", "4", "--epochs", "2", "--best", "last"]
+    two_py = str(ROOT / "tests/two.py")
+    done = launch("--mixed_precision", "no", two_py, "signalled", str(tmp_path), *both)
+    assert done.returncode == 0, done.stderr
+    assert "stopped; --resume goes on from its last checkpoint" in done.stderr
+    saved = checkpoint.load(tmp_path / "run/checkpoints/last.pt")
+    assert 3 <= saved["state"]["step"] <= 5
+    done = launch("--mixed_precision", "no", two_py, "train", str(tmp_path), "--out", str(tmp_path / "run"), "--resume")
+    assert done.returncode == 0, done.stderr
+    calm = [str(tmp_path / "calm") if flag == str(tmp_path / "run") else flag for flag in both]
+    done = launch("--mixed_precision", "no", two_py, "train", str(tmp_path), *calm)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "calm"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @TOGETHER

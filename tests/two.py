@@ -2,10 +2,13 @@
 
 train: an ordinary run; FOLDER/rank<r>.json gets the images of each epoch and lambda of each step.
 gradients: one step in float64; FOLDER/rank<r>.pt gets the gradients before the optimizer's step, labels, sums.
+signalled: an ordinary run, of which the second process gets a SIGTERM, once, within its third step.
 apart: an ordinary run whose processes stand in folders of their own, as on machines without a common disk.
 """
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -60,16 +63,29 @@ def watched(argv: list[str]) -> dict[str, list]:
     return seen
 
 
+def signalled(argv: list[str]) -> None:
+    """An ordinary run, of which the second process alone is asked to end, once."""
+    ordinary = Trainer.step
+
+    def step(self, group, lam):
+        if self.state.step == 2 and self.accelerator.process_index == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return ordinary(self, group, lam)
+
+    Trainer.step = step
+    main_of_training(argv)
+
+
 def main() -> None:
     what, folder, *argv = sys.argv[1:]
-    import os
-
     rank = os.environ["RANK"]
     if what == "apart":
         (Path(folder) / rank).mkdir()
         os.chdir(Path(folder) / rank)
         launching.SEEN_SECONDS = 2.0
         main_of_training(argv)
+    elif what == "signalled":
+        signalled(argv)
     elif what == "train":
         (Path(folder) / f"rank{rank}.json").write_text(json.dumps(watched(argv)))
     else:

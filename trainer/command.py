@@ -139,11 +139,23 @@ def resumed(argv: list[str] | None, prog: str) -> list[str]:
     peek.add_argument("--resume", nargs="?", const="true", default="false")
     with contextlib.suppress(argparse.ArgumentError):  # the real parser says it better
         seen, _ = peek.parse_known_args(argv)
+        if seen.resume == "auto" and seen.out:
+            begun = (seen.out / "config.yaml").is_file()
+            argv = [*_without_resume(argv), *(["--resume=true"] if begun else [])]
+            seen.resume = "true" if begun else "false"
         if seen.out and yaml.safe_load(seen.resume) is True:
             if not (seen.out / "config.yaml").is_file():
                 raise InputError(f"--resume: {seen.out} holds no run (no config.yaml); start it without --resume")
             argv = ["--config", str(seen.out / "config.yaml"), *argv]
     return argv
+
+
+def _without_resume(argv: list[str]) -> list[str]:
+    kept = [token for token in argv if not token.startswith("--resume=")]
+    if "--resume" in kept:
+        at = kept.index("--resume")
+        kept[at : at + 2] = []
+    return kept
 
 
 def resolve(argv: list[str] | None) -> Config:

@@ -104,7 +104,9 @@ class Config:
     save_every: int = 500
     """Steps between checkpoints within an epoch; one is written at the end of every epoch anyway."""
     resume: bool = False
-    """Go on with the run in --out; other flags are then taken from its config.yaml unless given again."""
+    """Go on with the run in --out; other flags are then taken from its config.yaml unless given again. auto, on the
+    command line: go on if there is one, else start.
+    """
     dry_run: bool = False
     """Check everything, take two steps, say how long it would take, and leave nothing."""
 

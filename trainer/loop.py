@@ -29,12 +29,12 @@ from trainer.cam import normalize_cam
 from trainer.context import lend_devices, swap_context
 from trainer.launching import loader_of, plan_of, seed_step, share_buffers
 from trainer.look import locate
-from trainer.losses import attention_term
+from trainer.losses import attention_term, constant
 from trainer.measure import validation_figures
 from trainer.regions.lesions import attended_regions
 from trainer.regions.place import Regions, has_region
 from trainer.rules import Rule, rules_of
-from trainer.training import NOT_FINITE, Training, duration
+from trainer.training import NOT_FINITE, Training
 from trainer.upload import Download, upload
 
 
@@ -85,33 +85,31 @@ class Trainer(Training):
             self.clock.start()
             while not self.done:
                 self.net.train()
-                for group in groups(self.loader.batches(state.epoch, state.position), config.accumulate):
-                    # A step: its learning rate, its random numbers, its lambda.
-                    taken = sum(batch.total for batch in group)
-                    self.schedule.before_step(
-                        state.epoch * images + state.position,
-                        taken,
-                        config.epochs * images,
-                        state.warmup,
-                        config.optim.frozen * images,
-                    )
-                    seed_step(config.seed, state.step, self.accelerator.process_index)
-                    lam = self.lam
-                    sums = self.step(group, lam)
-                    self.tell_balance(sums)
+                with self.stop.at_the_next_step():
+                    for group in groups(self.loader.batches(state.epoch, state.position), config.accumulate):
+                        # A step: its learning rate, its random numbers, its lambda.
+                        taken = sum(batch.total for batch in group)
+                        done, whole = state.epoch * images + state.position, config.epochs * images
+                        self.schedule.before_step(done, taken, whole, state.warmup, config.optim.frozen * images)
+                        seed_step(config.seed, state.step, self.accelerator.process_index)
+                        lam = self.lam
+                        sums = self.step(group, lam)
+                        self.tell_balance(sums)
 
-                    state.position += taken
-                    state.step += 1
-                    state.images += taken
-                    self.logged += sums
-                    bar.update(taken)
+                        state.position += taken
+                        state.step += 1
+                        state.images += taken
+                        self.logged += sums
+                        bar.update(taken)
 
-                    # Once in a while: log, save.
-                    if state.step % config.log_every == 0 or state.position == images:
-                        self.log(bar, lam, state.epoch + state.position / images)
-                    if state.step % config.save_every == 0 and state.position < images:
-                        with self.clock.paused():
-                            self.save()
+                        # Once in a while: log, save; where a signal asks for it, leave.
+                        if state.step % config.log_every == 0 or state.position == images:
+                            self.log(bar, lam, state.epoch + state.position / images)
+                        if self.asked_to_end(at_once=state.position == images):
+                            self.leave()
+                        if state.step % config.save_every == 0 and state.position < images:
+                            with self.clock.paused():
+                                self.save()
 
                 # Once an epoch: share the lungs, validate, keep the best, save.
                 with self.clock.paused():
@@ -159,7 +157,9 @@ class Trainer(Training):
                 for batch in batches
             ]
         ).sum(0)
-        counts = accelerator.reduce(own, "sum")
+        # With it goes whether a process was asked to end: all learn of it at the same step
+        asked = constant((float(bool(self.stop.asked)),), accelerator.device).to(own.dtype)
+        counts, self.asked = accelerator.reduce(torch.cat([own, asked]), "sum").split([len(own), 1])
         shares = self.task.shares(counts[:-1])
         images, positives = counts[:-1].sum(), counts[-1].clamp(min=1)
         images = torch.where(images > 0, images, torch.ones_like(images))
@@ -315,15 +315,6 @@ class Trainer(Training):
             left = self.config.epochs * len(self.plan) - state.epoch * len(self.plan) - state.position
             self.tell_pace(bar, line["images_per_s"], left)
 
-    def tell_pace(self, bar: Any, pace: float, left: int) -> None:
-        """How long it will take, by the first steps; said once."""
-        finds = "; the first epoch finds the lungs, too" if self.lungs and not self.state.epoch else ""
-        bar.write(
-            f"at the pace of the first steps, {pace:.3g} images/s{finds}, {duration(left / pace)} of training are left "
-            f"for {left} images, and validation of {len(self.splits['val'])} after each epoch",
-            file=sys.stderr,
-        )
-
     def write(self, line: dict[str, Any]) -> None:
         """Append to metrics.jsonl and send to the tracker, on the main process."""
         if self.accelerator.is_main_process:
@@ -333,6 +324,8 @@ class Trainer(Training):
     def end_epoch(self, bar: Any) -> None:
         """Validation, the schedule, the best model, the checkpoint."""
         config, accelerator, state = self.config, self.accelerator, self.state
+        if state.step - self.saved_at >= config.save_every / 5:
+            self.save()  # what is stopped while it validates has not trained for nothing
         share_buffers(self.model)
         self.refuse_not_finite()
         with self.averaged():

@@ -52,8 +52,9 @@ def main(argv: list[str] | None = None) -> None:
                 f"nothing is left to train: {out} has its {epochs} epochs and its report; raise --epochs to go on"
             )
         else:
-            trainer.train()
-            conclude(trainer)
+            with trainer.stop:
+                trainer.train()
+                conclude(trainer)
     except KeyboardInterrupt:
         kept = (Path(trainer.config.out) / "checkpoints" / "last.pt").is_file()
         went = "its last checkpoint" if kept else "the beginning, there is no checkpoint yet"

@@ -2,6 +2,8 @@
 
 import contextlib
 import math
+import signal
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -26,6 +28,7 @@ from trainer.regions.lesions import Avoided, LesionRegions
 from trainer.rules import Finding
 from trainer.run import LAST_STEP, MODEL, read_report, save_model, stored_as
 from trainer.schedule import Schedule
+from trainer.stopping import Stop, Stopped
 from trainer.task import Task
 from trainer.tracking import Tracking
 from trainer.upload import Download
@@ -112,6 +115,10 @@ class Training:
         # `StepSums` of this process since the last line of the log
         self.logged = torch.zeros(len(StepSums._fields), dtype=torch.float64, device=device)
         self.average = Average(self.model, self.config.optim.ema) if self.config.optim.ema else None
+        self.stop = Stop()
+        self.saved_at = 0  # step of the last checkpoint
+        self.asked = torch.zeros(1)  # of the last step, above 0: a process was asked to end
+        self.unread: Download | None = None  # that of the step before
         self.unseen: Download | None = None  # sums of the last step, of which lambda does not know yet
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
@@ -177,6 +184,7 @@ class Training:
         on_main(self.accelerator, write)
         for finder in self.lungs.values():
             finder.memory.saved = True
+        self.saved_at = self.state.step
         self.accelerator.wait_for_everyone()
 
     def recall_lungs(self, path: Path) -> None:
@@ -194,6 +202,30 @@ class Training:
                     f"the lungs of the {name} images are looked for again: these are not the images that were "
                     "segmented before"
                 )
+
+    def tell_pace(self, bar: Any, pace: float, left: int) -> None:
+        """How long it will take, by the first steps; said once."""
+        finds = "; the first epoch finds the lungs, too" if self.lungs and not self.state.epoch else ""
+        bar.write(
+            f"at the pace of the first steps, {pace:.3g} images/s{finds}, {duration(left / pace)} of training are left "
+            f"for {left} images, and validation of {len(self.splits['val'])} after each epoch",
+            file=sys.stderr,
+        )
+
+    def asked_to_end(self, *, at_once: bool) -> bool:
+        """Whether a signal has asked any process to end. All have the same answer at the same step, of several
+        processes that of the step before, for which no device is waited for, but ``at_once``.
+        """
+        if self.accelerator.num_processes == 1:
+            return bool(self.stop.asked)
+        before, self.unread = self.unread, Download(self.asked)
+        return any(bool(one.get()) for one in (before, self.unread if at_once else None) if one is not None)
+
+    def leave(self) -> None:
+        """Save, and raise `Stopped` on every process."""
+        with self.clock.paused():
+            self.save()
+        raise Stopped(self.stop.asked or signal.SIGTERM)
 
     def launch(self) -> dict[str, Any]:
         """How the run is carried out: it may change, but not unsaid."""
@@ -233,6 +265,7 @@ class Training:
             self.average.load_state_dict(content["average"])
         self.recall_lungs(path.with_name("lungs.pt"))
         self.state = State(**content["state"])
+        self.saved_at = self.state.step
         was = content["launch"]
         for name, value in self.launch().items():
             if was.get(name, value) != value:

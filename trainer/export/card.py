@@ -8,6 +8,7 @@ from typing import Any
 from trainer.content import Content
 from trainer.lungs.load import load_segmenter
 from trainer.lungs.segmenter import LungSegmenter
+from trainer.report.paper import markdown
 from trainer.report.tables import Cell, data, tables, training
 from trainer.report.template import plain
 from trainer.report.verdict import verdict
@@ -54,7 +55,7 @@ def card(
     lungs = "" if segmenter is None else SHIPPED if _shipped(segmenter) else OWN
     return plain(
         "card.md",
-        table=markdown,
+        table=table,
         title=f"{', '.join(names[:4])}{' and others' if len(names) > 4 else ''}: a classifier of chest radiographs",
         verdict=verdict(content),
         training=training(content),
@@ -115,10 +116,9 @@ def _snippet(side: int, stretch: bool) -> str:
     return "\n".join(lines)
 
 
-def markdown(head: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
-    """A table; what a page has in small print stands in brackets."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+def table(head: Sequence[Cell], rows: Sequence[Sequence[Cell]]) -> str:
+    """A table in Markdown; what a page has in small print stands in brackets."""
+    return markdown([_cell(cell) for cell in head], [[_cell(cell) for cell in row] for row in rows])
 
 
 def _cell(cell: Cell) -> str:

@@ -1,0 +1,69 @@
+"""Signals that ask a run to end: noted, agreed on by all processes, obeyed after a step."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+# A cluster's scheduler sends SIGTERM or SIGUSR1 some time before it kills, a closed terminal SIGHUP, Ctrl-C SIGINT
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+
+
+class Stopped(KeyboardInterrupt):
+    """The run was asked to end. ``code`` of the process: 0 where it is to be run again, 130 of Ctrl-C."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.code = 130 if number == signal.SIGINT else 0
+
+
+class Stop:
+    """Within ``with stop:`` a first signal asks for an end, a second one of any kind ends the process at once.
+
+    Attributes:
+        asked: the signal, 0: none so far.
+    """
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.deferred = False
+
+    def __enter__(self) -> "Stop":
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def at_the_next_step(self) -> Iterator[None]:
+        """Within the block a signal is only noted: who runs steps asks for it after each."""
+        before, self.deferred = self.deferred, True
+        try:
+            yield
+        finally:
+            self.deferred = before
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if self.asked:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        self.asked = number
+        if os.environ.get("RANK", "0") == "0":
+            then = "saving after this step" if self.deferred else "stopping"
+            # What is being printed may be cut by the signal: this goes past Python's buffers
+            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{name_of(number)}: {then}\n".encode())
+        if not self.deferred:
+            raise Stopped(number)
+
+
+def name_of(number: int) -> str:
+    """``SIGTERM``."""
+    return signal.Signals(number).name
