@@ -117,10 +117,11 @@ FURTHER = {
     "energy + swap, lambda balanced": ["--balance.policy", "balanced", *ON],
     "energy + swap, lambda constrained": ["--balance.policy", "constrained", *ON],
 }
+CUT = ["--attention.region", "both", "--swap.lesions", "true"]
 ANNOTATED = {
     "energy, 10% annotated": ["--attention.region", "both", "--attention.annotated", "0.1", *OFF],
-    "energy + swap, 10% annotated": ["--attention.region", "both", "--attention.annotated", "0.1", *ON],
-    "energy + swap, all annotated": ["--attention.region", "both", *ON],
+    "energy + swap, 10% annotated": [*CUT, "--attention.annotated", "0.1", *ON],
+    "energy + swap, all annotated": [*CUT, *ON],
 }
 LAYERS = {"resnet": ("layer3", "layer3,layer4"), "pvt": ("stages.2", "stages.2,stages.3")}  # an earlier one, two
 

@@ -57,7 +57,8 @@ EPOCHS = {
 BASE = real.BASE
 # As the default was before this study: lambda 0.5 from the start, both sides alike
 BEFORE = ["--balance.lam", "0.5", "--balance.ramp", "0", "--findings", str(HERE / "unsided.yaml")]
-LESIONS = ["--findings", str(HERE / "declared.yaml"), "--attention.region", "both"]
+WHOLE = ["--findings", str(HERE / "declared.yaml"), "--attention.region", "both"]  # lungs stay whole
+LESIONS = [*WHOLE, "--swap.lesions", "true"]
 ARMS: dict[str, list[str]] = {
     BASE: ["--balance.lam", "1", "--findings", str(HERE / "declared.yaml")],
     "rectangles": [*BEFORE[:-2], "--findings", str(HERE / "boxed.yaml")],
@@ -68,6 +69,8 @@ ARMS: dict[str, list[str]] = {
     "lesions of 1%": LESIONS,
     "lesions of 10%": LESIONS,
     "all lesions": LESIONS,
+    "all lesions, finer maps": [*LESIONS, "--attention.stride", "16"],
+    "all lesions, lungs stay whole": WHOLE,
 }
 AVOID = ["--findings", str(HERE / "declared.yaml"), "--attention.avoid", "Chest Drain", "--swap.devices"]
 DRAINS = {"drains avoided": [*AVOID, "0"], "drains avoided and lent": [*AVOID, "0.5"]}  # of drain alone

@@ -60,6 +60,8 @@ RUNS = {
         "both",
         "--attention.annotated",
         "0.5",
+        "--swap.lesions",
+        "true",
         "--balance.policy",
         "balanced",
         "--accumulate",

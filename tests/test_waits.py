@@ -82,13 +82,22 @@ def waits(monkeypatch):
 
 
 SEVERAL = ["--labels.kind", "any", "--task", "Effusion,Pneumothorax"]
+CUT = ["--attention.region", "both", "--swap.lesions", "true"]
 OPTIONS = {
     "default": [],
     "accumulate": ["--accumulate", "2", *MOVING],
     "published": ["--findings", "published", "--attention.form", "published", "--balance.policy", "published"],
     "ratio, coverage": ["--balance.policy", "ratio", "--attention.form", "coverage"],
     "balanced, lift": ["--balance.policy", "balanced", "--attention.form", "lift"],
-    "constrained, lesions": ["--balance.policy", "constrained", "--attention.region", "both", *MOVING],
+    "constrained, lesions": [
+        "--balance.policy",
+        "constrained",
+        "--attention.region",
+        "both",
+        "--swap.lesions",
+        "true",
+        *MOVING,
+    ],
     "lesions alone": ["--attention.region", "annotation"],
     "eval mode": ["--attention.mode", "eval"],
     "two layers": ["--attention.layer", "layer3,layer4"],

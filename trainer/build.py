@@ -294,7 +294,7 @@ def announce_swap(trainer: Trainer) -> None:
         but = " (but an image whose lesions are used gets the lungs of a healthy one around them)"
         say(
             f"context swap {what}: the region of {listed(fixed)} is unknown, or reaches beyond the lung box, whose "
-            f"surroundings must then stay{but if trainer.annotations else ''}"
+            f"surroundings must then stay{but if trainer.annotations and config.swap.lesions else ''}"
         )
     if trainer.avoided and config.lent_devices:
         say(

@@ -73,7 +73,7 @@ class Trainer(Training):
         self.reach = max((self.rules[name].dilate for name in self.inside), default=0.0)
         if self.inside:
             self.inside.add(NO_FINDING)
-        self.swaps = bool(self.inside or self.annotations) and config.swap_probability > 0
+        self.swaps = bool(self.inside or (self.annotations and config.swap.lesions)) and config.swap_probability > 0
         self.lends = self.avoided is not None and config.lent_devices > 0
         self.has_rule = torch.tensor([name in self.rules for name in split.classes])
         self.shows_outside = torch.tensor([name not in self.inside for name in split.classes], device=device)
@@ -253,7 +253,7 @@ class Trainer(Training):
         swapped = torch.zeros(2, device=device)
         if self.swaps:
             inside = found & ~(self.task.may_show(target) & self.shows_outside).any(1)
-            if not self.annotations:
+            if not (self.annotations and self.swap.lesions):
                 lesions = None
             if lesions is not None:  # what else an image may show must stay where it is
                 lesions = lesions & (self.task.may_show(target).sum(1) == 1)[:, None, None]

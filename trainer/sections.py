@@ -157,6 +157,10 @@ class Swap:
     """How far the kept box reaches beyond the lung box, in shares of its sides."""
     feather: float = 0.04
     """Width of the seam, in shares of the image's side."""
+    lesions: bool = False
+    """Whether all but the lesions of an annotated image comes from a healthy one whose lungs lie alike, too: against a
+    shortcut within the lungs whose place is not known. On boxes of radiologists it costs AUC (bench/LOG.md).
+    """
     devices: float | None = None
     """Share of the images without a finding that get the devices of another image of the batch: those that
     attention.avoid names, where they are; empty: 0.5 where it names some and attention is trained, else 0.

@@ -56,7 +56,7 @@ class Tracking:
 
     def start(self, run: Path, config: dict[str, Any]) -> None:
         """Open the tracker. ``run``: the run folder, where offline data goes; ``config``: the resolved settings."""
-        self._attempt(lambda: self._start(run, config))
+        self.attempt(lambda: self._start(run, config))
 
     def _start(self, run: Path, config: dict[str, Any]) -> None:
         options: dict[str, Any] = {}
@@ -86,7 +86,7 @@ class Tracking:
     def log(self, figures: Mapping[str, Any], step: int) -> None:
         """Scalars, those of training and of val in a section of their own each; anything else is left out."""
         numbers = {_section(name): value for name, value in figures.items() if isinstance(value, int | float)}
-        self._attempt(lambda: self.accelerator.log(numbers, step=step))
+        self.attempt(lambda: self.accelerator.log(numbers, step=step))
 
     def result(self, figures: Mapping[str, float], step: int) -> None:
         """The figures of the finished run: scalars, and in wandb its summary, by which runs are sorted."""
@@ -139,7 +139,7 @@ class Tracking:
 
     def _wandb(self, action: Callable[[Any], object]) -> None:
         if self.kind == "wandb":
-            self._attempt(lambda: action(self.accelerator.get_tracker("wandb", unwrap=True)))
+            self.attempt(lambda: action(self.accelerator.get_tracker("wandb", unwrap=True)))
 
     def picture(self, name: str, image: np.ndarray, step: int) -> None:
         """uint8 [H,W,3]."""
@@ -151,7 +151,7 @@ class Tracking:
                 else:
                     tracker.log_images({name: [image]}, step=step)
 
-        self._attempt(send)
+        self.attempt(send)
 
     def finish(self) -> None:
         """Close what is open, once. (Accelerate's `end_training` would end the process group with it, on this process
@@ -162,10 +162,11 @@ class Tracking:
             for tracker in self.accelerator.trackers:
                 tracker.finish()
 
-        self._attempt(end)
+        self.attempt(end)
         self.alive = False
 
-    def _attempt(self, action: Callable[[], object]) -> None:
+    def attempt(self, action: Callable[[], object]) -> None:
+        """Something that is for the tracker alone: what fails in it ends tracking, with a warning."""
         if not self.alive:
             return
         try:

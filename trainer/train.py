@@ -124,7 +124,7 @@ def conclude(trainer: Trainer) -> None:
     }
     content = finish(trainer.evaluator, config, trainer.findings, training, out)
     if acc.is_main_process:
-        track(trainer, content)
+        trainer.tracking.attempt(lambda: track(trainer, content))
         print(table({out.name: content}))
         print(f"report: {(out / 'report.html').resolve()}")
 

@@ -19,6 +19,7 @@ from trainer.predictor import Outputs, Reader
 from trainer.run import run_findings
 
 EXPORTED, GRAPH = "export.json", "model.onnx"
+PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 EXTRA = 'pip install "cxr-focus[onnx]"'
 
 
@@ -70,7 +71,8 @@ def session_of(path: Path) -> Any:
     options.intra_op_num_threads = cores()
     options.log_severity_level = 3  # its warnings are about its own optimisations
     try:
-        return ort.InferenceSession(str(path), options, providers=ort.get_available_providers())
+        there = [name for name in PROVIDERS if name in ort.get_available_providers()]
+        return ort.InferenceSession(str(path), options, providers=there)
     except Exception as error:  # onnxruntime's own kinds
         raise InputError(f"{path}: onnxruntime cannot open it ({' '.join(str(error).split())[:200]})") from error
 
