@@ -4,7 +4,7 @@ marked.
 Questions: Effusion, Pneumothorax, Cardiomegaly, Pneumonia and Consolidation, each against No Finding, whatever else an
 image shows; several: the eight findings of BBox_List_2017 as one model. An image shows a finding where the archive's
 text or a radiologist's mark says so. Patients are dealt 50/10/40 by the seed; lesions of the training images are used
-by those arms alone that say so. EfficientNet-Lite0 from ImageNet weights, 224 px, AdamW with some augmentation, the
+by those arms alone that say so, and cut out into healthy lungs (--swap.lesions) but where lungs stay whole. EfficientNet-Lite0 from ImageNet weights, 224 px, AdamW with some augmentation, the
 last model. Truth are the radiologists' boxes. drain: Pneumothorax with a chest drain painted through a lung of 90% of
 the positive and 10% of the negative images of train and val, and of half of all of test.
 
