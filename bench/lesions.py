@@ -4,9 +4,10 @@ marked.
 Questions: Effusion, Pneumothorax, Cardiomegaly, Pneumonia and Consolidation, each against No Finding, whatever else an
 image shows; several: the eight findings of BBox_List_2017 as one model. An image shows a finding where the archive's
 text or a radiologist's mark says so. Patients are dealt 50/10/40 by the seed; lesions of the training images are used
-by those arms alone that say so, and cut out into healthy lungs (--swap.lesions) but where lungs stay whole. EfficientNet-Lite0 from ImageNet weights, 224 px, AdamW with some augmentation, the
-last model. Truth are the radiologists' boxes. drain: Pneumothorax with a chest drain painted through a lung of 90% of
-the positive and 10% of the negative images of train and val, and of half of all of test.
+by those arms alone that say so, and cut out into healthy lungs (--swap.lesions) but where lungs stay whole.
+EfficientNet-Lite0 from ImageNet weights, 224 px, AdamW with some augmentation, the last model. Truth are the
+radiologists' boxes. drain: Pneumothorax with a chest drain painted through a lung of 90% of the positive and 10% of the
+negative images of train and val, and of half of all of test.
 
 Beside every hit rate stands the one point that most lesions of the other images (train and val) hold, beside every
 energy their mean map, beside all of it cross-entropy: the difference to it with two 95% intervals, of a bootstrap over
