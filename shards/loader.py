@@ -4,7 +4,6 @@ Legend: W processes that train, B images a process and batch; positions are thos
 """
 
 import multiprocessing
-import os
 import signal
 import sys
 import threading
@@ -26,6 +25,7 @@ from shards.plan import EpochPlan, Share, Shares
 from shards.store import Remote
 
 FETCHERS = 4  # shards of a URL that are fetched ahead at a time
+GRACE = 5  # seconds that a loader process lives on after a SIGTERM
 STALLED = 600.0  # seconds without a batch after which the loader's processes count as stuck
 SHM_REMEDY = "use fewer --workers (0: none) or a smaller --batch, or give the container more (docker run --shm-size 1g)"
 
@@ -272,10 +272,9 @@ def _leave_interrupts(_: int) -> None:
     """In a loader process: signals that go to all processes of a job are the parent's, which ends this one."""
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    parent = os.getppid()
-    # The parent's own request to end, or anybody's when the parent is gone, is a SIGTERM, too: torch asks its processes
-    # by an event first
-    signal.signal(signal.SIGTERM, lambda *_: None if os.getppid() == parent else os._exit(0))
+    # A SIGTERM to all is followed by the parent's last checkpoint; one by the parent means this process, whose end it
+    # waits for. Which it is cannot be told, so that after the first one there is a little time.
+    signal.signal(signal.SIGTERM, lambda *_: (signal.signal(signal.SIGTERM, signal.SIG_DFL), signal.alarm(GRACE)))
 
 
 class _Buffers:
