@@ -5,11 +5,14 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
 # A cluster's scheduler sends SIGTERM or SIGUSR1 some time before it kills, a closed terminal SIGHUP, Ctrl-C SIGINT
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+# Seconds in which further signals are the same request, by another way: of a scheduler to all, and of a launcher
+ECHO = 2.0
 
 
 class Stopped(KeyboardInterrupt):
@@ -21,20 +24,22 @@ class Stopped(KeyboardInterrupt):
 
 
 class Stop:
-    """Within ``with stop:`` a first signal asks for an end, a second one of any kind ends the process at once.
+    """Within ``with stop:`` a first signal asks for an end, a second one, some seconds later, ends the process at once.
 
     Attributes:
         asked: the signal, 0: none so far.
     """
 
     def __init__(self) -> None:
-        self.asked = 0
+        self.asked, self.since = 0, 0.0
         self.deferred = False
 
     def __enter__(self) -> "Stop":
         self.before = {}
         if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            # What is ignored from outside stays so: nohup means that a closed terminal is no reason to end
+            heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            self.before = {number: signal.signal(number, self._handle) for number in heard}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -51,11 +56,13 @@ class Stop:
             self.deferred = before
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if self.asked and time.monotonic() - self.since < ECHO:
+            return
         if self.asked:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        self.asked = number
+        self.asked, self.since = number, time.monotonic()
         if os.environ.get("RANK", "0") == "0":
             then = "saving after this step" if self.deferred else "stopping"
             # What is being printed may be cut by the signal: this goes past Python's buffers

@@ -230,8 +230,10 @@ class Trainings:
         with self.lock:
             self.running.discard(process)
             self.free.append(slot)
-        print(f"{job.out.name}: {'finished' if code == 0 else f'failed, see {job.out}.log'}", flush=True)
-        return code
+        done = code == 0 and finished(job)  # one that a signal has ended says 0, too
+        how = "finished" if done else "stopped, and can go on" if code == 0 else f"failed, see {job.out}.log"
+        print(f"{job.out.name}: {how}", flush=True)
+        return 0 if done else code or 1
 
 
 if __name__ == "__main__":

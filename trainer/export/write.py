@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -134,7 +135,7 @@ def distance(cxr: Predictor, exported: Exported) -> dict[str, float]:
     for part in (squares, squares[:1], squares[-3:]):
         ours, theirs = cxr.see(part), exported.see(part)
         for name, value in _apart(cxr, ours, theirs).items():
-            far[name] = max(far[name], value)
+            far[name] = max(far[name], value if math.isfinite(value) else math.inf)
     return far
 
 
