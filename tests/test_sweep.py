@@ -39,7 +39,7 @@ def test_a_grid_is_all_its_points(tmp_path):
     jobs = sweep.jobs_of(grid_file(tmp_path, GRID), tmp_path / "runs", ["--epochs", "3"])
     assert [job.out.name for job in jobs[:4]] == ["pvt_1_0", "pvt_1_1", "pvt_1_2", "pvt_adaptive_0"]
     assert len(jobs) == 12
-    config = jobs[-1].config()
+    config = jobs[-1].config
     assert (config.backbone, config.balance.policy, config.seed, config.epochs) == ("vgg", "published", 2, 3)
     assert config.attention.threshold == 0.1
     assert len(sweep.jobs_of(sweep.Path("paper"), tmp_path, ["--shards", "S"])) == 60

@@ -26,6 +26,7 @@ from shards.gray import Scale
 from shards.pixels import Frame, fit, load_image
 from trainer.classifier import FocusClassifier
 from trainer.config import Config
+from trainer.groups import limits_of
 from trainer.launching import Accelerator, start
 from trainer.look import energies_of, look, regions_of
 from trainer.lungs import LungFinder
@@ -137,11 +138,8 @@ class Reader(ABC):
         self.task = task_of(config, known)
         self.findings = self.task.findings
         self.rules = rules_of(known)
-        self.point = point = report.get("threshold")
-        # Of one finding an image and two classes it is that of the second
-        self.threshold: dict[str, float | None] = (
-            point if isinstance(point, dict) else {} if point is None else {self.findings[1]: point}
-        )
+        self.point = report.get("threshold")
+        self.threshold = limits_of(self.findings, self.point)
         self.calibration = report.get("calibration") or {}
         self.unfinished = bool(report.get("training", {"unfinished": True}).get("unfinished"))
         self.side, self.aspect = int(stored["size"]), str(stored.get("aspect", "stretch"))

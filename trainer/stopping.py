@@ -66,11 +66,8 @@ class Stop:
         if os.environ.get("RANK", "0") == "0":
             then = "saving after this step" if self.deferred else "stopping"
             # What is being printed may be cut by the signal: this goes past Python's buffers
-            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{name_of(number)}: {then}\n".encode())
+            os.write(
+                sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{signal.Signals(number).name}: {then}\n".encode()
+            )
         if not self.deferred:
             raise Stopped(number)
-
-
-def name_of(number: int) -> str:
-    """``SIGTERM``."""
-    return signal.Signals(number).name

@@ -19,9 +19,11 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +46,9 @@ class Job:
     out: Path
     flags: tuple[str, ...]
 
+    @cached_property
     def config(self) -> Config:
-        """Its settings. InputError names the run."""
+        """Its settings, resolved once. InputError names the run."""
         try:
             return resolve([*self.flags, "--out", str(self.out)])
         except InputError as error:
@@ -61,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"{len(files)} grids named: python -m trainer.sweep GRID.yaml --out DIR")
     jobs = jobs_of(Path(files[0]), Path(options.out), more)
     for job in jobs:
-        job.config()
+        _ = job.config  # what is wrong is said before the first run
     number, of = options.part_of()
     part = jobs[number - 1 :: of]
     left = [job for job in part if not finished(job)]
@@ -117,8 +120,7 @@ def jobs_of(file: Path, out: Path, more: Sequence[str] = ()) -> list[Job]:
     for points in itertools.product(*axes):
         name = file_name("_".join(point for point, _ in points))
         jobs.append(Job(out / name, (*base, *more, *itertools.chain.from_iterable(flags for _, flags in points))))
-    names = [job.out.name for job in jobs]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    if twice := sorted(name for name, often in Counter(job.out.name for job in jobs).items() if often > 1):
         raise InputError(f"{file}: several runs would be called {listed(twice)}; give the points of an axis names")
     return jobs
 
@@ -148,7 +150,7 @@ def finished(job: Job) -> bool:
     """Whether the run has its epochs and its report. InputError: it is of other settings."""
     if not (job.out / "config.yaml").is_file():
         return False
-    was, wanted = (flat(asdict(config)) for config in (from_yaml(Config, job.out / "config.yaml"), job.config()))
+    was, wanted = (flat(asdict(config)) for config in (from_yaml(Config, job.out / "config.yaml"), job.config))
     other = [name for name in wanted if name not in CARRIED_OUT and was[name] != wanted[name]]
     if other:
         said = ", ".join(f"{name} {was[name]}, in the grid {wanted[name]}" for name in other[:5])

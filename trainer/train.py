@@ -31,6 +31,7 @@ from trainer.evaluate import finish, tiles
 from trainer.export.card import card_of_run
 from trainer.launching import close, on_main, set_threads
 from trainer.loop import Trainer, groups
+from trainer.lungs.load import load_segmenter
 from trainer.report.tables import tables
 from trainer.report.words import SUMMARY, shown_split, summary, table
 from trainer.run import FINDINGS, LUNGS, MODEL, open_run, shareable, stored_as
@@ -146,7 +147,7 @@ def track(trainer: Trainer, content: Content) -> None:
     )
     tracking.images("radiographs", tiles(trainer.evaluator, shown), step)
     stored = stored_as(trainer.splits["train"])
-    texts = {"README.md": card_of_run(content, stored, trainer.model.size, open_run(out).segmenter)}
+    texts = {"README.md": card_of_run(content, stored, trainer.model.size, load_segmenter(out / LUNGS))}
     texts["config.yaml"] = to_yaml(shareable(trainer.config))
     files = {name: out / name for name in (MODEL, LUNGS, FINDINGS) if (out / name).is_file()}
     tracking.model(out.name, files, texts)

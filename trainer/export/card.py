@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainer.content import Content
+from trainer.export.session import OPSET
+from trainer.groups import limits_of
 from trainer.lungs.load import load_segmenter
 from trainer.lungs.segmenter import LungSegmenter
 from trainer.report.paper import markdown
@@ -46,8 +48,7 @@ def card(
         for name in description["outputs"]
     ]  # fmt: skip
     several = config["labels"]["kind"] == "any"
-    points = content.get("threshold")
-    of = points if isinstance(points, dict) else {} if points is None else {names[1]: points}
+    of = limits_of(names, content.get("threshold"))
     thresholds = ", ".join(f"{name} {'none' if at is None else f'{at:.3f}'}" for name, at in of.items())
     alone = config["balance"]["policy"] == "fixed" and config["balance"]["lam"] == 1
     stretch = description["stored"]["aspect"] == "stretch"
@@ -64,7 +65,7 @@ def card(
         dataset=content["dataset"],
         data=data(content),
         attention=_loss(several, alone),
-        opset=18,
+        opset=OPSET,
         side=side,
         outputs=description["outputs"],
         backbone=config["backbone"],

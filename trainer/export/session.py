@@ -19,6 +19,7 @@ from trainer.predictor import Outputs, Reader
 from trainer.run import run_findings
 
 EXPORTED, GRAPH = "export.json", "model.onnx"
+OPSET = 18
 PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 EXTRA = 'pip install "cxr-focus[onnx]"'
 

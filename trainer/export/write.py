@@ -18,13 +18,12 @@ from shards.phantom import Phantoms
 from trainer.command import to_yaml
 from trainer.export.card import card
 from trainer.export.graph import Graph
-from trainer.export.session import EXPORTED, EXTRA, GRAPH, Exported
+from trainer.export.session import EXPORTED, EXTRA, GRAPH, OPSET, Exported
 from trainer.launching import start
 from trainer.predictor import Outputs, Predictor
 from trainer.rules import to_yaml as findings_to_yaml
 from trainer.run import FINDINGS, LUNGS, MODEL, read_report, run_findings, shareable
 
-OPSET = 18
 CARD = "README.md"
 # How far the graph may be from the run, on images of every kind: of probabilities and of maps, both in [0,1]
 PROBABILITY, CAM = 1e-4, 2e-3

@@ -75,9 +75,10 @@ class Runs:
 
     def _open(self, name: str) -> None:
         cxr = self._run(name)
-        shown = shown_split(read_report(self.folders[name]))
+        report = read_report(self.folders[name])
+        shown = shown_split(report)
         split = Split(open_store(cxr.config.shards), shown, cxr.task.labels)
-        if read_report(self.folders[name]).get("images", {}).get(shown) != split.fingerprint:
+        if report.get("images", {}).get(shown) != split.fingerprint:
             raise InputError(f"{cxr.config.shards}: has other {shown} images now than {name} was measured on")
         self.split, self.positions = split, {split.key(i): i for i in range(len(split))}
 
