@@ -18,6 +18,7 @@ from trainer import predict
 from trainer import train as loop
 from trainer.export import __main__ as export
 from trainer.export.session import EXPORTED, session_of
+from trainer.export.write import LIMITS, checked
 from trainer.launching import start
 from trainer.lungs import cleanup
 from trainer.predictor import Predictor
@@ -135,10 +136,19 @@ def test_an_export_is_whole_or_none(exported, tmp_path, monkeypatch):
     (tmp_path / "run/report.json").write_text(json.dumps(report))
     with pytest.raises(InputError, match="has not finished"):
         export.main([str(tmp_path / "run"), "--out", str(tmp_path / "y")])
-    monkeypatch.setattr("trainer.export.write.PROBABILITY", -1.0)
-    with pytest.raises(InputError, match="the graph comes out otherwise than the run"):
-        export.main([str(exported / "run"), "--out", str(tmp_path / "far")])
-    assert not (tmp_path / "far" / EXPORTED).exists()
+    # What is wrong anywhere is refused; an export that was there before stays, and nothing else is left
+    shutil.copytree(exported / "export", tmp_path / "there")
+    for name in LIMITS:
+        with pytest.raises(InputError, match="comes out otherwise than the run"):
+            checked({name: LIMITS[name] * 1.01 + 1e-9}, tmp_path / "far")
+        checked({name: LIMITS[name]}, tmp_path / "far")
+    monkeypatch.setitem(LIMITS, "region", -1.0)
+    for name in ("far", "there"):
+        with pytest.raises(InputError, match="the graph comes out otherwise than the run"):
+            export.main([str(exported / "run"), "--out", str(tmp_path / name)])
+    assert not (tmp_path / "far").exists()
+    assert (tmp_path / "there" / EXPORTED).read_bytes() == (exported / "export" / EXPORTED).read_bytes()
+    assert not [one for one in tmp_path.iterdir() if one.name.startswith(".")]
 
 
 def test_without_onnx_the_remedy_is_told(exported, tmp_path, monkeypatch):

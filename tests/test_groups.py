@@ -23,7 +23,9 @@ def outcome():
     logits = torch.from_numpy(rng.normal(0, 1, (300, 2))) + target
     metas = [{"sex": "MF"[i % 2], "age": str(a), "key": str(i)} for i, a in enumerate(rng.integers(20, 95, 300))]
     metas[0] |= {"sex": "", "age": "old"}
-    split = type("Fake", (), {"split": "test", "meta": lambda _, i: metas[i], "__len__": lambda _: 300})()
+    nobodys = {"patient": np.zeros(300, np.int64)}
+    fields = {"split": "test", "meta": lambda _, i: metas[i], "__len__": lambda _: 300, "ids": lambda _: nobodys}
+    split = type("Fake", (), fields)()
     nobody = torch.zeros(0, dtype=torch.int64)
     return SimpleNamespace(
         task=AnyOf(("A", "B")),
@@ -128,6 +130,10 @@ def test_figures_of_studies_are_those_of_their_pooled_images(outcome, how):
 def test_units_without_patients(outcome):
     """Of one finding an image the first class is not measured; patients are units, too, where they are known."""
     split = outcome.split
+    for meta in outcome.metas:  # CheXpert's studies are numbered by patient
+        meta["study"] = "study1"
+    split.ids = lambda: {"patient": np.arange(300) // 3 + 1, "key": np.arange(300)}
+    assert len(set(units_of(split, "study")[0].tolist())) == 100
     split.ids = lambda: {"patient": np.array([0, 7, 7] * 100), "key": np.arange(300)}
     unit, without = units_of(split, "patient")
     assert without == 100

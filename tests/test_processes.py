@@ -53,7 +53,9 @@ def test_two_processes_train_one_run(flags, tmp_path, policy):
 
 @TOGETHER
 def test_a_signal_to_one_process_ends_both_at_the_same_step(flags, tmp_path):
-    """Exit code 0, a checkpoint of that step, and on to the weights of a run that nobody disturbed."""
+    """Exit code 0, a checkpoint of that step, and on to the weights of a run that nobody disturbed; the same while it
+    validates.
+    """
     both = [*flags, "--batch", "4", "--epochs", "2", "--best", "last"]
     two_py = str(ROOT / "tests/two.py")
     done = launch("--mixed_precision", "no", two_py, "signalled", str(tmp_path), *both)
@@ -61,7 +63,13 @@ def test_a_signal_to_one_process_ends_both_at_the_same_step(flags, tmp_path):
     assert "stopped; --resume goes on from its last checkpoint" in done.stderr
     saved = checkpoint.load(tmp_path / "run/checkpoints/last.pt")
     assert 3 <= saved["state"]["step"] <= 5
-    done = launch("--mixed_precision", "no", two_py, "train", str(tmp_path), "--out", str(tmp_path / "run"), "--resume")
+    on = [str(tmp_path), "--out", str(tmp_path / "run"), "--resume"]
+    done = launch("--mixed_precision", "no", two_py, "validating", *on)
+    assert done.returncode == 0, done.stderr
+    saved = checkpoint.load(tmp_path / "run/checkpoints/last.pt")
+    assert (saved["state"]["epoch"], saved["state"]["position"]) == (0, 30)
+    assert not (tmp_path / "run/model.safetensors").exists()
+    done = launch("--mixed_precision", "no", two_py, "train", *on)
     assert done.returncode == 0, done.stderr
     calm = [str(tmp_path / "calm") if flag == str(tmp_path / "run") else flag for flag in both]
     done = launch("--mixed_precision", "no", two_py, "train", str(tmp_path), *calm)

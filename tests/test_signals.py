@@ -65,7 +65,7 @@ def test_a_signal_loses_no_step(flags, tmp_path, undisturbed, monkeypatch, capfd
     assert stopped.value.code == code
     assert signal.getsignal(number) == before
     said = capfd.readouterr().err
-    assert f"{signal.Signals(number).name}: saving after this step" in said
+    assert f"{signal.Signals(number).name}: stopping after this batch" in said
     assert "stopped; --resume goes on from its last checkpoint" in said
     saved = torch.load(tmp_path / "run/checkpoints/last.pt", weights_only=False)
     assert saved["state"]["step"] == step + 1
@@ -76,20 +76,23 @@ def test_a_signal_loses_no_step(flags, tmp_path, undisturbed, monkeypatch, capfd
     assert "nothing is left to train" in capfd.readouterr().out
 
 
-def test_a_signal_while_it_validates(flags, tmp_path, undisturbed, monkeypatch, capfd):
+@pytest.mark.parametrize("every", ["20", "1000"], ids=["saved before", "not saved before"])
+def test_a_signal_while_it_validates(flags, tmp_path, undisturbed, monkeypatch, capfd, every):
+    """Nor in the last step of an epoch, after which the handler had its look."""
     ordinary, sent = Evaluator.measure, []
 
     def measure(self, *args, **kwargs):
         if not sent:
             sent.append(True)
             os.kill(os.getpid(), signal.SIGHUP)
-            pytest.fail("it went on")
-        return ordinary(self, *args, **kwargs)
+        ordinary(self, *args, **kwargs)
+        pytest.fail("it went on")
 
+    begun = [*flags, *EPOCHS, "--best", "last", "--save_every", every, "--resume", "auto"]
     monkeypatch.setattr(Evaluator, "measure", measure)
-    begun = [*flags, *EPOCHS, "--best", "last", "--save_every", "20", "--resume", "auto"]
     with pytest.raises(Stopped):
         loop.main(begun)
+    monkeypatch.setattr(Evaluator, "measure", ordinary)
     assert "SIGHUP: stopping" in capfd.readouterr().err
     saved = torch.load(tmp_path / "run/checkpoints/last.pt", weights_only=False)
     assert (saved["state"]["step"], saved["state"]["epoch"]) == (4, 0)
@@ -132,7 +135,7 @@ def test_later_it_is_a_second_one(monkeypatch):
     monkeypatch.setattr("trainer.stopping.ECHO", 0.0)
     monkeypatch.setattr("trainer.stopping.os.kill", lambda pid, number: sent.append((pid, number)))
     before = signal.getsignal(signal.SIGUSR1)
-    with Stop() as stop, stop.at_the_next_step():
+    with Stop() as stop, stop.between_batches():
         for _ in range(2):
             signal.raise_signal(signal.SIGUSR1)
             assert stop.asked == signal.SIGUSR1

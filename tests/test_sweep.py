@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -123,11 +124,62 @@ def test_what_failed_goes_on_and_what_is_finished_stays(tmp_path, monkeypatch, c
     sweep.main([file, "--out", str(tmp_path / "runs")])
     assert [command[-1] for command, _ in commands] == ["--resume"]
     assert "3 of 3 runs are finished" in capsys.readouterr().out
+    # A run that was given more epochs and then stopped has a report of fewer
+    path = tmp_path / "runs/ne_2/report.json"
+    path.write_text(json.dumps({"training": {"epochs": 1, "asked_epochs": 4}}))
+    commands.clear()
+    sweep.main([file, "--out", str(tmp_path / "runs")])
+    assert [command[command.index("--out") + 1][-4:] for command, _ in commands] == ["ne_2"]
     with pytest.raises(InputError, match=r"ne_0: is a run of other settings \(batch 32, in the grid 8\)"):
         sweep.main([file, "--out", str(tmp_path / "runs"), "--batch", "8"])
     commands.clear()
     sweep.main([file, "--out", str(tmp_path / "runs"), "--epochs", "200", "--part", "2/3"])  # more epochs: it goes on
     assert [command[-1] for command, _ in commands] == ["--resume"]
+
+
+def test_a_sweep_that_is_asked_to_end_asks_its_trainings(tmp_path, monkeypatch, capsys):
+    """By whatever signal; also one that ignores Ctrl-C, as of a shell's background."""
+    code = (
+        "import signal, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('up', flush=True);"
+        "signal.signal(signal.SIGTERM, lambda *_: (print('asked', flush=True), sys.exit(0))); time.sleep(60)"
+    )
+    ordinary = subprocess.Popen
+    begun = []
+
+    def popen(command, **options):
+        begun.append(ordinary([sys.executable, "-c", code], **options))
+        return begun[-1]
+
+    monkeypatch.setattr(sweep.subprocess, "Popen", popen)
+    jobs = [sweep.Job(tmp_path / name, ()) for name in "abc"]
+    log = tmp_path / "a.log"
+
+    def up():
+        return log.exists() and b"up" in log.read_bytes()
+
+    def hang_up():
+        until = time.monotonic() + 60
+        while not up() and time.monotonic() < until:
+            time.sleep(0.05)
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGHUP)
+
+    threading.Thread(target=hang_up).start()
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        sweep.Trainings(1, []).run(jobs)
+    assert stopped.value.code == 0
+    assert len(begun) == 1
+    assert begun[0].wait(20) == 0
+    assert b"asked" in log.read_bytes()
+
+
+def test_a_log_that_cannot_be_written_fails_its_run_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sweep, "finished", lambda job: True)
+    monkeypatch.setattr(sweep.subprocess, "Popen", lambda *_, **__: Done(0))
+    (tmp_path / "a.log").mkdir()
+    jobs = [sweep.Job(tmp_path / name, ()) for name in "ab"]
+    assert sweep.Trainings(1, []).run(jobs) == jobs[:1]
+    assert "a: cannot be started (Is a directory" in capsys.readouterr().out
 
 
 def content(backbone="pvt", lam=1.0, policy="fixed", findings=("No Finding", "Effusion"), accuracy=0.8):
@@ -149,6 +201,9 @@ def test_the_published_table():
     assert len(notes) == 2
     assert "d is left out: its lambda" in notes[0]
     assert "e is left out: its findings" in notes[1]
+    undefined = {"a": content()}
+    undefined["a"]["test"]["auc"] = None
+    assert [row[4] for row in paper.table(undefined)[0] if row[3] == "here, mine"][-1] == "undefined"
     for form in paper.FORMS.values():
         assert len(re.findall(r"0\.909", form(paper.HEAD, rows))) == 1
     assert list(csv.reader(paper.comma_separated(paper.HEAD, rows).splitlines()))[1] == rows[0]

@@ -2,7 +2,8 @@
 
 train: an ordinary run; FOLDER/rank<r>.json gets the images of each epoch and lambda of each step.
 gradients: one step in float64; FOLDER/rank<r>.pt gets the gradients before the optimizer's step, labels, sums.
-signalled: an ordinary run, of which the second process gets a SIGTERM, once, within its third step.
+signalled, validating: an ordinary run, of which the second process gets a SIGTERM, once, within its third step, or
+while it validates.
 apart: an ordinary run whose processes stand in folders of their own, as on machines without a common disk.
 """
 
@@ -63,16 +64,18 @@ def watched(argv: list[str]) -> dict[str, list]:
     return seen
 
 
-def signalled(argv: list[str]) -> None:
+def signalled(argv: list[str], where: str) -> None:
     """An ordinary run, of which the second process alone is asked to end, once."""
-    ordinary = Trainer.step
+    name = "step" if where == "signalled" else "heed"
+    ordinary, sent = getattr(Trainer, name), []
 
-    def step(self, group, lam):
-        if self.state.step == 2 and self.accelerator.process_index == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return ordinary(self, group, lam)
+    def signals(self, *args):
+        due = self.state.step == 2 if where == "signalled" else not sent
+        if due and self.accelerator.process_index == 1:
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+        return ordinary(self, *args)
 
-    Trainer.step = step
+    setattr(Trainer, name, signals)
     main_of_training(argv)
 
 
@@ -84,8 +87,8 @@ def main() -> None:
         os.chdir(Path(folder) / rank)
         launching.SEEN_SECONDS = 2.0
         main_of_training(argv)
-    elif what == "signalled":
-        signalled(argv)
+    elif what in ("signalled", "validating"):
+        signalled(argv, what)
     elif what == "train":
         (Path(folder) / f"rank{rank}.json").write_text(json.dumps(watched(argv)))
     else:

@@ -108,6 +108,7 @@ class Training(TypedDict, total=False):
     unfinished: bool
     minutes: float
     epochs: int
+    asked_epochs: int  # of which patience may have spared some
     step: int
     best_epoch: int
     best: str

@@ -127,12 +127,12 @@ def gaps(groups: dict[str, dict[str, Any]], figure: str = "auc_within") -> dict[
 
 def units_of(split: Split, column: str) -> tuple[np.ndarray, int]:
     """The number of the study, the patient, or whatever a column tells apart, of each image: int64 [N]; an image of
-    which it is not known is one of its own: how many. InputError: no image has the column.
+    which it is not known is one of its own: how many. Some archives number studies by patient: images of two patients
+    are never of one unit. InputError: no image has the column.
     """
-    if column == "patient":
-        ids = split.ids()
-        values = [str(one) if one else "" for one in ids["patient"].tolist()]
-    else:
+    whose = [str(one) if one else "" for one in split.ids()["patient"].tolist()]
+    values = whose
+    if column != "patient":
         values = [str(split.meta(p).get(column, "")).strip() for p in range(len(split))]
     if not any(values):
         known = [name for name in (*split.meta(0), "patient") if name != column] if len(split) else []
@@ -140,7 +140,7 @@ def units_of(split: Split, column: str) -> tuple[np.ndarray, int]:
             f"--per {column}: of no {split.split} image it is known; {nearest(column, known)} (shards csv "
             "--patient-column and --keep-column take columns of a table)"
         )
-    own = [f"={value}" if value else f"#{p}" for p, value in enumerate(values)]
+    own = [f"={who}={value}" if value else f"#{p}" for p, (who, value) in enumerate(zip(whose, values, strict=True))]
     return np.unique(own, return_inverse=True)[1], values.count("")
 
 
@@ -167,6 +167,7 @@ def per_unit(outcome: Outcome, column: str, how: str, point: Point = None) -> di
     asked = [k for k in range(len(names)) if outcome.task.several or k > 0]
     cells = Cells([names[k] for k in asked], pooled[:, asked], state[:, asked])
     figures = cells.figures(limits_of(names, point), groups=whose, intervals=True)
+    figures["resampled"] = "patients" if patients is not None else "units"
     return figures | {"unit": column, "pooling": how, "pooled": len(target), "without": without}
 
 

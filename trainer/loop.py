@@ -34,6 +34,7 @@ from trainer.measure import validation_figures
 from trainer.regions.lesions import attended_regions
 from trainer.regions.place import Regions, has_region
 from trainer.rules import Rule, rules_of
+from trainer.stopping import Stopped
 from trainer.training import NOT_FINITE, Training
 from trainer.upload import Download, upload
 
@@ -81,35 +82,35 @@ class Trainer(Training):
     def train(self) -> None:
         """Epochs until they are done or patience ends."""
         config, state, images = self.config, self.state, len(self.plan)
-        with self._progress() as bar:  # closed before an error is told, which then has a line of its own
+        # The bar is closed before an error is told, which then has a line of its own
+        with self._progress() as bar, self.stop.between_batches():
             self.clock.start()
             while not self.done:
                 self.net.train()
-                with self.stop.at_the_next_step():
-                    for group in groups(self.loader.batches(state.epoch, state.position), config.accumulate):
-                        # A step: its learning rate, its random numbers, its lambda.
-                        taken = sum(batch.total for batch in group)
-                        done, whole = state.epoch * images + state.position, config.epochs * images
-                        self.schedule.before_step(done, taken, whole, state.warmup, config.optim.frozen * images)
-                        seed_step(config.seed, state.step, self.accelerator.process_index)
-                        lam = self.lam
-                        sums = self.step(group, lam)
-                        self.tell_balance(sums)
+                for group in groups(self.loader.batches(state.epoch, state.position), config.accumulate):
+                    # A step: its learning rate, its random numbers, its lambda.
+                    taken = sum(batch.total for batch in group)
+                    done, whole = state.epoch * images + state.position, config.epochs * images
+                    self.schedule.before_step(done, taken, whole, state.warmup, config.optim.frozen * images)
+                    seed_step(config.seed, state.step, self.accelerator.process_index)
+                    lam = self.lam
+                    sums = self.step(group, lam)
+                    self.tell_balance(sums)
 
-                        state.position += taken
-                        state.step += 1
-                        state.images += taken
-                        self.logged += sums
-                        bar.update(taken)
+                    state.position += taken
+                    state.step += 1
+                    state.images += taken
+                    self.logged += sums
+                    bar.update(taken)
 
-                        # Once in a while: log, save; where a signal asks for it, leave.
-                        if state.step % config.log_every == 0 or state.position == images:
-                            self.log(bar, lam, state.epoch + state.position / images)
-                        if self.asked_to_end(at_once=state.position == images):
-                            self.leave()
-                        if state.step % config.save_every == 0 and state.position < images:
-                            with self.clock.paused():
-                                self.save()
+                    # Once in a while: log, save; where a signal asks for it, leave.
+                    if state.step % config.log_every == 0 or state.position == images:
+                        self.log(bar, lam, state.epoch + state.position / images)
+                    if self.asked_to_end(at_once=state.position == images):
+                        self.leave()
+                    if state.step % config.save_every == 0 and state.position < images:
+                        with self.clock.paused():
+                            self.save()
 
                 # Once an epoch: share the lungs, validate, keep the best, save.
                 with self.clock.paused():
@@ -328,8 +329,13 @@ class Trainer(Training):
             self.save()  # what is stopped while it validates has not trained for nothing
         share_buffers(self.model)
         self.refuse_not_finite()
-        with self.averaged():
-            outcome = self.evaluator.measure("val", cams=self.attends)
+        try:
+            with self.averaged():
+                outcome = self.evaluator.measure("val", cams=self.attends)
+        except Stopped:
+            if self.saved_at < state.step:
+                self.save()
+            raise
         lam = self.lam
         figures = validation_figures(outcome, lam, config.attention)
         self.balance.validated(figures["val_loss"])

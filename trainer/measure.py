@@ -50,6 +50,7 @@ class Evaluator:
         rules: of the expected regions, by finding.
         splits, lungs: by name of a split; without lungs there are no expected regions.
         batch, workers: images a process and forward, processes that read.
+        between: called before each batch, on all processes alike.
     """
 
     accelerator: Accelerator
@@ -63,6 +64,7 @@ class Evaluator:
     lungs: Mapping[str, LungFinder]
     batch: int
     workers: int
+    between: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         self.loaders: dict[str, Loader] = {}
@@ -120,6 +122,7 @@ class Evaluator:
 
         with evaluating(model):
             for batch in self.loader(name).batches(0):
+                self.between()
                 index, own, raw = batch.index, batch.weight > 0, batch.image.to(device, non_blocking=True)
                 change = self._blur(batch, split.classes, regions, blur) if blur and lungs is not None else None
                 # One forward for the first pair of every image, which gives the logits, too; then one for the second

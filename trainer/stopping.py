@@ -1,4 +1,4 @@
-"""Signals that ask a run to end: noted, agreed on by all processes, obeyed after a step."""
+"""Signals that ask a run to end: noted, agreed on by all processes, obeyed between two batches."""
 
 import contextlib
 import os
@@ -47,8 +47,8 @@ class Stop:
             signal.signal(number, handler)
 
     @contextlib.contextmanager
-    def at_the_next_step(self) -> Iterator[None]:
-        """Within the block a signal is only noted: who runs steps asks for it after each."""
+    def between_batches(self) -> Iterator[None]:
+        """Within the block a signal is only noted: who takes batches asks for it between them."""
         before, self.deferred = self.deferred, True
         try:
             yield
@@ -64,7 +64,7 @@ class Stop:
             return
         self.asked, self.since = number, time.monotonic()
         if os.environ.get("RANK", "0") == "0":
-            then = "saving after this step" if self.deferred else "stopping"
+            then = "stopping after this batch" if self.deferred else "stopping"
             # What is being printed may be cut by the signal: this goes past Python's buffers
             os.write(
                 sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{signal.Signals(number).name}: {then}\n".encode()

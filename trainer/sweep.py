@@ -15,10 +15,10 @@ finished one is not repeated, one that was interrupted goes on.
 
 import itertools
 import os
-import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,9 +32,11 @@ from trainer.command import flat, from_yaml, parse, positionals, resolve
 from trainer.config import Config
 from trainer.options import SweepConfig
 from trainer.report.words import file_name
+from trainer.stopping import Stop
 
 GRIDS = Path(__file__).parents[1] / "launch" / "grids"
 MOST = 10_000  # runs of a grid
+PATIENCE = 60.0  # seconds that trainings have for their last checkpoint
 # Settings of a finished run that may differ from the grid's: nothing of the model follows from them
 CARRIED_OUT = ("out", "epochs", "resume", "workers", "log_every", "save_every", "tracker", "dry_run")
 
@@ -147,7 +149,7 @@ def _text(value: Any) -> str:
 
 
 def finished(job: Job) -> bool:
-    """Whether the run has its epochs and its report. InputError: it is of other settings."""
+    """Whether the run has its report, of all the epochs that are wanted now. InputError: it is of other settings."""
     if not (job.out / "config.yaml").is_file():
         return False
     was, wanted = (flat(asdict(config)) for config in (from_yaml(Config, job.out / "config.yaml"), job.config))
@@ -158,7 +160,9 @@ def finished(job: Job) -> bool:
     if not (job.out / "report.json").is_file():
         return False
     training = (read_json(job.out / "report.json") or {}).get("training", {})
-    return was["epochs"] >= wanted["epochs"] and not training.get("unfinished", "epochs" not in training)
+    # Of how many epochs the report is: a run that was stopped after it was given more has the report of fewer
+    asked = training.get("asked_epochs", was["epochs"])
+    return asked >= wanted["epochs"] and not training.get("unfinished", "epochs" not in training)
 
 
 def gpus() -> list[str]:
@@ -183,32 +187,31 @@ class Trainings:
         self.running: set[subprocess.Popen[bytes]] = set()
 
     def run(self, jobs: Sequence[Job]) -> list[Job]:
-        """Those that failed. Ctrl-C and SIGTERM stop all of them, each at its last checkpoint."""
-        before = signal.getsignal(signal.SIGTERM)
-
-        def stop(*_: Any) -> None:
-            raise KeyboardInterrupt
-
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, stop)
-        try:
-            with ThreadPoolExecutor(self.at_once) as pool:
-                try:
-                    codes = list(pool.map(self._train, jobs))
-                except KeyboardInterrupt:
-                    self._stop()
-                    pool.shutdown(cancel_futures=True)
-                    raise
-        finally:
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, before)
+        """Those that failed. A signal that ends the sweep (`trainer.stopping`) ends all of them, each with a checkpoint
+        of the step that it is at.
+        """
+        with Stop(), ThreadPoolExecutor(self.at_once) as pool:
+            try:
+                codes = list(pool.map(self._train, jobs))
+            except KeyboardInterrupt:
+                self._stop()
+                pool.shutdown(cancel_futures=True)
+                raise
         return [job for job, code in zip(jobs, codes, strict=True) if code]
 
     def _stop(self) -> None:
+        """Ask all to end; those that have not after `PATIENCE` seconds are killed."""
         with self.lock:
             self.stopped.set()
-            for process in self.running:
-                process.send_signal(signal.SIGINT)
+            running = list(self.running)
+            for process in running:
+                process.terminate()
+        until = time.monotonic() + PATIENCE
+        for process in running:
+            try:
+                process.wait(max(0.0, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
 
     def _train(self, job: Job) -> int:
         with self.lock:
@@ -219,14 +222,19 @@ class Trainings:
             job.out.parent.mkdir(parents=True, exist_ok=True)
             begun = (job.out / "config.yaml").is_file()
             command = [sys.executable, "-m", "trainer.train", *job.flags, "--out", str(job.out)]
-            with job.out.with_name(f"{job.out.name}.log").open("ab") as log:
-                process = subprocess.Popen(
-                    [*command, *(["--resume"] if begun else [])],
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env=os.environ | own,
-                    process_group=0,  # Ctrl-C is this process's to pass on
-                )
+            try:
+                with job.out.with_name(f"{job.out.name}.log").open("ab") as log:
+                    process = subprocess.Popen(
+                        [*command, *(["--resume"] if begun else [])],
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        env=os.environ | own,
+                        process_group=0,  # Ctrl-C is this process's to pass on
+                    )
+            except OSError as error:
+                self.free.append(slot)
+                print(f"{job.out.name}: cannot be started ({error.strerror}: {error.filename})", flush=True)
+                return 1
             self.running.add(process)
         code = process.wait()
         with self.lock:

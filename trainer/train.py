@@ -55,7 +55,10 @@ def main(argv: list[str] | None = None) -> None:
         else:
             with trainer.stop:
                 trainer.train()
-                conclude(trainer)
+                # What one process is torn out of, others wait for
+                alone = trainer.accelerator.num_processes == 1
+                with contextlib.nullcontext() if alone else trainer.stop.between_batches():
+                    conclude(trainer)
     except KeyboardInterrupt:
         kept = (Path(trainer.config.out) / "checkpoints" / "last.pt").is_file()
         went = "its last checkpoint" if kept else "the beginning, there is no checkpoint yet"
@@ -113,6 +116,7 @@ def conclude(trainer: Trainer) -> None:
     training: Training = {
         "minutes": state.seconds / 60,
         "epochs": state.epoch,
+        "asked_epochs": config.epochs,
         "step": state.step,
         "best_epoch": state.best_epoch + 1,
         "best": config.chosen_by,

@@ -22,6 +22,7 @@ from trainer.classifier import FocusClassifier
 from trainer.command import flat
 from trainer.config import Config
 from trainer.launching import on_main
+from trainer.losses import constant
 from trainer.lungs.memory import LungFinder
 from trainer.measure import Evaluator
 from trainer.regions.lesions import Avoided, LesionRegions
@@ -118,7 +119,8 @@ class Training:
         self.stop = Stop()
         self.saved_at = 0  # step of the last checkpoint
         self.asked = torch.zeros(1)  # of the last step, above 0: a process was asked to end
-        self.unread: Download | None = None  # that of the step before
+        self.unread: Download | None = None  # that of the step, or batch, before
+        self.evaluator.between = self.heed
         self.unseen: Download | None = None  # sums of the last step, of which lambda does not know yet
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
@@ -220,6 +222,14 @@ class Training:
             return bool(self.stop.asked)
         before, self.unread = self.unread, Download(self.asked)
         return any(bool(one.get()) for one in (before, self.unread if at_once else None) if one is not None)
+
+    def heed(self) -> None:
+        """Between two batches that are measured: `Stopped` on every process where a signal has asked one to end."""
+        if self.accelerator.num_processes > 1:
+            asked = constant((float(bool(self.stop.asked)),), self.accelerator.device)
+            self.asked = self.accelerator.reduce(asked, "sum")
+        if self.asked_to_end(at_once=False):
+            raise Stopped(self.stop.asked or signal.SIGTERM)
 
     def leave(self) -> None:
         """Save, and raise `Stopped` on every process."""

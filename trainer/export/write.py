@@ -3,7 +3,10 @@
 import importlib.util
 import json
 import math
+import shutil
+import tempfile
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,8 +28,25 @@ from trainer.rules import to_yaml as findings_to_yaml
 from trainer.run import FINDINGS, LUNGS, MODEL, read_report, run_findings, shareable
 
 CARD = "README.md"
-# How far the graph may be from the run, on images of every kind: of probabilities and of maps, both in [0,1]
-PROBABILITY, CAM = 1e-4, 2e-3
+# How far the graph may be from the run, on images of every kind: see `distance`
+LIMITS = {
+    "probability": 1e-4,
+    "calibrated": 1e-4,
+    "cam": 2e-3,
+    "found": 0.0,
+    "lung_box": 1.0,
+    "lungs": 0.01,
+    "region": 0.01,
+}
+WORDS = {
+    "probability": "probabilities",
+    "calibrated": "calibrated",
+    "cam": "maps",
+    "found": "images with lungs in one alone",
+    "lung_box": "lung boxes, in pixels",
+    "lungs": "lungs, share of other pixels",
+    "region": "regions, share of other pixels",
+}
 PHANTOMS, NOISE = 6, 2  # images that both are tried on
 FILES = {GRAPH, MODEL, LUNGS, "config.yaml", FINDINGS, EXPORTED, CARD}
 TOO_LARGE = 2**31 - 2**20  # bytes of a graph, which is one message of protobuf
@@ -68,26 +88,38 @@ def export(folder: Path, out: Path) -> list[str]:
         "calibration": cxr.calibration,
         "training": {"unfinished": False},
     }
+    place = out.resolve()
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / EXPORTED).unlink(missing_ok=True)  # what is half-written is no export
-        atomic.write(out / GRAPH, data)
-        atomic.write(out / MODEL, (folder / MODEL).read_bytes())
-        if (folder / LUNGS).is_file():
-            atomic.write(out / LUNGS, (folder / LUNGS).read_bytes())
-        atomic.write(out / "config.yaml", to_yaml(shareable(cxr.config)))
-        atomic.write(out / FINDINGS, findings_to_yaml(run_findings(folder, cxr.config)))
-        atomic.write(out / EXPORTED, json.dumps(description, indent=1))
-        far = distance(cxr, Exported(out))
-        said = checked(far, out)
-        atomic.write(out / EXPORTED, json.dumps(description | {"distance": far}, indent=1))
-        atomic.write(out / CARD, card(content, asdict(cxr.config), description | {"distance": far}, cxr.segmenter))
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as folder_:
+            partial = Path(folder_)
+            (partial / GRAPH).write_bytes(data)
+            for name in (MODEL, LUNGS):
+                if (folder / name).is_file():
+                    shutil.copyfile(folder / name, partial / name)
+            (partial / "config.yaml").write_text(to_yaml(shareable(cxr.config)))
+            (partial / FINDINGS).write_text(findings_to_yaml(run_findings(folder, cxr.config)))
+            (partial / EXPORTED).write_text(json.dumps(description, indent=1))
+            description["distance"] = distance(cxr, Exported(partial))
+            said = checked(description["distance"], out)
+            (partial / EXPORTED).write_text(json.dumps(description, indent=1))
+            (partial / CARD).write_text(card(content, asdict(cxr.config), description, cxr.segmenter))
+            _put(partial, place)
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({error.strerror})") from error
-    except InputError:
-        (out / EXPORTED).unlink(missing_ok=True)
-        raise
-    return [*said, f"export: {out.resolve()}", f"its card: {(out / CARD).resolve()}"]
+    return [*said, f"export: {place}", f"its card: {place / CARD}"]
+
+
+def _put(partial: Path, out: Path) -> None:
+    """Move what was checked to where it is wanted; an export that was there before is whole until then."""
+    out.mkdir(exist_ok=True)
+    for name in (EXPORTED, *sorted(FILES - {EXPORTED})):  # what is half there is no export
+        (out / name).unlink(missing_ok=True)
+    for name in (*sorted(FILES - {EXPORTED}), EXPORTED):
+        if (partial / name).is_file():
+            atomic.sync(partial / name)
+            (partial / name).replace(out / name)
+    atomic.sync(out)
 
 
 def to_onnx(graph: Graph) -> bytes:
@@ -120,7 +152,8 @@ def to_onnx(graph: Graph) -> bytes:
 
 def distance(cxr: Predictor, exported: Exported) -> dict[str, float]:
     """How far the two are from each other on phantoms, noise and a black image, in batches of several sizes: the
-    largest difference of probabilities and maps, of lung boxes in pixels, and the share of other pixels of the lungs.
+    largest difference of probabilities, of calibrated ones and of maps, of lung boxes in pixels, the largest share of
+    other pixels of the lungs and of a region, and how many images have lungs in one of the two only.
     """
     source = Phantoms(20, 0, size=max(64, cxr.side))
     images = [cxr.packed(source.load(item).image) for item in source.items[:PHANTOMS]]
@@ -128,39 +161,45 @@ def distance(cxr: Predictor, exported: Exported) -> dict[str, float]:
     images += [rng.integers(0, 256, (cxr.side, cxr.side)).astype(np.uint8) for _ in range(NOISE)]
     images.append(np.zeros((cxr.side, cxr.side), np.uint8))
     squares = torch.from_numpy(np.stack(images))
-    far = {"probability": 0.0}
-    far |= {"cam": 0.0} if cxr.model.has_map else {}
-    far |= {"lung_box": 0.0, "lungs": 0.0} if cxr.segmenter is not None else {}
+    far: dict[str, float] = {}
     for part in (squares, squares[:1], squares[-3:]):
-        ours, theirs = cxr.see(part), exported.see(part)
-        for name, value in _apart(cxr, ours, theirs).items():
-            far[name] = max(far[name], value if math.isfinite(value) else math.inf)
+        ours, theirs, given = cxr.see(part), exported.see(part), exported.run(part.numpy())
+        for name, value in _apart(cxr, ours, theirs, given).items():
+            far[name] = max(far.get(name, 0.0), value if math.isfinite(value) else math.inf)
     return far
 
 
-def _apart(cxr: Predictor, ours: Outputs, theirs: Outputs) -> dict[str, float]:
-    found = {"probability": _most(cxr.task.probabilities(ours.logits) - cxr.task.probabilities(theirs.logits))}
+def _apart(cxr: Predictor, ours: Outputs, theirs: Outputs, given: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    task = cxr.task
+    wanted = {
+        "probability": task.probabilities(ours.logits),
+        "calibrated": task.calibrated(ours.logits, cxr.calibration),
+    }
+    found = {name: _most(value - given[name], value.isnan() & given[name].isnan()) for name, value in wanted.items()}
+    found["probability"] = max(found["probability"], _most(wanted["probability"] - task.probabilities(theirs.logits)))
     if ours.cam is not None and theirs.cam is not None:
         found["cam"] = _most(ours.cam - theirs.cam)
     if ours.boxes is not None and theirs.boxes is not None and ours.lungs is not None and theirs.lungs is not None:
+        found["found"] = float((ours.found != theirs.found).sum())
         found["lung_box"] = _most((ours.boxes - theirs.boxes).double())
         found["lungs"] = _most((ours.lungs != theirs.lungs).double().mean((1, 2)))
+    if ours.regions.keys() != theirs.regions.keys():
+        found["region"] = math.inf
+    elif ours.regions:
+        shares = [_most((at != theirs.regions[name]).double().mean((1, 2))) for name, at in ours.regions.items()]
+        found["region"] = max(shares)
     return found
 
 
-def _most(difference: torch.Tensor) -> float:
-    return float(difference.abs().max())
+def _most(difference: torch.Tensor, equal: torch.Tensor | None = None) -> float:
+    """The largest; ``equal``: where there is none to be had. NaN counts as infinitely far."""
+    far = difference.abs() if equal is None else difference.abs().masked_fill(equal, 0.0)
+    return float(far.nan_to_num(math.inf).max())
 
 
 def checked(far: dict[str, float], out: Path) -> list[str]:
     """What is said of the distance. InputError: it is too far."""
-    words = {
-        "probability": "probabilities",
-        "cam": "maps",
-        "lung_box": "lung boxes, in pixels",
-        "lungs": "lungs, share of other pixels",
-    }
-    told = ", ".join(f"{words[name]} {value:.1g}" for name, value in far.items())
-    if far["probability"] > PROBABILITY or far.get("cam", 0.0) > CAM or far.get("lung_box", 0.0) > 1:
+    told = ", ".join(f"{WORDS[name]} {value:.1g}" for name, value in far.items())
+    if any(value > LIMITS[name] for name, value in far.items()):
         raise InputError(f"--out {out}: the graph comes out otherwise than the run ({told}); it is no export")
     return [f"largest difference between the graph and the run, on {PHANTOMS + NOISE + 1} images: {told}"]

@@ -60,24 +60,24 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"--out {out}: is a folder; name the HTML file to write, such as {out / 'report.html'}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        if options.table:
-            rows, said = paper.table(runs)
-            atomic.write(out, paper.FORMS[out.suffix](paper.HEAD, rows))
-            print(paper.markdown(paper.HEAD, rows), end="")
-            for line in said:
-                print(f"note: {line}")
-            print(f"\ntable: {out.resolve()}")
-            return
-        of = {folder.resolve().name: folder for folder in map(Path, folders)}
-        parts, lines = versus(of, runs, options.images)
-        links = {
-            name: quote(os.path.relpath(folder.resolve() / "report.html", out.resolve().parent))
-            for name, folder in of.items()
-            if (folder / "report.html").is_file()
-        }
-        atomic.write(out, page(options.title, runs, pictures, versus=parts, about=options.about, links=links))
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({error.strerror})") from error
+    if options.table:
+        rows, said = paper.table(runs)
+        atomic.write(out, paper.FORMS[out.suffix](paper.HEAD, rows))
+        print(paper.markdown(paper.HEAD, rows), end="")
+        for line in said:
+            print(f"note: {line}")
+        print(f"\ntable: {out.resolve()}")
+        return
+    of = {folder.resolve().name: folder for folder in map(Path, folders)}
+    parts, lines = versus(of, runs, options.images)
+    links = {
+        name: quote(os.path.relpath(folder.resolve() / "report.html", out.resolve().parent))
+        for name, folder in of.items()
+        if (folder / "report.html").is_file()
+    }
+    atomic.write(out, page(options.title, runs, pictures, versus=parts, about=options.about, links=links))
     print(table(runs))
     for line in lines:
         print(line)

@@ -3,6 +3,7 @@
 import csv
 import functools
 import io
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -52,17 +53,23 @@ def table(runs: Mapping[str, Content]) -> tuple[list[Row], list[str]]:
 
 def _cell(figures: Sequence[Figures], name: str) -> str:
     values = [_value(one, name) for one in figures]
-    count = f" ({len(values)})" if len(values) > 1 else ""
-    return f"{fmean(values):.3f}{count}" if values else ""
+    defined = [value for value in values if value is not None]
+    count = f" ({len(defined)})" if len(defined) > 1 else ""
+    return f"{fmean(defined):.3f}{count}" if defined else "undefined" if values else ""
 
 
-def _value(figures: Figures, name: str) -> float:
-    """As published: means of the classes weighted by their images, of which recall is the accuracy."""
+def _value(figures: Figures, name: str) -> float | None:
+    """As published: means of the classes weighted by their images, of which recall is the accuracy. None: undefined,
+    such as an AUC of images of one class.
+    """
     if name in ("accuracy", "auc"):
-        return float(figures["accuracy"] if name == "accuracy" else figures["auc"])
-    rows = figures["per_class"]
-    weighted = (float(row["precision" if name == "precision" else "f1"]) * row["support"] for row in rows)
-    return sum(weighted) / sum(row["support"] for row in rows)
+        value = figures["accuracy"] if name == "accuracy" else figures["auc"]
+        return None if value is None or math.isnan(value) else float(value)
+    rows = [row for row in figures["per_class"] if row["support"]]
+    each = [(row["precision" if name == "precision" else "f1"], row["support"]) for row in rows]
+    if not each or any(value is None or math.isnan(value) for value, _ in each):
+        return None
+    return sum(value * support for value, support in each) / sum(support for _, support in each)
 
 
 def _lambda(content: Content) -> str:

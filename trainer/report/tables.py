@@ -193,7 +193,9 @@ def _by_column(column: str, groups: dict[str, dict[str, Any]]) -> Rows:
 def _of_units(of: Mapping[str, Any]) -> Rows:
     """Of studies or patients instead of images."""
     alone = f", {of['without']} of them on their own as their {of['unit']} is unknown" if of["without"] else ""
-    head = [f"by {of['unit']}: {of['pooling']} of {of['pooled']} images, {of['images']} in all{alone}"]
+    over = "patients" if of.get("resampled") == "patients" else f"its values of {of['unit']}"
+    what = f"by {of['unit']}: {of['pooling']} of {of['pooled']} images, {of['images']} in all{alone}"
+    head = [f"{what}; intervals over {over}"]
     head += ["present", "absent", "AUC", "AUPRC", "threshold", "sensitivity", "specificity", "PPV", "NPV"]
     rows: list[list[Cell]] = []
     for name, row in of["per_finding"].items():
