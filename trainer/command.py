@@ -152,9 +152,10 @@ def resumed(argv: list[str] | None, prog: str) -> list[str]:
 
 def _without_resume(argv: list[str]) -> list[str]:
     kept = [token for token in argv if not token.startswith("--resume=")]
-    if "--resume" in kept:
+    while "--resume" in kept:
         at = kept.index("--resume")
-        kept[at : at + 2] = []
+        alone = kept[at + 1 : at + 2] == [] or kept[at + 1].startswith("--")
+        kept[at : at + (1 if alone else 2)] = []
     return kept
 
 

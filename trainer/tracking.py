@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from accelerate import Accelerator
 
+from shards import atomic
 from trainer.command import flat
 
 if TYPE_CHECKING:
@@ -214,7 +215,7 @@ def _id_of(run: Path) -> str:
     path = run / "wandb" / "id"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(secrets.token_hex(8))
+        atomic.write(path, secrets.token_hex(8))
     return path.read_text().strip()
 
 
