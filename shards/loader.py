@@ -25,8 +25,10 @@ from shards.plan import EpochPlan, Share, Shares
 from shards.store import Remote
 
 FETCHERS = 4  # shards of a URL that are fetched ahead at a time
+# Batches ahead of each loader process: more would not fit into the 64 MB of shared memory that a container has
+PREFETCH = 2
 GRACE = 5  # seconds that a loader process lives on after a SIGTERM
-STALLED = 600.0  # seconds without a batch after which the loader's processes count as stuck
+STALLED = 600.0  # seconds without a batch after which the loader's processes count as stuck, if nothing else is said
 SHM_REMEDY = "use fewer --workers (0: none) or a smaller --batch, or give the container more (docker run --shm-size 1g)"
 
 
@@ -125,6 +127,7 @@ class Loader:
             threads of CUDA, NCCL and
             a tracker. 0: this process reads.
         pinned: batches in page-locked memory, for a GPU.
+        timeout: seconds without a batch after which the loader's processes count as stuck.
     """
 
     def __init__(
@@ -137,14 +140,15 @@ class Loader:
         world: int = 1,
         workers: int = 0,
         pinned: bool = False,
+        timeout: float = STALLED,
     ) -> None:
+        self.timeout = timeout
         self.samples, self.plan = samples, plan
         self.batch, self.rank, self.world, self.workers = batch, rank, world, workers
         self.sampler = _Armed()
         options: dict[str, Any] = {"num_workers": workers, "pin_memory": pinned, "worker_init_fn": _leave_interrupts}
-        # Two batches ahead for each: more would not fit into the 64 MB of shared memory that a container has
         if workers:
-            options |= {"persistent_workers": True, "prefetch_factor": 2}
+            options |= {"persistent_workers": True, "prefetch_factor": PREFETCH}
         self.loader: Any = DataLoader(
             _Reader(samples), batch_size=None, sampler=self.sampler, collate_fn=None, **options
         )
@@ -155,7 +159,7 @@ class Loader:
 
         Shards of a URL are fetched ahead, one window of the plan before they are needed. InputError: a sample that
         cannot be read, processes of the loader that are killed, have no shared memory left, or deliver nothing for
-        `STALLED` seconds.
+        ``timeout`` seconds.
         """
         shares = Shares(self.plan, epoch, start, batch=self.batch, rank=self.rank, world=self.world)
         # Sets of lung masks, which are joined, are small: a shard of theirs is fetched when it is needed.
@@ -165,13 +169,13 @@ class Loader:
             else None
         )
         self.sampler.shares = ahead or shares
-        watch = _Watch()
+        watch = _Watch(self.timeout)
         try:
             yield from self._watched(watch)
         except (RuntimeError, OSError, EOFError) as error:
             if watch.stalled:
                 what = (
-                    f"have delivered nothing for {STALLED:g} s: is the disk or network of {self.samples.where} "
+                    f"have delivered nothing for {self.timeout:g} s: is the disk or network of {self.samples.where} "
                     "stuck, or a process stopped?"
                 )
                 raise InputError(f"the loader's processes {what}") from error
@@ -219,13 +223,14 @@ class _Armed(Sampler[Share]):
 
 
 class _Watch:
-    """Ends loader processes for which the main one has waited longer than `STALLED` seconds.
+    """Ends loader processes for which the main one has waited longer than ``timeout`` seconds.
 
     The loader's own timeout does not see a process that is frozen while it hands a batch over; a killed one ends every
     kind of waiting.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timeout: float) -> None:
+        self.timeout = timeout
         self.processes: list[Any] = []
         self.stalled = False
         self.since: float | None = None
@@ -247,9 +252,9 @@ class _Watch:
             self.since = None
 
     def _watch(self) -> None:
-        while not self.over.wait(min(1.0, STALLED / 4)):
+        while not self.over.wait(min(1.0, self.timeout / 4)):
             since = self.since
-            if since is not None and time.monotonic() - since > STALLED:
+            if since is not None and time.monotonic() - since > self.timeout:
                 self.stalled = True
                 for process in self.processes:
                     process.kill()

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -101,8 +102,68 @@ def test_resume_refuses_what_does_not_fit(flags, tmp_path):
             "a refused resume changed the run"
         )
     (tmp_path / "run/checkpoints/last.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(InputError, match=r"last\.pt: damaged \(no checksum of .*manifest\.json is theirs\)"):
+        loop.main(["--out", out, "--resume=true"])
+    (tmp_path / "run/checkpoints/manifest.json").unlink()  # as of an earlier version
     with pytest.raises(InputError, match="is not a checkpoint of this trainer"):
         loop.main(["--out", out, "--resume=true"])
+
+
+@pytest.mark.parametrize("how", ["cut off", "a bit", "gone"])
+def test_a_damaged_checkpoint_is_stepped_over(flags, tmp_path, capfd, monkeypatch, how):
+    """The one before is gone on from, to the weights of a run that nothing happened to."""
+    begun = [*flags, "--epochs", "2", "--best", "last", "--save_every", "2"]
+    calm = [str(tmp_path / "calm") if flag == str(tmp_path / "run") else flag for flag in begun]
+    loop.main(calm)
+    folder = tmp_path / "run/checkpoints"
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7)
+        with pytest.raises(Stopped):
+            loop.main(begun)
+    assert checkpoint.load(folder / "last.pt")["state"]["step"] == 6
+    assert checkpoint.load(folder / "last_1.pt")["state"]["step"] == 4
+    assert not (folder / "last_2.pt").exists()
+    path = folder / "last.pt"
+    content = path.read_bytes()
+    half = len(content) // 2
+    if how == "gone":  # a power cut between two names
+        path.unlink()
+    else:
+        path.write_bytes(
+            content[:half] + (b"" if how == "cut off" else bytes([content[half] ^ 1]) + content[half + 1 :])
+        )
+    capfd.readouterr()
+    loop.main(["--resume", "--out", str(tmp_path / "run")])
+    said = capfd.readouterr()
+    if how != "gone":
+        assert (
+            "last.pt is damaged: it was cut off, or changed since it was written; it is kept as last.pt.dam" in said.err
+        )
+        assert "resumed after step 4 of last_1.pt, the last one that is sound" in said.out
+    ours, theirs = (checkpoint.load(tmp_path / name / "checkpoints/last.pt")["model"] for name in ("run", "calm"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert not list(folder.glob("last_*.pt"))  # of a finished run one is enough
+
+
+def test_what_was_cut_off_while_it_was_written_changes_nothing(tmp_path, monkeypatch):
+    """Three times in a row; then the older of two is still known."""
+    path = tmp_path / "checkpoints/last.pt"
+    checkpoint.save(path, {"step": 1}, keep=2)
+
+    def power_cut(*_):
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", power_cut)
+        patch.setattr(checkpoint, "write", lambda p, data: p.write_text(data))
+        for step in (2, 3, 4):
+            with pytest.raises(Interrupted):
+                checkpoint.save(path, {"step": step}, keep=2)
+    assert checkpoint.load(checkpoint.newest(path.parent)[0])["step"] == 1
+    checkpoint.save(path, {"step": 5}, keep=2)
+    path.write_bytes(b"")
+    found, damaged = checkpoint.newest(path.parent)
+    assert (checkpoint.load(found)["step"], damaged) == (1, [path])
 
 
 def test_a_run_without_a_checkpoint_starts_from_the_beginning(flags, tmp_path, capsys, monkeypatch):

@@ -17,7 +17,7 @@ from shards.plan import EpochPlan, Shares
 from shards.sample import NO_FINDING, SPLITS
 from shards.store import open_store
 from shards.targets import ABSENT, PRESENT
-from trainer import checkpoint
+from trainer import checkpoint, guards
 from trainer.backbone import head_names
 from trainer.balance import Balance
 from trainer.classifier import FocusClassifier
@@ -51,6 +51,9 @@ MAY_CHANGE = {
     "workers",
     "log_every",
     "save_every",
+    "keep",
+    "timeout",
+    "compile",
     "tracker",
     "resume",
     "dry_run",
@@ -132,12 +135,14 @@ def build(config: Config) -> Trainer:
 def check(config: Config) -> Parts:
     """InputError where something does not fit together; one step of the model is tried."""
     trackers = None if config.tracker == "none" else config.tracker
-    accelerator = start(config.seed, log_with=trackers, project_dir=config.out)
+    accelerator = start(config.seed, timeout=config.timeout, log_with=trackers, project_dir=config.out)
     store, out, findings = open_store(config.shards), Path(config.out), findings_of(config)
     task, index = task_of(config, findings), store.index()
     splits = {n: Split(store, n, task.labels) for n in SPLITS if n in index["splits"] or n != "test"}
     task = task.weighted(splits["train"].tally(PRESENT), splits["train"].tally(ABSENT))
     total, world = len(splits["train"]), accelerator.num_processes
+    for note in guards.together(accelerator, config, splits):
+        accelerator.print(note)
     per_step = config.batch * world * config.accumulate
     if per_step > total:
         raise InputError(
@@ -151,7 +156,7 @@ def check(config: Config) -> Parts:
         (own if config.resume and own.is_file() and not os.path.exists(named) else named) or None
     )
     # A checkpoint holds every weight: neither a file nor the hub is asked again.
-    pretrained = "false" if config.resume and (out / "checkpoints" / "last.pt").is_file() else config.pretrained
+    pretrained = "false" if config.resume and checkpoint.there(out / "checkpoints") else config.pretrained
     model = FocusClassifier(
         config.backbone,
         len(task.findings),
@@ -160,11 +165,21 @@ def check(config: Config) -> Parts:
         now=Trained(config.labels.kind, task.findings),
         **model_options(config),
     )
+    image = splits["train"].image(0).shape
+
+    def fits() -> None:
+        guards.shared_memory(config, image, guards.on_this_machine())
+        guards.room(out, model, config)
+
+    guards.all_of(accelerator, fits)
     annotations = annotated(config, splits["train"])
     attends = not config.plain and bool(rules_of(findings) or annotations)
     plan = EpochPlan(splits["train"].shard_sizes())
     smallest = Shares(plan, 0, 0, batch=config.batch, rank=0, world=world).smallest()
     model.to(accelerator.device)
+    if config.compile:
+        accelerator.print("the backbone is compiled, which takes a minute or two")
+        model.compile_body()
     with accelerator.autocast():
         model.try_step(config.size, min(smallest, 2), cam=attends, mode=config.attention.mode)
     dataset = index["dataset"]

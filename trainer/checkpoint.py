@@ -1,8 +1,11 @@
 """The run folder on disk: claiming it, atomic checkpoints, resuming everything."""
 
 import fcntl
+import hashlib
+import itertools
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,9 @@ from safetensors.torch import save as safetensors_bytes
 
 from shards.atomic import whole, write
 from shards.errors import InputError, listed
+
+MANIFEST = "manifest.json"
+DAMAGED = "WARNING: {} is damaged: it was cut off, or changed since it was written; it is kept as {}"
 
 
 def claim(accelerator: Accelerator, out: Path, files: dict[str, str], *, resumable: bool = True) -> None:
@@ -59,8 +65,11 @@ def not_finite(*modules: torch.nn.Module) -> list[str]:
     ]
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Write tensors, numbers, strings, lists and dicts; the file is whole or not there."""
+def save(path: Path, state: dict[str, Any], *, keep: int = 1) -> None:
+    """Write tensors, numbers, strings, lists and dicts; the file is whole or not there. Its checksum stands in the
+    folder's manifest.json before it does; ``keep`` - 1 older ones stay beside it, last_1.pt beside
+    last.pt and so on.
+    """
     path.parent.mkdir(exist_ok=True)
     with whole(path) as partial:
         try:
@@ -68,6 +77,75 @@ def save(path: Path, state: dict[str, Any]) -> None:
                 torch.save(state, file)
         except RuntimeError as error:  # torch's word for whatever the file system refuses
             raise OSError(None, str(error).splitlines()[0]) from error
+        entry = {"name": path.name, "sha256": _checksum(partial), "bytes": partial.stat().st_size}
+        others = [one for one in _manifest(path.parent) or [] if one.get("name") != path.name]
+        own = [one for one in _manifest(path.parent) or [] if one.get("name") == path.name]
+        files = [entry, *own[: keep + 8], *others]
+        write(path.parent / MANIFEST, json.dumps({"files": files}, indent=1))
+        # From the oldest on: whenever this is cut off, the newest that are whole are there
+        aged = [path.with_name(f"{path.stem}_{k}{path.suffix}" if k else path.name) for k in range(keep)]
+        for newer, older in reversed(list(itertools.pairwise(aged))):
+            if newer.is_file():
+                newer.replace(older)
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _manifest(folder: Path) -> list[dict[str, Any]] | None:
+    """Its entries, the newest of each name first; None: there is none, as in runs of earlier versions."""
+    try:
+        content = json.loads((folder / MANIFEST).read_bytes())
+        return [one for one in content["files"] if isinstance(one, dict)]
+    except (OSError, ValueError, RecursionError, TypeError, KeyError):
+        return None
+
+
+def sound(path: Path) -> bool:
+    """Whether a file is there, and as it was written, as far as the manifest of its folder tells."""
+    if not path.is_file():
+        return False
+    entries = _manifest(path.parent)
+    return entries is None or _checksum(path) in {one.get("sha256") for one in entries}
+
+
+def newest(folder: Path) -> tuple[Path | None, list[Path]]:
+    """The newest sound checkpoint of a run's folder of them, and newer ones that are damaged. InputError: all are."""
+    found = [path for path in [folder / "last.pt", *sorted(folder.glob("last_*.pt"), key=_age)] if path.is_file()]
+    damaged: list[Path] = []
+    for path in found:
+        if sound(path):
+            return path, damaged
+        damaged.append(path)
+    if damaged:
+        raise InputError(
+            f"{listed(list(map(str, damaged)))}: damaged (no checksum of {folder / MANIFEST} is theirs); restore one, "
+            "or remove them to start from the beginning"
+        )
+    return None, damaged
+
+
+def there(folder: Path) -> bool:
+    """Whether a run's folder of checkpoints has one."""
+    return (folder / "last.pt").is_file() or any(folder.glob("last_*.pt"))
+
+
+def _age(path: Path) -> int:
+    number = path.stem.removeprefix("last_")
+    return int(number) if number.isdecimal() else sys.maxsize
+
+
+def put_aside(path: Path) -> Path:
+    """Give a damaged checkpoint another name, so that none takes its place among the sound ones."""
+    return path.replace(path.with_name(f"{path.name}.damaged"))
+
+
+def drop_older(folder: Path) -> None:
+    """Of a finished run the last checkpoint is enough."""
+    for path in folder.glob("last_*.pt"):
+        path.unlink()
 
 
 def save_weights(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:

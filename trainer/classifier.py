@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from shards.errors import InputError
 from trainer.backbone import create, head_names
 from trainer.cam import fused, grad_cam, layer_cam, normalize_cam
-from trainer.layers import INPUT, INSIDE, default_layer, is_square, split_names, to_maps, top_layers
+from trainer.layers import INPUT, INSIDE, default_layer, evaluating, halves, is_square, split_names, to_maps, top_layers
 from trainer.losses import at_least_float32
 from trainer.weights import Trained
 
@@ -101,6 +101,7 @@ class FocusClassifier(nn.Module):
                     f"--attention.layer {name}: {backbone} has no such module{hint} It has "
                     f"{', '.join(top_layers(self.net))} and what is in them"
                 )
+        self.halves: tuple[Callable[..., Any], Callable[..., Any]] | None = None  # with `compile_body`: to the map, on
         self.map_side = 0  # positions of a side of the map
         self.keeps = False
         self.kept: list[
@@ -124,6 +125,20 @@ class FocusClassifier(nn.Module):
             with self._awake():
                 self.has_map = self._find_map(trial, layer, needs_map)
         self.train()
+
+    def compile_body(self) -> None:
+        """From now on the network up to its map runs compiled; not head and CAM, where a gradient is differentiated.
+        Weights keep their names.
+
+        InputError: the map lies in the midst of the network; this machine cannot compile.
+        """
+        parts = halves(self.net, self.layers)
+        if parts is None:
+            raise InputError(
+                f"--compile: the network is compiled up to its map, and {self.backbone}'s is taken in its midst, at "
+                f"{','.join(self.layers)}; leave --attention.layer out, or --compile"
+            )
+        self.halves = torch.compile(parts[0]), parts[1]
 
     def untrained(self) -> "FocusClassifier":
         """The same network with random weights."""
@@ -283,10 +298,10 @@ class FocusClassifier(nn.Module):
         """
         x = ((images - self.mean) / self.std).contiguous(memory_format=self.layout)
         if not cam:
-            return Prediction(self.net(x), None)
+            return Prediction(self._run(x, lambda features: features) if self.halves else self.net(x), None)
         differentiable = differentiable and torch.is_grad_enabled()
         if mode == "eval" and self.training:
-            logits = self.net(x)
+            logits = self(images).logits
             with evaluating(self.net), contextlib.nullcontext() if differentiable else torch.no_grad():
                 _, raw = self._logits_and_cam(x, logits.argmax(1) if classes is None else classes, differentiable)
             return Prediction(logits, raw)
@@ -365,6 +380,9 @@ class FocusClassifier(nn.Module):
 
     def _run(self, x: torch.Tensor, at_map: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """Logits; ``at_map`` is given each feature map on its way, and gives what the network goes on with."""
+        if self.halves is not None:
+            body, head = self.halves
+            return head(at_map(body(x)))
         if not self.layers:
             return self.net.forward_head(at_map(self.net.forward_features(x)))
         if self.layers == [INPUT]:
@@ -376,15 +394,3 @@ class FocusClassifier(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
-
-
-@contextlib.contextmanager
-def evaluating(net: nn.Module) -> Iterator[None]:
-    """Eval mode, and afterwards each module in the mode it was in."""
-    modes = [(module, module.training) for module in net.modules()]
-    net.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -103,6 +103,12 @@ class Config:
     """Steps between lines of metrics.jsonl and of the tracker."""
     save_every: int = 500
     """Steps between checkpoints within an epoch; one is written at the end of every epoch anyway."""
+    keep: int = 2
+    """Checkpoints that are kept: where the newest is damaged, the one before is gone on from."""
+    timeout: float = 600.0
+    """Seconds after which a process, or a loader process, that is waited for counts as gone, and the run ends."""
+    compile: bool = False
+    """Compile the backbone up to the CAM's layer (torch.compile): a slower start for faster steps, most on a GPU."""
     resume: bool = False
     """Go on with the run in --out; other flags are then taken from its config.yaml unless given again. auto, on the
     command line: go on if there is one, else start.
@@ -163,6 +169,8 @@ class Config:
             "workers": 0,
             "log_every": 1,
             "save_every": 1,
+            "keep": 1,
+            "timeout": 1,
             "seed": 0,
         }
         if self.dry_run and self.resume:

@@ -7,13 +7,14 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import InitProcessGroupKwargs, broadcast, broadcast_object_list, gather_object, set_seed
 
 from shards.cores import cores
 from shards.dataset import Split
@@ -22,10 +23,12 @@ from shards.joined import Samples
 from shards.loader import Loader
 from shards.plan import BalancedPlan, EpochPlan
 from shards.targets import PRESENT
+from trainer import checkpoint, presence
 
 __all__ = ["Accelerator", "start"]
 
 ON_CPU = "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N -m ..."
+TIMEOUT = 600.0  # seconds after which a process that is waited for counts as gone, where nothing else is said
 SEEN_SECONDS = 60.0  # in which all machines must see the run folder
 # What a launcher's configuration may ask for and this trainer does not do: the variable, the values that are fine, what
 # to do.
@@ -33,7 +36,8 @@ REFUSED = (
     (
         "ACCELERATE_DYNAMO_BACKEND",
         ("", "no"),
-        "torch.compile cannot take the second derivative that attention needs; launch without --dynamo_backend",
+        "the launcher would compile the CAM, too, whose second derivative torch.compile cannot take; launch without "
+        "--dynamo_backend, and give the trainer --compile",
     ),
     (
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
@@ -64,11 +68,12 @@ REFUSED = (
 )
 
 
-def start(seed: int, precision: str = "", **options: Any) -> Accelerator:
+def start(seed: int, precision: str = "", *, timeout: float = TIMEOUT, **options: Any) -> Accelerator:
     """The accelerator of this process, seeded.
 
     Args:
         seed: of all random numbers.
+        timeout: seconds after which a process that is waited for counts as gone.
         precision: what to run in where no launcher says it; what a launcher says instead is told.
         options: of Accelerator.
 
@@ -93,7 +98,9 @@ def start(seed: int, precision: str = "", **options: Any) -> Accelerator:
         options["mixed_precision"] = "no" if alone else precision
         if alone:
             tell("the run's fp16 needs a GPU; figures are taken in float32 and may differ in the last digits")
-    accelerator = Accelerator(**options)
+    presence.begin(timeout)
+    waits = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))
+    accelerator = Accelerator(kwargs_handlers=[waits], **options)
     if precision and said and said != precision:
         tell(
             f"note: the run has the precision {precision}, the launcher says {said}: figures may differ in the last "
@@ -205,6 +212,21 @@ def seen_by_all(accelerator: Accelerator, out: Path) -> None:
         )
 
 
+def newest(accelerator: Accelerator, out: Path) -> tuple[Path | None, list[Path]]:
+    """The checkpoint that a run goes on from, the same for all processes, and newer ones that are damaged. InputError:
+    all are.
+    """
+    found: list[tuple[Path | None, list[Path]]] = [(None, [])]
+
+    def look() -> None:
+        found[0] = checkpoint.newest(out / "checkpoints")
+
+    on_main(accelerator, look)
+    if accelerator.num_processes > 1:
+        broadcast_object_list(found)
+    return found[0]
+
+
 def plan_of(sampler: str, split: Split, seed: int) -> EpochPlan:
     """The epochs of training by ``--sampler``; groups that are balanced are the images of each finding, and those of
     none.
@@ -216,8 +238,10 @@ def plan_of(sampler: str, split: Split, seed: int) -> EpochPlan:
     return BalancedPlan(split.shard_sizes(), groups, seed)
 
 
-def loader_of(accelerator: Accelerator, samples: Samples, plan: EpochPlan, *, batch: int, workers: int) -> Loader:
-    """The loader of this process's share of a split."""
+def loader_of(
+    accelerator: Accelerator, samples: Samples, plan: EpochPlan, *, batch: int, workers: int, timeout: float = TIMEOUT
+) -> Loader:
+    """The loader of this process's share of a split; see `Loader`."""
     pinned = accelerator.device.type == "cuda"
     return Loader(
         samples,
@@ -227,11 +251,13 @@ def loader_of(accelerator: Accelerator, samples: Samples, plan: EpochPlan, *, ba
         world=accelerator.num_processes,
         workers=workers,
         pinned=pinned,
+        timeout=timeout,
     )
 
 
 def close(accelerator: Accelerator) -> None:
     """End what the processes have in common, once, whoever began to."""
+    presence.end()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -246,6 +272,7 @@ def on_main(accelerator: Accelerator, action: Callable[[], object]) -> None:
             action()
         except InputError as error:
             problem = str(error)
+    presence.meeting(accelerator.is_main_process)
     answer = [problem]
     if accelerator.num_processes > 1:
         broadcast_object_list(answer)

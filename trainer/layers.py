@@ -1,7 +1,10 @@
 """Which modules of a timm network have a map, and how what they give becomes one: [B,C,h,w]."""
 
+import contextlib
 import math
 import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,6 +34,17 @@ def default_layer(net: nn.Module) -> str:
         # The class token alone is read: patches act on it last through this block's attention.
         return f"blocks.{len(blocks) - 1}.norm1"
     return ""
+
+
+def halves(net: Any, layers: Sequence[str]) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+    """A network up to its map, and what follows the map; None where the map lies in its midst, other than VGG's."""
+    if not layers:
+        return net.forward_features, net.forward_head
+    if type(net).__name__ == "VGG" and list(layers) == [default_layer(net)]:
+        at = int(layers[0].rpartition(".")[2]) + 1
+        rest = net.features[at:]
+        return net.features[:at], lambda features: net.forward_head(rest(features))
+    return None
 
 
 def to_maps(x: torch.Tensor, net: nn.Module) -> torch.Tensor:
@@ -72,3 +86,15 @@ def top_layers(net: nn.Module) -> list[str]:
     """Two levels of modules, enough to choose from."""
     names = [name for name, _ in net.named_modules() if name and name.count(".") <= 1]
     return names if len(names) <= 40 else [name for name in names if "." not in name]
+
+
+@contextlib.contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """Eval mode, and afterwards each module in the mode it was in."""
+    modes = [(module, module.training) for module in net.modules()]
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

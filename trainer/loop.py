@@ -23,6 +23,7 @@ from shards import atomic
 from shards.errors import InputError, finite
 from shards.loader import Batch
 from shards.sample import NO_FINDING
+from trainer import presence
 from trainer.augment import LABELS, LENDS, PAIR, SWAPS, augment, draw
 from trainer.balance import StepSums
 from trainer.cam import normalize_cam
@@ -64,7 +65,9 @@ class Trainer(Training):
         config, device = self.config, self.accelerator.device
         split = self.splits["train"]
         self.plan = plan_of(config.sampler, split, config.seed)
-        self.loader = loader_of(self.accelerator, split, self.plan, batch=config.batch, workers=config.workers)
+        self.loader = loader_of(
+            self.accelerator, split, self.plan, batch=config.batch, workers=config.workers, timeout=config.timeout
+        )
         self.rules: dict[str, Rule] = rules_of(self.findings)
         self.regions = Regions(split.classes, self.rules, config.size, device)
         self.model.keeps = self.balance.follows_gradients
@@ -99,6 +102,7 @@ class Trainer(Training):
 
                     state.position += taken
                     state.step += 1
+                    presence.at(f"step {state.step}")
                     state.images += taken
                     self.logged += sums
                     bar.update(taken)

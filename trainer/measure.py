@@ -15,7 +15,7 @@ from trainer.cam import normalize_cam
 from trainer.classifier import FocusClassifier, evaluating
 from trainer.content import Probe
 from trainer.gather import Table
-from trainer.launching import loader_of
+from trainer.launching import TIMEOUT, loader_of
 from trainer.look import Located, Seen, look
 from trainer.losses import attention_term
 from trainer.lungs.memory import LungFinder
@@ -50,6 +50,7 @@ class Evaluator:
         rules: of the expected regions, by finding.
         splits, lungs: by name of a split; without lungs there are no expected regions.
         batch, workers: images a process and forward, processes that read.
+        timeout: seconds without a batch after which those processes count as stuck.
         between: called before each batch, on all processes alike.
     """
 
@@ -64,6 +65,7 @@ class Evaluator:
     lungs: Mapping[str, LungFinder]
     batch: int
     workers: int
+    timeout: float = TIMEOUT
     between: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
@@ -74,7 +76,9 @@ class Evaluator:
         if name not in self.loaders:
             split = self.splits[name]
             plan = EpochPlan(split.shard_sizes(), shuffle=False)
-            self.loaders[name] = loader_of(self.accelerator, split, plan, batch=self.batch, workers=self.workers)
+            self.loaders[name] = loader_of(
+                self.accelerator, split, plan, batch=self.batch, workers=self.workers, timeout=self.timeout
+            )
         return self.loaders[name]
 
     def regions(self, split: Split) -> Regions:

@@ -189,6 +189,7 @@ def evaluator_of(
         lungs=lungs,
         batch=config.batch,
         workers=config.workers,
+        timeout=config.timeout,
     )
 
 

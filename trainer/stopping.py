@@ -15,6 +15,15 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 ECHO = 2.0
 
 
+_current: "Stop | None" = None  # the one that signals go to
+
+
+def request(number: int) -> None:
+    """Ask this process to end, as a signal does; where it was asked before, nothing more."""
+    if _current is None or not _current.asked:
+        os.kill(os.getpid(), number)
+
+
 class Stopped(KeyboardInterrupt):
     """The run was asked to end. ``code`` of the process: 0 where it is to be run again, 130 of Ctrl-C."""
 
@@ -35,7 +44,8 @@ class Stop:
         self.deferred = False
 
     def __enter__(self) -> "Stop":
-        self.before = {}
+        global _current
+        self.before, _current = {}, self
         if threading.current_thread() is threading.main_thread():
             # What is ignored from outside stays so: nohup means that a closed terminal is no reason to end
             heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
@@ -43,6 +53,8 @@ class Stop:
         return self
 
     def __exit__(self, *_: object) -> None:
+        global _current
+        _current = None
         for number, handler in self.before.items():
             signal.signal(number, handler)
 

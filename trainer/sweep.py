@@ -38,7 +38,8 @@ GRIDS = Path(__file__).parents[1] / "launch" / "grids"
 MOST = 10_000  # runs of a grid
 PATIENCE = 60.0  # seconds that trainings have for their last checkpoint
 # Settings of a finished run that may differ from the grid's: nothing of the model follows from them
-CARRIED_OUT = ("out", "epochs", "resume", "workers", "log_every", "save_every", "tracker", "dry_run")
+CARRIED_OUT = {"out", "epochs", "resume", "workers", "log_every", "save_every", "keep", "timeout", "compile", "tracker"}
+CARRIED_OUT |= {"dry_run"}
 
 
 @dataclass(frozen=True)
@@ -228,7 +229,7 @@ class Trainings:
                         [*command, *(["--resume"] if begun else [])],
                         stdout=log,
                         stderr=subprocess.STDOUT,
-                        env=os.environ | own,
+                        env=os.environ | own | {"CXR_FOCUS_SWEEP": "1"},
                         process_group=0,  # Ctrl-C is this process's to pass on
                     )
             except OSError as error:

@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 
 from shards.errors import InputError, run
+from trainer import checkpoint, presence
 from trainer.build import build
 from trainer.command import resolve, to_yaml
 from trainer.config import Config
@@ -45,6 +46,11 @@ def main(argv: list[str] | None = None) -> None:
     if config.dry_run:
         dry_run(config)
         return
+    presence.explained(lambda: train(config))
+
+
+def train(config: Config) -> None:
+    """Build the run, train what is left of it, report it."""
     trainer = build(config)
     try:
         if trainer.finished:
@@ -60,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
                 with contextlib.nullcontext() if alone else trainer.stop.between_batches():
                     conclude(trainer)
     except KeyboardInterrupt:
-        kept = (Path(trainer.config.out) / "checkpoints" / "last.pt").is_file()
+        kept = checkpoint.there(Path(trainer.config.out) / "checkpoints")
         went = "its last checkpoint" if kept else "the beginning, there is no checkpoint yet"
         trainer.accelerator.print(f"\n{trainer.config.out}: stopped; --resume goes on from {went}", file=sys.stderr)
         raise
@@ -129,6 +135,7 @@ def conclude(trainer: Trainer) -> None:
     }
     content = finish(trainer.evaluator, config, trainer.findings, training, out)
     if acc.is_main_process:
+        checkpoint.drop_older(out / "checkpoints")
         trainer.tracking.attempt(lambda: track(trainer, content))
         print(table({out.name: content}))
         print(f"report: {(out / 'report.html').resolve()}")

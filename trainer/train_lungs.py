@@ -43,12 +43,14 @@ from trainer.launching import (
     Accelerator,
     close,
     loader_of,
+    newest,
     on_main,
     seed_step,
     seen_by_all,
     set_threads,
     share_buffers,
     start,
+    tell,
 )
 from trainer.lungs import LungSegmenter, load_segmenter
 from trainer.lungs.paint import paint
@@ -56,6 +58,7 @@ from trainer.options import LungsTrainConfig
 from trainer.schedule import one_cycle
 
 WEIGHTS = "lung_unet.safetensors"
+KEPT = 2  # checkpoints
 MAY_CHANGE = {"out", "shards", "test", "workers", "batch", "lr", "resume"}  # when a run is resumed
 
 
@@ -175,7 +178,7 @@ class Trainer:
             if better:
                 self.segmenter.save(out / WEIGHTS)
             atomic.append(out / "metrics.jsonl", json.dumps(line))
-            checkpoint.save(out / "checkpoints" / "last.pt", self.state())
+            checkpoint.save(out / "checkpoints" / "last.pt", self.state(), keep=KEPT)
 
         on_main(acc, keep)
 
@@ -200,8 +203,8 @@ class Trainer:
     def restore(self) -> None:
         """Go on after the last whole epoch."""
         out = Path(self.config.out)
-        path = out / "checkpoints" / "last.pt"
-        if not path.is_file():
+        path, damaged = newest(self.accelerator, out)
+        if path is None:
             self.accelerator.print(f"{out} was stopped before its first checkpoint: it starts from the beginning")
             if self.accelerator.is_main_process:
                 checkpoint.rewind(out / "metrics.jsonl", -1, "epoch")
@@ -210,6 +213,9 @@ class Trainer:
         checkpoint.refuse_other(out, content["identity"], self.identity(), {"shards": "other images in --shards"})
         self.segmenter.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
+        if self.accelerator.is_main_process:
+            for one in damaged:
+                tell(checkpoint.DAMAGED.format(one, checkpoint.put_aside(one).name))
         self.step = content.get("step", 0)
         self.epoch, self.best, self.best_epoch, self.seconds = (
             content[name] for name in ("epoch", "best", "best_epoch", "seconds")

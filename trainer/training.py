@@ -21,7 +21,7 @@ from trainer.balance import Balance, StepSums
 from trainer.classifier import FocusClassifier
 from trainer.command import flat
 from trainer.config import Config
-from trainer.launching import on_main
+from trainer.launching import newest, on_main, tell
 from trainer.losses import constant
 from trainer.lungs.memory import LungFinder
 from trainer.measure import Evaluator
@@ -181,7 +181,7 @@ class Training:
                 "logged": logged,
                 "unseen": unseen,
             }
-            checkpoint.save(folder / "last.pt", content)
+            checkpoint.save(folder / "last.pt", content, keep=self.config.keep)
 
         on_main(self.accelerator, write)
         for finder in self.lungs.values():
@@ -194,8 +194,10 @@ class Training:
         if not path.is_file():
             return  # cross-entropy alone looks for none, and earlier versions kept boxes alone
         try:
-            remembered = checkpoint.load(path)
+            remembered = checkpoint.load(path) if checkpoint.sound(path) else {}
         except InputError:
+            remembered = {}
+        if not remembered:
             self.accelerator.print(f"{path} is damaged: the lungs of all images are looked for again")
             return
         for name, finder in self.lungs.items():
@@ -251,8 +253,8 @@ class Training:
     def restore(self) -> None:
         """Model, optimizer, schedule, scaler, lambda, lungs, position; then the log is cut back to that step."""
         out = Path(self.config.out)
-        path = out / "checkpoints" / "last.pt"
-        if not path.is_file():
+        path, damaged = newest(self.accelerator, out)
+        if path is None:
             self.accelerator.print(f"{out} was stopped before its first checkpoint: it starts from the beginning")
             if self.accelerator.is_main_process:
                 checkpoint.rewind(out / "metrics.jsonl", -1)
@@ -274,6 +276,9 @@ class Training:
         if self.average:
             self.average.load_state_dict(content["average"])
         self.recall_lungs(path.with_name("lungs.pt"))
+        if self.accelerator.is_main_process:
+            for one in damaged:
+                tell(checkpoint.DAMAGED.format(one, checkpoint.put_aside(one).name))
         self.state = State(**content["state"])
         self.saved_at = self.state.step
         was = content["launch"]
@@ -293,9 +298,10 @@ class Training:
             self.unseen = Download(torch.tensor(content["unseen"], dtype=torch.float64))
         if self.accelerator.is_main_process:
             checkpoint.rewind(out / "metrics.jsonl", self.state.step)
+        after = f" of {path.name}, the last one that is sound" if damaged else ""
         self.accelerator.print(
-            f"resumed after step {self.state.step}: {self.state.epoch} epochs and {self.state.position} images of the "
-            "next are done"
+            f"resumed after step {self.state.step}{after}: {self.state.epoch} epochs and {self.state.position} images "
+            "of the next are done"
         )
 
     @property

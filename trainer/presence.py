@@ -1,0 +1,269 @@
+"""Whether the others are there: whom a process waits for at the start, its launcher, and the process next in the ring.
+
+A thread beside training. It needs no collective, so that it also sees a process that is frozen or gone while this one
+waits for it; it speaks through the store at which the processes meet (`torch.distributed.TCPStore`).
+"""
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from trainer import stopping
+
+EVERY = 1.0  # seconds between two looks
+LATE = 20.0  # seconds after which a process says for whom it waits
+LAST = 10.0  # seconds that a process whose launcher is gone has for its checkpoint
+LOST = 10.0  # seconds without the store after which its process counts as gone
+
+
+def launched() -> bool:
+    """Whether a launcher started this process, which then ends with it: torchrun, accelerate's for one process (whose
+    two marks nobody else sets together), a sweep.
+    """
+    marks = {"ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND"}
+    return bool({"TORCHELASTIC_RUN_ID", "CXR_FOCUS_SWEEP"} & os.environ.keys()) or marks <= os.environ.keys()
+
+
+class Presence(threading.Thread):
+    """Watches until `end`; leaves the process in one line where it waits in vain.
+
+    Args:
+        timeout: seconds without a sign of the next process after which it counts as gone.
+
+    Attributes:
+        place: what this process is at, such as ``step 120``: others name it when this one is late.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        super().__init__(daemon=True)
+        self.timeout, self.place = timeout, "the start"
+        self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.parent = os.getppid() if launched() else 0
+        self.at = (os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT") or 0))
+        # After a restart by torchrun the store is the same one
+        self.prefix = f"cxr-focus/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        self.over = threading.Event()
+        self.store: Any = None
+        self.all_here = self.world == 1
+        self.turns = 0  # meetings so far
+        self.beats = 0
+        self.seen = ("", time.monotonic())  # the last sign of the next process, and when it was new
+
+    @property
+    def needed(self) -> bool:
+        """Whether there is anybody to watch."""
+        return bool(self.parent) or (self.world > 1 and all(self.at))
+
+    def run(self) -> None:
+        """See the class."""
+        if self.world > 1 and all(self.at):
+            threading.Thread(target=self._meet, daemon=True).start()
+        while not self.over.wait(EVERY):
+            if self.parent and os.getppid() != self.parent:
+                self._orphaned()
+
+    def end(self) -> None:
+        """All is done: nobody is watched any more. The first process, which may hold the store, goes last."""
+        self.over.set()
+        if self.store is None or not self.all_here:
+            return
+        with suppress(Exception):
+            self.store.set(self._key(f"done/{self.rank}"), "")
+            until = time.monotonic() + LOST
+            names = [self._key(f"done/{rank}") for rank in range(self.world)]
+            while not self.rank and not self.store.check(names) and time.monotonic() < until:
+                time.sleep(0.02)
+
+    def _key(self, name: str) -> str:
+        return f"{self.prefix}/{name}"
+
+    def _orphaned(self) -> None:
+        """The launcher is gone: a checkpoint, if there is time, and out."""
+        self._say("the launcher is gone; this process saves where it stands and ends")
+        stopping.request(signal.SIGTERM)
+        if not self.over.wait(LAST):
+            os._exit(1)
+
+    def _meet(self) -> None:
+        """Wait until all processes are there, then beat and look after the next one."""
+        late = threading.Timer(LATE, self._late)
+        late.daemon = True
+        late.start()
+        try:
+            self.store = self._connected()
+            self.store.set(self._key(f"here/{self.rank}"), socket.gethostname())
+            while not self.over.is_set() and self._missing():
+                time.sleep(EVERY / 4)
+            self.all_here = True
+        except Exception:  # of the store: who makes the process group says it better
+            return
+        finally:
+            late.cancel()
+        lost = 0.0
+        while not self.over.wait(EVERY):
+            try:
+                self._beat()
+                lost = 0.0
+            except Exception:  # torch raises several kinds
+                lost = lost or time.monotonic()
+                if time.monotonic() - lost > LOST and not self.over.is_set():
+                    where = f"{self.at[0]}:{self.at[1]}"
+                    self._leave(f"the process that holds the run together, at {where}, is gone")
+
+    def _connected(self) -> Any:
+        """A connection to the store, as soon as the process that holds it has begun."""
+        while True:
+            try:
+                with socket.create_connection(self.at, 10):  # torch's own client complains aloud while there is none
+                    pass
+                break
+            except OSError:
+                if self.over.wait(EVERY / 2):
+                    raise
+        distributed: Any = torch.distributed
+        return distributed.TCPStore(*self.at, None, False, timeout=timedelta(seconds=30), wait_for_workers=False)
+
+    def _missing(self) -> list[int]:
+        """Ranks that are not there yet."""
+        return [rank for rank in range(self.world) if not self.store.check([self._key(f"here/{rank}")])]
+
+    def _late(self) -> None:
+        """Say whom this process waits for."""
+        where = f"{self.at[0]}:{self.at[1]}"
+        who = "process 0" if self.store is None else "others"
+        if self.store is not None:
+            with suppress(Exception):
+                missing = self._missing()
+                if not missing:
+                    return
+                shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+                who = f"process{'es' if len(missing) > 1 else ''} {shown}"
+        self._say(
+            f"this is process {self.rank} of {self.world} and waits for {who} at {where}: start the others, or "
+            "start this one by `accelerate launch`; are all addresses and ports right?"
+        )
+
+    def _beat(self) -> None:
+        """A sign of this process, and a look at the next one's."""
+        self.beats += 1
+        self.store.set(self._key(f"beat/{self.rank}"), f"{self.beats} {self.place}")
+        other = (self.rank + 1) % self.world
+        name = self._key(f"beat/{other}")
+        sign = self.store.get(name).decode() if self.store.check([name]) else ""
+        now = time.monotonic()
+        if sign != self.seen[0]:
+            self.seen = (sign, now)
+        elif now - self.seen[1] > self.timeout and not self.over.is_set():
+            host = self.store.get(self._key(f"here/{other}")).decode()
+            self._leave(
+                f"process {other} on {host} has not been heard of for {now - self.seen[1]:.0f} s, since "
+                f"{sign.partition(' ')[2] or 'the start'}: it was stopped, or its machine is gone"
+            )
+
+    def signs(self) -> list[tuple[int, str]]:
+        """Of each process its last sign: how many there were, and what it was at."""
+        found = []
+        for rank in range(self.world):
+            sign = ""
+            with suppress(Exception):
+                name = self._key(f"beat/{rank}")
+                sign = self.store.get(name).decode() if self.store.check([name]) else ""
+            beats, _, place = sign.partition(" ")
+            found.append((int(beats or 0), place or "the start"))
+        return found
+
+    def whose_fault(self) -> str:
+        """Why a collective failed, as far as the processes' signs tell: takes some seconds."""
+        before = self.signs()
+        time.sleep(2.5 * EVERY)
+        after = self.signs()
+        silent = [rank for rank in range(self.world) if before[rank][0] == after[rank][0] and rank != self.rank]
+        if silent:
+            hosts = []
+            for rank in silent[:8]:
+                host = "?"
+                with suppress(Exception):
+                    host = self.store.get(self._key(f"here/{rank}")).decode()
+                hosts.append(f"process {rank} on {host} at {after[rank][1]}")
+            return f"{', '.join(hosts)}: fallen silent; it was killed or stopped, or its machine is gone"
+        places = ", ".join(f"process {rank} is at {place}" for rank, (_, place) in list(enumerate(after))[:16])
+        return f"another process gave no answer, though all are alive: {places}"
+
+    def meet(self, first: bool) -> None:
+        """Wait here for the first process, which comes when it is done with something: no collective waits for it
+        meanwhile, whose time would run out.
+        """
+        self.turns += 1
+        if self.store is None or not self.all_here:
+            return
+        name = self._key(f"turn/{self.turns}")
+        if first:
+            self.store.set(name, "")
+            return
+        while not self.store.check([name]):
+            time.sleep(0.02)
+
+    def _say(self, message: str) -> None:
+        print(f"[process {self.rank}] {message}", file=sys.stderr, flush=True)
+
+    def _leave(self, why: str) -> None:
+        self._say(f"error: {why}; --resume goes on from the last checkpoint")
+        os._exit(1)
+
+
+here: Presence | None = None
+
+
+def begin(timeout: float) -> None:
+    """Watch from now on, once a process."""
+    global here
+    if here is None and (watch := Presence(timeout)).needed:
+        here = watch
+        here.start()
+
+
+def end() -> None:
+    """Stop watching."""
+    global here
+    if here is not None:
+        here.end()
+        here = None
+
+
+def at(place: str) -> None:
+    """Say what this process is at."""
+    if here is not None:
+        here.place = place
+
+
+def meeting(first: bool) -> None:
+    """See `Presence.meet`."""
+    if here is not None:
+        here.meet(first)
+
+
+def explained(action: Callable[[], None]) -> None:
+    """Run something; where the others fail it, leave in one line that says where they stand."""
+    try:
+        action()
+    except RuntimeError as error:
+        if here is None or here.world == 1 or not _of_connection(error):
+            raise
+        here._leave(here.whose_fault())
+
+
+def _of_connection(error: RuntimeError) -> bool:
+    """Whether it is torch's word for a process that does not answer."""
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    words = ("gloo", "NCCL", "Connection closed by peer", "Timed out waiting", "Socket", "recv")
+    return any(word in str(error) for word in words)
