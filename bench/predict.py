@@ -1,8 +1,8 @@
 """python bench/predict.py [--files N] [--backbones pvt,resnet,vgg]: what trainer.predict costs beside bare inference.
 
 Rate: image files through `trainer.predict --no-overlay` and with overlays (decoding, packing, lungs, the CAM of each
-finding, JSON lines), beside the forward of the classifier alone on as many images in memory, by turns, medians
-with quartiles; batches of 16, 224 px, files of 512 px. Memory: N files, JPEG and DICOM, in a process of its own, whose
+finding, JSON lines), from the end of the first batch to that of the last, beside the forward of the classifier alone on
+as many images in memory, by turns, medians with quartiles; batches of 16, 224 px, files of 512 px. Memory: N files, JPEG and DICOM, in a process of its own, whose
 resident memory is read along the way. Writes bench/predict.md.
 """
 
@@ -28,7 +28,7 @@ from shards.phantom import Phantoms
 from trainer import predict
 
 HERE = Path(__file__).parent
-BATCH, IMAGES, TURNS = 16, 64, 5
+BATCH, IMAGES, TURNS = 16, 112, 5
 FINDINGS = ("No Finding", "Effusion")
 
 
@@ -84,20 +84,37 @@ def write_dicom(path: Path, image: np.ndarray) -> None:
     data.save_as(path, enforce_file_format=True)
 
 
+class Stamps(io.StringIO):
+    """When each line was written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times: list[float] = []
+
+    def write(self, text: str) -> int:
+        self.times += [time.perf_counter()] * text.count("\n")
+        return len(text)
+
+
 def rates(run: Path, folder: Path) -> dict[str, list[float]]:
     """Images a second of each way, by turns."""
     cxr = trainer.load(run)
     names = sorted(map(str, folder.iterdir()))
     images = torch.rand(len(names), 1, 224, 224)
 
-    def bare() -> None:
+    def bare() -> float:
+        began = time.perf_counter()
         with torch.no_grad():
             for part in images.split(BATCH):
                 cxr.model(part)
+        return len(names) / (time.perf_counter() - began)
 
-    def files(*flags: str) -> None:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    def files(*flags: str) -> float:
+        lines = Stamps()
+        with contextlib.redirect_stdout(lines), contextlib.redirect_stderr(io.StringIO()):
             predict.main(["--run", str(run), "--batch", str(BATCH), *flags, *names])
+        assert len(lines.times) == len(names)
+        return (len(names) - BATCH) / (lines.times[-1] - lines.times[BATCH - 1])
 
     ways = {
         "bare": bare,
@@ -107,10 +124,9 @@ def rates(run: Path, folder: Path) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(TURNS + 1):
         for name, way in ways.items():
-            began = time.perf_counter()
-            way()
+            rate = way()
             if turn:  # the first one warms up
-                found[name].append(len(names) / (time.perf_counter() - began))
+                found[name].append(rate)
     return found
 
 

@@ -270,7 +270,7 @@ def announce(config: Config, parts: Parts) -> None:
 def make(config: Config, parts: Parts) -> Trainer:
     """The trainer at its start, everything on its device."""
     accelerator, task, findings, splits = parts.accelerator, parts.task, parts.findings, parts.splits
-    segmenter = parts.segmenter.to(accelerator.device).to(memory_format=torch.channels_last)
+    segmenter = parts.segmenter.to(accelerator.device)
     key, out = segmenter.fingerprint(), Path(config.out)
     lungs = {name: LungFinder(segmenter, config.size, len(s), s.fingerprint, key, out) for name, s in splits.items()}
     raw, schedule = make_optimizer(parts.model, config.optim)

@@ -303,7 +303,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer, measured = build(argv)
     c, acc, out = trainer.config, trainer.accelerator, Path(trainer.config.out)
     trainer.train()
-    segmenter = load_segmenter(out / WEIGHTS).to(acc.device).to(memory_format=torch.channels_last)
+    segmenter = load_segmenter(out / WEIGHTS).to(acc.device)
     figures: dict[str, np.ndarray] = {}
     for name, split in measured.items():
         loader = loader_of(acc, split, EpochPlan(split.shard_sizes(), shuffle=False), batch=c.batch, workers=c.workers)

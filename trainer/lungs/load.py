@@ -50,6 +50,8 @@ def load_segmenter(path: str | Path | None = None) -> LungSegmenter:
     segmenter.unet.load_state_dict(
         {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     )
+    # Channel by channel its convolutions take two thirds of the time on a CPU
+    segmenter.to(memory_format=torch.channels_last)
     return segmenter.eval().requires_grad_(False)
 
 
