@@ -2,8 +2,8 @@
 
 Rate: image files through `trainer.predict --no-overlay` and with overlays (decoding, packing, lungs, the CAM of each
 finding, JSON lines), from the end of the first batch to that of the last, beside the forward of the classifier alone on
-as many images in memory, by turns, medians with quartiles; batches of 16, 224 px, files of 512 px. Memory: N files, JPEG and DICOM, in a process of its own, whose
-resident memory is read along the way. Writes bench/predict.md.
+as many images in memory, by turns, medians with quartiles; batches of 16, 224 px, files of 512 px. Memory: N files,
+JPEG and DICOM, in a process of its own, whose resident memory is read along the way. Writes bench/predict.md.
 """
 
 import argparse
@@ -92,6 +92,7 @@ class Stamps(io.StringIO):
         self.times: list[float] = []
 
     def write(self, text: str) -> int:
+        """As of a file."""
         self.times += [time.perf_counter()] * text.count("\n")
         return len(text)
 

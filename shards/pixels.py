@@ -324,9 +324,9 @@ def fit(image: np.ndarray | Image.Image, size: int, aspect: str = "stretch", *, 
     return square
 
 
-def encode_image(image: np.ndarray, form: str) -> bytes:
+def encode_image(image: np.ndarray, form: str, *, level: int = 3) -> bytes:
     """uint8 ``[H, W]``, of a PNG also ``[H, W, 3 or 4]``, to the bytes of a JPEG (quality 95),
-    a PNG or a lossless WebP (lossy WebP has only 220 grays).
+    a PNG (``level`` of compression, 0 to 9) or a lossless WebP (lossy WebP has only 220 grays).
     """
     buffer = io.BytesIO()
     if form == "jpg":
@@ -334,5 +334,5 @@ def encode_image(image: np.ndarray, form: str) -> bytes:
     elif form == "webp":
         Image.fromarray(image).save(buffer, "WEBP", lossless=True, method=2)
     else:
-        Image.fromarray(image).save(buffer, "PNG", compress_level=3)
+        Image.fromarray(image).save(buffer, "PNG", compress_level=level)
     return buffer.getvalue()

@@ -251,7 +251,7 @@ def _overlay(one: Ready, seen: Prediction, finding: str) -> bytes:
     assert one.pixels is not None
     cam = seen.cam[finding] if seen.cam else np.zeros(one.shape, np.float32)
     region = seen.region.get(finding)
-    return encode_image(overlay(one.pixels, cam, lungs=seen.lungs, region=region), "png")
+    return encode_image(overlay(one.pixels, cam, lungs=seen.lungs, region=region), "png", level=1)
 
 
 def _array(one: Ready, seen: Prediction, finding: str) -> bytes:
