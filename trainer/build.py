@@ -93,7 +93,9 @@ def make_optimizer(model: FocusClassifier, o: OptimConfig) -> tuple[torch.optim.
             for waits in (True, False)
             if (own := [p for p in group["params"] if (id(p) not in of_head) == waits])
         ]
-    optimizer = kind(parameters, lr=o.lr, weight_decay=o.weight_decay)
+    # All weights in one kernel on a GPU; elsewhere as torch sees fit
+    fused = True if next(model.parameters()).device.type == "cuda" else None
+    optimizer = kind(parameters, lr=o.lr, weight_decay=o.weight_decay, fused=fused)
     return optimizer, Schedule(optimizer, o.schedule, o.lr)
 
 

@@ -147,6 +147,7 @@ def start(seed: int, precision: str = "", *, timeout: float = TIMEOUT, **options
         )
     set_seed(seed)
     torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True  # batches of an epoch have one size, or two
     return accelerator
 
 

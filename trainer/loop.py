@@ -37,7 +37,7 @@ from trainer.regions.place import Regions, has_region
 from trainer.rules import Rule, rules_of
 from trainer.stopping import Stopped
 from trainer.training import NOT_FINITE, Training
-from trainer.upload import Download, upload
+from trainer.upload import Download, ahead, upload
 
 
 @dataclass
@@ -85,12 +85,14 @@ class Trainer(Training):
     def train(self) -> None:
         """Epochs until they are done or patience ends."""
         config, state, images = self.config, self.state, len(self.plan)
+        self.settle()
         # The bar is closed before an error is told, which then has a line of its own
         with self._progress() as bar, self.stop.between_batches():
             self.clock.start()
             while not self.done:
                 self.net.train()
-                for group in groups(self.loader.batches(state.epoch, state.position), config.accumulate):
+                batches = ahead(self.loader.batches(state.epoch, state.position), self.accelerator.device)
+                for group in groups(batches, config.accumulate):
                     # A step: its learning rate, its random numbers, its lambda.
                     taken = sum(batch.total for batch in group)
                     done, whole = state.epoch * images + state.position, config.epochs * images

@@ -35,6 +35,7 @@ from trainer.regions.place import PUBLISHED, Regions, has_region
 from trainer.rules import Rule
 from trainer.sections import AttentionConfig
 from trainer.task import Task
+from trainer.upload import ahead
 
 
 @dataclass
@@ -125,7 +126,7 @@ class Evaluator:
         drawn = LesionRegions(split, exact=True)
 
         with evaluating(model):
-            for batch in self.loader(name).batches(0):
+            for batch in ahead(self.loader(name).batches(0), device):
                 self.between()
                 index, own, raw = batch.index, batch.weight > 0, batch.image.to(device, non_blocking=True)
                 change = self._blur(batch, split.classes, regions, blur) if blur and lungs is not None else None

@@ -71,7 +71,7 @@ def train(config: Config) -> None:
         trainer.accelerator.print(f"\n{trainer.config.out}: stopped; --resume goes on from {went}", file=sys.stderr)
         raise
     finally:
-        trainer.tracking.finish()
+        trainer.close()
     close(trainer.accelerator)
 
 
@@ -99,7 +99,7 @@ def dry_run(config: Config) -> None:
             f"them. Nothing was kept; leave out --dry_run to train"
         )
     finally:
-        trainer.tracking.finish()
+        trainer.close()
         acc.wait_for_everyone()
         on_main(acc, lambda: _remove(out, new))
     close(acc)

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 
 from shards.dataset import Split
 from shards.errors import InputError
+from shards.loader import Loader
 from trainer import checkpoint
 from trainer.average import Average
 from trainer.balance import Balance, StepSums
@@ -117,11 +118,37 @@ class Training:
         self.logged = torch.zeros(len(StepSums._fields), dtype=torch.float64, device=device)
         self.average = Average(self.model, self.config.optim.ema) if self.config.optim.ema else None
         self.stop = Stop()
+        self.loader: Loader
         self.saved_at = 0  # step of the last checkpoint
         self.asked = torch.zeros(1)  # of the last step, above 0: a process was asked to end
         self.unread: Download | None = None  # that of the step, or batch, before
         self.evaluator.between = self.heed
         self.unseen: Download | None = None  # sums of the last step, of which lambda does not know yet
+
+    def close(self) -> None:
+        """End the loaders' processes, and the tracker."""
+        for loader in (self.loader, *self.evaluator.loaders.values()):
+            loader.close()
+        self.tracking.finish()
+
+    def settle(self) -> None:
+        """One backward of nothing. In it DDP learns in which order gradients come, by which it then groups them anew,
+        and from three processes on the order of a sum depends on the group: without this a resumed run, which begins
+        with the old groups, differs from an undisturbed one in the last bits.
+        """
+        if self.accelerator.num_processes < 3:
+            return
+        size, device = self.config.size, self.accelerator.device
+        before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        self.net.train()
+        with torch.random.fork_rng():
+            for _ in range(2):  # the groups change at the beginning of the second
+                logits = self.net(torch.rand(2, 1, size, size, device=device)).logits
+                (logits.float().sum() * 0).backward()
+        with torch.no_grad():
+            for name, buffer in self.model.named_buffers():
+                buffer.copy_(before[name])
+        self.optimizer.zero_grad()
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """Within the block the model has the weights that are measured and kept."""

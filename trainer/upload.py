@@ -1,6 +1,11 @@
 """Host to device without waiting."""
 
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
 import torch
+
+from shards.loader import Batch
 
 
 def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -10,6 +15,34 @@ def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return (tensor if tensor.is_pinned() else tensor.contiguous().pin_memory()).to(device, non_blocking=True)
+
+
+def ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches, the images of each on the device; those of the next one are on their way meanwhile, on a stream of
+    their own. On a CPU just the batches.
+    """
+    if device.type != "cuda":
+        yield from batches
+        return
+    stream = torch.cuda.Stream(device)
+    sent: tuple[Batch, Batch, torch.cuda.Event] | None = None  # with the host's own, until its copy has been made
+
+    def arrived(batch: Batch, event: torch.cuda.Event) -> Batch:
+        now = torch.cuda.current_stream(device)
+        now.wait_event(event)
+        batch.image.record_stream(now)  # or its memory could be given away while this stream still reads it
+        return batch
+
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            moved = replace(batch, image=upload(batch.image, device))
+            event = torch.cuda.Event()
+            event.record(stream)
+        before, sent = sent, (moved, batch, event)
+        if before is not None:
+            yield arrived(before[0], before[2])
+    if sent is not None:
+        yield arrived(sent[0], sent[2])
 
 
 class Download:
