@@ -212,8 +212,8 @@ class Loader:
             watch.end()  # before the error is told: what torch's signal handler still raises would take its place
 
     def close(self) -> None:
-        """End the loader's processes at once. Otherwise this one waits some seconds for each at its own end, and without
-        end for one that is stuck.
+        """End the loader's processes at once. Otherwise this one waits some seconds for each at its end, and for one
+        that is stuck without end.
         """
         self.sampler.shares = ()
         for process in self.processes:

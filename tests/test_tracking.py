@@ -1,5 +1,6 @@
 """Trackers are never in the way, and get what the pages say."""
 
+import json
 import re
 import socket
 import struct
@@ -116,7 +117,14 @@ def test_wandb_has_the_result_the_model_and_one_run_for_a_run(flags, tmp_path, m
         assert "Not a medical device" in (folder / "card/README.md").read_text()
         assert str(tmp_path) not in (folder / "card/README.md").read_text() + (folder / "card/config.yaml").read_text()
         assert list(folder.rglob("media/images/panel*.png"))
-        assert list(folder.rglob("media/table/**/*.table.json"))
+        (images,) = folder.rglob("media/table/radiographs*.table.json")
+        rows = json.loads(images.read_text())["data"]
+        assert len(rows) == len((tmp_path / "run/predictions_test.jsonl").read_text().splitlines())
+        tables = [one for record in records for one in artifacts_of(record) if one.type == "run_table"]
+        (own,) = [one for one in tables if "radiographs" in one.name]
+        pictures = [entry.path for entry in own.manifest.contents if entry.path.endswith(".png")]
+        assert len([path for path in pictures if "/mask/" not in path]) == len(rows)
+        assert len([path for path in pictures if "/mask/" in path]) > 1  # each once, so that equal ones are one
     assert len(ids) == 1
 
 

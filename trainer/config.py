@@ -94,8 +94,8 @@ class Config:
     augment: Strength = field(default_factory=Strength)
     lungs: LungsConfig = field(default_factory=LungsConfig)
     tracker: Literal["none", "wandb", "tensorboard"] = "wandb"
-    """wandb stays in the run folder unless you are logged in; then scalars, settings and a panel of test images go to
-    its server.
+    """wandb stays in the run folder unless you are logged in; then scalars, settings, test images with their maps and
+    the model go to its server.
     """
     workers: int = 2
     """Loader processes per process; 0: read in the training process."""

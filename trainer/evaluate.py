@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import torch
 
 from shards.dataset import Split
 from shards.errors import InputError, nearest, run
@@ -29,78 +28,24 @@ from shards.sample import SPLITS
 from shards.store import open_store
 from shards.targets import ABSENT, PRESENT
 from trainer import __version__
-from trainer.classifier import evaluating
 from trainer.command import parse
 from trainer.config import Config
 from trainer.content import Content, Measured, Training
-from trainer.drawing import short
 from trainer.gallery import gallery
 from trainer.groups import at_prevalence, by_column, limits_of, per_unit, units_of, values_of
 from trainer.launching import close, on_main, set_threads, start
 from trainer.lesion_figures import lesion_figures
-from trainer.look import look
 from trainer.lungs import LungFinder
 from trainer.maps import refuse_full, write_maps
 from trainer.measure import Evaluator
 from trainer.options import EvaluateConfig
 from trainer.outcome import Outcome
-from trainer.regions.lesions import LesionRegions
-from trainer.report.figures import TILES, Tile
 from trainer.report.words import MEASURED, file_name, table
 from trainer.report.write import write_run
 from trainer.rules import Finding, to_yaml
 from trainer.run import evaluator_of, open_run, read_report, task_of
 from trainer.task import Task
-
-
-def tiles(evaluator: Evaluator, name: str) -> list[Tile]:
-    """Up to 12 pairs of a split, the first ones of each finding in turn, each with its CAM."""
-    split, model, device, task = evaluator.splits[name], evaluator.model, evaluator.accelerator.device, evaluator.task
-    pairs = task.pairs(torch.from_numpy(split.targets()))
-    of_finding = [pairs.image[pairs.finding == k].tolist() for k in range(len(task.findings))]
-    chosen = [
-        (c[i], k)
-        for i in range(max(map(len, of_finding), default=0))
-        for k, c in reversed(list(enumerate(of_finding)))
-        if i < len(c)
-    ][:TILES]
-    if not chosen:
-        return []
-    index, finding = torch.tensor(chosen).reshape(-1, 2).unbind(1)
-    raw = torch.from_numpy(np.stack([split.image(p) for p, _ in chosen]))[:, None].to(device)
-    with evaluating(model):
-        seen = look(
-            evaluator.accelerator,
-            model,
-            raw,
-            index,
-            finding.to(device),
-            evaluator.lungs.get(name),
-            evaluator.regions(split),
-            finding,
-        )
-    blank = torch.zeros_like(seen.images[:, 0])
-    cams, lungs = (
-        part.float().cpu().numpy()
-        for part in (seen.cam if seen.cam is not None else blank, seen.lungs if seen.lungs is not None else blank)
-    )
-    lesions = LesionRegions(split, exact=True).regions(index, finding, raw.shape[-2:], evaluator.size).numpy()
-    probability = task.probabilities(seen.logits).cpu()
-    result = []
-    for b, k in enumerate(finding.tolist()):
-        title = f"{short(task.findings[k])}\n{task.caption(probability[b], k)}"
-        title += "" if cams[b].any() else ", no map"
-        result.append(
-            Tile(
-                title,
-                seen.images[b, 0].float().cpu().numpy(),
-                cams[b],
-                seen.region[b].cpu().numpy(),
-                lesions[b],
-                lungs[b] > 0,
-            )
-        )
-    return result
+from trainer.tiles import first_of_each, tiles
 
 
 def finish(
@@ -116,8 +61,9 @@ def finish(
     per: tuple[str, str] = ("", ""),
     prevalence: Mapping[str, float] | None = None,
     maps: str = "",
-) -> Content:
-    """Evaluate val and test, probe the model, and write the run's reports. Returns the content of report.json.
+) -> tuple[Content, dict[str, Outcome]]:
+    """Evaluate val and test, probe the model, and write the run's reports. Returns the content of report.json, and what
+    was measured of each split.
 
     Args:
         known: what a report.json of the run says already. What is not measured now stays as it is there, and where
@@ -189,7 +135,16 @@ def finish(
     def write() -> None:
         try:
             images = gallery(evaluator, shown, outcomes[shown], point)
-            write_run(out, config, content, outcomes, tiles(evaluator, shown), images, splits, lost)
+            write_run(
+                out,
+                config,
+                content,
+                outcomes,
+                tiles(evaluator, shown, first_of_each(evaluator, shown)),
+                images,
+                splits,
+                lost,
+            )
         except Exception as error:  # a picture or a name that cannot be made costs the report, not the run
             why = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
             raise InputError(
@@ -198,7 +153,7 @@ def finish(
             ) from error
 
     on_main(accelerator, write)
-    return content
+    return content, outcomes
 
 
 def data_of(split: Split, task: Task) -> dict[str, Any]:
@@ -353,7 +308,7 @@ def main(argv: list[str] | None = None) -> None:
         splits,
         lungs,
     )
-    content = finish(
+    content, _ = finish(
         evaluator,
         config,
         opened.findings,

@@ -16,6 +16,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -28,14 +29,16 @@ from trainer.build import build
 from trainer.command import resolve, to_yaml
 from trainer.config import Config
 from trainer.content import Content, Training
-from trainer.evaluate import finish, tiles
+from trainer.evaluate import finish
 from trainer.export.card import card_of_run
 from trainer.launching import close, on_main, set_threads
 from trainer.loop import Trainer, groups
 from trainer.lungs.load import load_segmenter
+from trainer.outcome import Outcome
 from trainer.report.tables import tables
 from trainer.report.words import SUMMARY, shown_split, summary, table
 from trainer.run import FINDINGS, LUNGS, MODEL, open_run, shareable, stored_as
+from trainer.tiles import tiles, worst_of_all
 from trainer.training import NOT_FINITE, duration
 
 
@@ -133,15 +136,15 @@ def conclude(trainer: Trainer) -> None:
         "map": trainer.model.has_map,
         "changes": state.changes,
     }
-    content = finish(trainer.evaluator, config, trainer.findings, training, out)
+    content, outcomes = finish(trainer.evaluator, config, trainer.findings, training, out)
     if acc.is_main_process:
         checkpoint.drop_older(out / "checkpoints")
-        trainer.tracking.attempt(lambda: track(trainer, content))
+        trainer.tracking.attempt(lambda: track(trainer, content, outcomes))
         print(table({out.name: content}))
         print(f"report: {(out / 'report.html').resolve()}")
 
 
-def track(trainer: Trainer, content: Content) -> None:
+def track(trainer: Trainer, content: Content, outcomes: Mapping[str, Outcome]) -> None:
     """Give the tracker what came out: figures, pictures, tables, and the model with its card."""
     tracking, out, step = trainer.tracking, Path(trainer.config.out), trainer.state.step
     shown = shown_split(content)
@@ -156,7 +159,8 @@ def track(trainer: Trainer, content: Content) -> None:
     tracking.tables(
         {f"{shown}/{head[0].replace('/', '-')}": (head, rows) for head, rows in tables(content, shown)}, step
     )
-    tracking.images("radiographs", tiles(trainer.evaluator, shown), step)
+    chosen = worst_of_all(trainer.evaluator, outcomes[shown], content.get("threshold"))
+    tracking.images("radiographs", tiles(trainer.evaluator, shown, chosen), step)
     stored = stored_as(trainer.splits["train"])
     texts = {"README.md": card_of_run(content, stored, trainer.model.size, load_segmenter(out / LUNGS))}
     texts["config.yaml"] = to_yaml(shareable(trainer.config))
