@@ -8,6 +8,6 @@ LOCAL_WORLD_SIZE="${SLURM_STEP_TASKS_PER_NODE:-${SLURM_TASKS_PER_NODE:-1}}"
 export LOCAL_WORLD_SIZE="${LOCAL_WORLD_SIZE%%[(,]*}"
 # A port of the job's own: two jobs may share a machine
 export MASTER_ADDR="${MASTER_ADDR:?error: set it to the first node, as launch/slurm.sbatch does}"
-export MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}"
+export MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 12000))}"
 export ACCELERATE_MIXED_PRECISION="${ACCELERATE_MIXED_PRECISION:-bf16}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 exec python -m "$@"

@@ -216,13 +216,18 @@ class Loader:
         that is stuck without end.
         """
         self.sampler.shares = ()
-        for process in self.processes:
-            process.kill()
-        for process in self.processes:
-            with suppress(RuntimeError):  # torch's signal handler tells of those that were killed, wherever this one is
-                process.join(1)
+        iterator = self.loader._iterator
+        # Torch's own: it tells of killed ones otherwise, wherever this process is, and waits for its thread
+        with suppress(AttributeError, ValueError):
+            torch._C._remove_worker_pids(id(iterator))
+            iterator._worker_pids_set, iterator._shutdown = False, True
+            iterator._pin_memory_thread_done_event.set()
         for process in self.processes:
             with suppress(RuntimeError):
+                process.kill()
+        for process in self.processes:
+            with suppress(RuntimeError):
+                process.join(1)
                 if process.is_alive():  # in the system's hands: nobody waits for it
                     multiprocessing.process._children.discard(process)  # type: ignore[attr-defined]
         self.processes, self.loader._iterator = [], None
@@ -268,8 +273,12 @@ class _Watch:
             self.since = None
 
     def _watch(self) -> None:
-        while not self.over.wait(min(1.0, self.timeout / 4)):
-            since = self.since
+        pause, last = min(1.0, self.timeout / 4), time.monotonic()
+        while not self.over.wait(pause):
+            since, before, last = self.since, last, time.monotonic()
+            if since is not None and last - before > 10 * pause:  # this process was paused, and those with it
+                self.since = last
+                continue
             if since is not None and time.monotonic() - since > self.timeout:
                 self.stalled = True
                 for process in self.processes:

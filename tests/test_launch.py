@@ -113,6 +113,66 @@ def test_two_machines(flags, tmp_path, cluster, launcher):
     assert content_of(tmp_path / "run")["training"]["processes"] == 2
 
 
+@pytest.fixture
+def networks():
+    """Two network namespaces, which see each other by addresses of their own."""
+    if os.geteuid() or not shutil.which("ip") or not shutil.which("unshare"):
+        pytest.skip("network namespaces need root, ip and unshare")
+    names = [f"cxr{os.getpid()}{k}" for k in "ab"]
+    commands = [f"ip netns add {name}" for name in names]
+    commands.append(f"ip link add {names[0]} netns {names[0]} type veth peer name {names[1]} netns {names[1]}")
+    for k, name in enumerate(names, 1):
+        commands += [f"ip -n {name} addr add 10.77.0.{k}/24 dev {name}", f"ip -n {name} link set {name} up"]
+        commands.append(f"ip -n {name} link set lo up")
+    try:
+        for command in commands:
+            done = subprocess.run(command.split(), capture_output=True, text=True, check=False)
+            if done.returncode:
+                pytest.skip(f"{command}: {done.stderr.strip()}")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+@TOGETHER
+@pytest.mark.slow
+@pytest.mark.parametrize("disk", ["common", "own"])
+def test_two_networks(flags, tmp_path, cluster, networks, disk):
+    """Machines with addresses of their own: with one disk they train; with a folder of its own the second is refused,
+    before anything is trained.
+    """
+    (tmp_path / "runs").mkdir()
+    flags = [str(tmp_path / "runs/run") if flag == str(tmp_path / "run") else flag for flag in flags]
+    machines = []
+    for k, name in enumerate(networks):
+        command = ["bash", str(LAUNCH / "machines.sh"), str(k), "2", "10.77.0.1:29511", "1", "trainer.train"]
+        command += [*flags, "--batch", "4", "--resume", "auto"]
+        if k and disk == "own":
+            hidden = f'mount -t tmpfs none "{tmp_path / "runs"}" && exec "$@"'
+            command = ["unshare", "--mount", "bash", "-c", hidden, "bash", *command]
+        own = cluster | {"GLOO_SOCKET_IFNAME": name}
+        machines.append(
+            subprocess.Popen(
+                ["ip", "netns", "exec", name, *command],
+                cwd=ROOT,
+                env=own,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    said = [machine.communicate(timeout=300)[0] for machine in machines]
+    if disk == "common":
+        assert [machine.returncode for machine in machines] == [0, 0], said
+        assert content_of(tmp_path / "runs/run")["training"]["processes"] == 2
+    else:
+        assert all(machine.returncode for machine in machines)
+        assert "process 1 on" in said[0]
+        assert "does not see the main process's folder" in said[0]
+        assert not (tmp_path / "runs/run/metrics.jsonl").exists()
+
+
 def test_wrong_words_are_told():
     for words, message in (
         (["machines.sh", "0"], "error: bash"),

@@ -167,11 +167,11 @@ def check(config: Config) -> Parts:
         now=Trained(config.labels.kind, task.findings),
         **model_options(config),
     )
-    image = splits["train"].image(0).shape
 
     def fits() -> None:
-        guards.shared_memory(config, image, guards.on_this_machine())
-        guards.room(out, model, config)
+        guards.shared_memory(config, splits["train"].image(0).shape, guards.on_this_machine())
+        if not (config.resume and (out / "report.json").is_file()):  # it may have nothing left to write
+            guards.room(out, model, config)
 
     guards.all_of(accelerator, fits)
     annotations = annotated(config, splits["train"])
@@ -182,8 +182,12 @@ def check(config: Config) -> Parts:
     if config.compile:
         accelerator.print("the backbone is compiled, which takes a minute or two")
         model.compile_body()
-    with accelerator.autocast():
-        model.try_step(config.size, min(smallest, 2), cam=attends, mode=config.attention.mode)
+
+    def works() -> None:
+        with accelerator.autocast():
+            model.try_step(config.size, min(smallest, 2), cam=attends, mode=config.attention.mode)
+
+    guards.all_of(accelerator, works)
     dataset = index["dataset"]
     return Parts(accelerator, task, findings, dataset, splits, segmenter, model, annotations, attends, per_step)
 

@@ -77,16 +77,30 @@ def save(path: Path, state: dict[str, Any], *, keep: int = 1) -> None:
                 torch.save(state, file)
         except RuntimeError as error:  # torch's word for whatever the file system refuses
             raise OSError(None, str(error).splitlines()[0]) from error
-        entry = {"name": path.name, "sha256": _checksum(partial), "bytes": partial.stat().st_size}
-        others = [one for one in _manifest(path.parent) or [] if one.get("name") != path.name]
-        own = [one for one in _manifest(path.parent) or [] if one.get("name") == path.name]
-        files = [entry, *own[: keep + 8], *others]
+        known = _manifest(path.parent)
+        if known is None:  # of an earlier version, or damaged
+            known = [_entry(file, _name(file)) for file in sorted(path.parent.glob("*.pt"))]
+        others = [one for one in known if one.get("name") != path.name]
+        own = [one for one in known if one.get("name") == path.name]
+        files = [_entry(partial, path.name), *own[: keep + 8], *others]
         write(path.parent / MANIFEST, json.dumps({"files": files}, indent=1))
         # From the oldest on: whenever this is cut off, the newest that are whole are there
         aged = [path.with_name(f"{path.stem}_{k}{path.suffix}" if k else path.name) for k in range(keep)]
         for newer, older in reversed(list(itertools.pairwise(aged))):
             if newer.is_file():
                 newer.replace(older)
+        for old in path.parent.glob(f"{path.stem}_*{path.suffix}"):
+            if _age(old) >= keep:  # more were kept before
+                old.unlink()
+
+
+def _entry(file: Path, name: str) -> dict[str, Any]:
+    return {"name": name, "sha256": _checksum(file), "bytes": file.stat().st_size}
+
+
+def _name(path: Path) -> str:
+    """What a checkpoint was called when it was new."""
+    return f"{path.stem.partition('_')[0]}{path.suffix}"
 
 
 def _checksum(path: Path) -> str:
@@ -107,8 +121,8 @@ def sound(path: Path) -> bool:
     """Whether a file is there, and as it was written, as far as the manifest of its folder tells."""
     if not path.is_file():
         return False
-    entries = _manifest(path.parent)
-    return entries is None or _checksum(path) in {one.get("sha256") for one in entries}
+    known = {one.get("sha256") for one in _manifest(path.parent) or [] if one.get("name") == _name(path)}
+    return not known or _checksum(path) in known
 
 
 def newest(folder: Path) -> tuple[Path | None, list[Path]]:
@@ -133,7 +147,7 @@ def there(folder: Path) -> bool:
 
 
 def _age(path: Path) -> int:
-    number = path.stem.removeprefix("last_")
+    number = path.stem.rpartition("_")[2]
     return int(number) if number.isdecimal() else sys.maxsize
 
 

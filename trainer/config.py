@@ -170,7 +170,7 @@ class Config:
             "log_every": 1,
             "save_every": 1,
             "keep": 1,
-            "timeout": 1,
+            "timeout": 5,
             "seed": 0,
         }
         if self.dry_run and self.resume:

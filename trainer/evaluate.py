@@ -245,7 +245,7 @@ def main(argv: list[str] | None = None) -> None:
     set_threads()
     opened = open_run(path)
     config, model, segmenter = opened.config, opened.model, opened.segmenter
-    accelerator = start(config.seed, opened.precision)
+    accelerator = start(config.seed, opened.precision, timeout=config.timeout)
     index = store.index()
     # As the report last chose, unless it is said anew
     old = read_report(path)

@@ -68,12 +68,12 @@ REFUSED = (
 )
 
 
-def start(seed: int, precision: str = "", *, timeout: float = TIMEOUT, **options: Any) -> Accelerator:
+def start(seed: int, precision: str = "", *, timeout: float = 0.0, **options: Any) -> Accelerator:
     """The accelerator of this process, seeded.
 
     Args:
         seed: of all random numbers.
-        timeout: seconds after which a process that is waited for counts as gone.
+        timeout: seconds after which a process that is waited for counts as gone; 0: nobody is watched.
         precision: what to run in where no launcher says it; what a launcher says instead is told.
         options: of Accelerator.
 
@@ -98,9 +98,12 @@ def start(seed: int, precision: str = "", *, timeout: float = TIMEOUT, **options
         options["mixed_precision"] = "no" if alone else precision
         if alone:
             tell("the run's fp16 needs a GPU; figures are taken in float32 and may differ in the last digits")
-    presence.begin(timeout)
-    waits = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))
-    accelerator = Accelerator(kwargs_handlers=[waits], **options)
+    if timeout:  # a collective fails after those who see why have said it
+        presence.begin(timeout)
+        options["kwargs_handlers"] = [InitProcessGroupKwargs(timeout=timedelta(seconds=timeout + 30))]
+    accelerator = Accelerator(**options)
+    if accelerator.num_processes > 1:
+        presence.agree(gather_object)
     if precision and said and said != precision:
         tell(
             f"note: the run has the precision {precision}, the launcher says {said}: figures may differ in the last "
@@ -267,15 +270,20 @@ def on_main(accelerator: Accelerator, action: Callable[[], object]) -> None:
     """Something that the main process alone does, and of whose failure all learn: none is left waiting. InputError as
     ``action`` raises it.
     """
-    problem = ""
-    if accelerator.is_main_process:
-        try:
+    problem, raised = "", None
+    try:
+        if accelerator.is_main_process:
             action()
-        except InputError as error:
-            problem = str(error)
-    presence.meeting(accelerator.is_main_process)
+    except InputError as error:
+        problem = str(error)
+    except Exception as error:
+        raised, problem = error, f"the main process failed ({type(error).__name__}: {error})"
+    finally:
+        presence.meeting(accelerator.is_main_process)
     answer = [problem]
     if accelerator.num_processes > 1:
         broadcast_object_list(answer)
+    if raised is not None:
+        raise raised
     if answer[0]:
         raise InputError(answer[0])

@@ -85,9 +85,9 @@ class Trainer(Training):
     def train(self) -> None:
         """Epochs until they are done or patience ends."""
         config, state, images = self.config, self.state, len(self.plan)
-        self.settle()
         # The bar is closed before an error is told, which then has a line of its own
         with self._progress() as bar, self.stop.between_batches():
+            self.settle()
             self.clock.start()
             while not self.done:
                 self.net.train()

@@ -22,6 +22,7 @@ from trainer import stopping
 EVERY = 1.0  # seconds between two looks
 LATE = 20.0  # seconds after which a process says for whom it waits
 LAST = 10.0  # seconds that a process whose launcher is gone has for its checkpoint
+SAVING, LONGEST = "a checkpoint", 120.0  # and so many more while it writes it
 LOST = 10.0  # seconds without the store after which its process counts as gone
 
 
@@ -54,8 +55,10 @@ class Presence(threading.Thread):
         self.over = threading.Event()
         self.store: Any = None
         self.all_here = self.world == 1
+        self.agreed = threading.Event()  # whether all of them have the store was asked
+        self.used = False  # and they have
         self.turns = 0  # meetings so far
-        self.beats = 0
+        self.beats, self.last = 0, time.monotonic()  # signs that this process gave, and when it gave the last one
         self.seen = ("", time.monotonic())  # the last sign of the next process, and when it was new
 
     @property
@@ -67,31 +70,54 @@ class Presence(threading.Thread):
         """See the class."""
         if self.world > 1 and all(self.at):
             threading.Thread(target=self._meet, daemon=True).start()
+        now = time.monotonic()
         while not self.over.wait(EVERY):
+            before, now = now, time.monotonic()
+            if now - before > 10 * EVERY:  # this process was paused
+                self.last = now
             if self.parent and os.getppid() != self.parent:
                 self._orphaned()
+            # The store of a machine that is gone does not answer, nor does it fail
+            if self.used and (silent := time.monotonic() - self.last) > self.timeout + 5 * EVERY:
+                self._leave(
+                    f"the process that holds the run together, at {self.where}, has not answered for {silent:.0f} s"
+                )
+
+    def done(self) -> None:
+        """What this process shares with the others is done: its silence means nothing from now on."""
+        if self.used:
+            with suppress(Exception):
+                self.store.set(self._key(f"done/{self.rank}"), "")
 
     def end(self) -> None:
         """All is done: nobody is watched any more. The first process, which may hold the store, goes last."""
+        self.done()
         self.over.set()
-        if self.store is None or not self.all_here:
+        if not self.used:
             return
         with suppress(Exception):
-            self.store.set(self._key(f"done/{self.rank}"), "")
             until = time.monotonic() + LOST
             names = [self._key(f"done/{rank}") for rank in range(self.world)]
             while not self.rank and not self.store.check(names) and time.monotonic() < until:
                 time.sleep(0.02)
+
+    @property
+    def where(self) -> str:
+        """Address and port of the store."""
+        return f"{self.at[0]}:{self.at[1]}"
 
     def _key(self, name: str) -> str:
         return f"{self.prefix}/{name}"
 
     def _orphaned(self) -> None:
         """The launcher is gone: a checkpoint, if there is time, and out."""
-        self._say("the launcher is gone; this process saves where it stands and ends")
+        saves = "saves where it stands and " if stopping.listens() else ""
+        self._say(f"the launcher is gone; this process {saves}ends")
         stopping.request(signal.SIGTERM)
-        if not self.over.wait(LAST):
-            os._exit(1)
+        until = time.monotonic() + LAST
+        while not self.over.wait(EVERY):
+            if time.monotonic() > until + (LONGEST if self.place == SAVING else 0.0):
+                os._exit(1)
 
     def _meet(self) -> None:
         """Wait until all processes are there, then beat and look after the next one."""
@@ -108,7 +134,11 @@ class Presence(threading.Thread):
             return
         finally:
             late.cancel()
-        lost = 0.0
+        self.agreed.wait()
+        if not self.used:
+            return
+        lost, self.last = 0.0, time.monotonic()
+        self.seen = ("", self.last)
         while not self.over.wait(EVERY):
             try:
                 self._beat()
@@ -116,8 +146,7 @@ class Presence(threading.Thread):
             except Exception:  # torch raises several kinds
                 lost = lost or time.monotonic()
                 if time.monotonic() - lost > LOST and not self.over.is_set():
-                    where = f"{self.at[0]}:{self.at[1]}"
-                    self._leave(f"the process that holds the run together, at {where}, is gone")
+                    self._leave(f"the process that holds the run together, at {self.where}, is gone")
 
     def _connected(self) -> Any:
         """A connection to the store, as soon as the process that holds it has begun."""
@@ -138,7 +167,6 @@ class Presence(threading.Thread):
 
     def _late(self) -> None:
         """Say whom this process waits for."""
-        where = f"{self.at[0]}:{self.at[1]}"
         who = "process 0" if self.store is None else "others"
         if self.store is not None:
             with suppress(Exception):
@@ -148,7 +176,7 @@ class Presence(threading.Thread):
                 shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
                 who = f"process{'es' if len(missing) > 1 else ''} {shown}"
         self._say(
-            f"this is process {self.rank} of {self.world} and waits for {who} at {where}: start the others, or "
+            f"this is process {self.rank} of {self.world} and waits for {who} at {self.where}: start the others, or "
             "start this one by `accelerate launch`; are all addresses and ports right?"
         )
 
@@ -159,8 +187,11 @@ class Presence(threading.Thread):
         other = (self.rank + 1) % self.world
         name = self._key(f"beat/{other}")
         sign = self.store.get(name).decode() if self.store.check([name]) else ""
-        now = time.monotonic()
-        if sign != self.seen[0]:
+        gone = self.store.check([self._key(f"done/{other}")])
+        before, now = self.last, time.monotonic()
+        self.last = now
+        # After a pause of this very process, such as a job's that was suspended, the other one was paused, too
+        if gone or sign != self.seen[0] or now - before > 10 * EVERY:
             self.seen = (sign, now)
         elif now - self.seen[1] > self.timeout and not self.over.is_set():
             host = self.store.get(self._key(f"here/{other}")).decode()
@@ -198,12 +229,20 @@ class Presence(threading.Thread):
         places = ", ".join(f"process {rank} is at {place}" for rank, (_, place) in list(enumerate(after))[:16])
         return f"another process gave no answer, though all are alive: {places}"
 
+    def explanation(self) -> str:
+        """`whose_fault`, or that it cannot be told: the store may be what is gone."""
+        found: list[str] = []
+        asking = threading.Thread(target=lambda: found.append(self.whose_fault()), daemon=True)
+        asking.start()
+        asking.join(10 * EVERY)
+        return found[0] if found else f"the process that holds the run together, at {self.where}, does not answer"
+
     def meet(self, first: bool) -> None:
         """Wait here for the first process, which comes when it is done with something: no collective waits for it
         meanwhile, whose time would run out.
         """
         self.turns += 1
-        if self.store is None or not self.all_here:
+        if not self.used:
             return
         name = self._key(f"turn/{self.turns}")
         if first:
@@ -231,6 +270,27 @@ def begin(timeout: float) -> None:
         here.start()
 
 
+def agree(together: Callable[[list[bool]], list[bool]]) -> None:
+    """Once the processes have met: use the store if all of them have it, else none does.
+
+    Args:
+        together: gathers what each process says.
+    """
+    if here is None or here.world == 1:
+        return
+    until = time.monotonic() + LOST
+    while not here.all_here and all(here.at) and time.monotonic() < until:
+        time.sleep(0.02)
+    here.used = all(together([here.all_here]))
+    here.agreed.set()
+
+
+def done() -> None:
+    """See `Presence.done`."""
+    if here is not None:
+        here.done()
+
+
 def end() -> None:
     """Stop watching."""
     global here
@@ -256,9 +316,10 @@ def explained(action: Callable[[], None]) -> None:
     try:
         action()
     except RuntimeError as error:
-        if here is None or here.world == 1 or not _of_connection(error):
+        if here is None or not here.used or not _of_connection(error):
             raise
-        here._leave(here.whose_fault())
+        first = str(error).strip().splitlines()[0][:200]
+        here._leave(f"{here.explanation()} ({first})")
 
 
 def _of_connection(error: RuntimeError) -> bool:

@@ -18,6 +18,11 @@ ECHO = 2.0
 _current: "Stop | None" = None  # the one that signals go to
 
 
+def listens() -> bool:
+    """Whether a signal would be noted, and a checkpoint saved."""
+    return _current is not None
+
+
 def request(number: int) -> None:
     """Ask this process to end, as a signal does; where it was asked before, nothing more."""
     if _current is None or not _current.asked:

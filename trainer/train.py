@@ -69,6 +69,7 @@ def train(config: Config) -> None:
                 with contextlib.nullcontext() if alone else trainer.stop.between_batches():
                     conclude(trainer)
     except KeyboardInterrupt:
+        presence.done()
         kept = checkpoint.there(Path(trainer.config.out) / "checkpoints")
         went = "its last checkpoint" if kept else "the beginning, there is no checkpoint yet"
         trainer.accelerator.print(f"\n{trainer.config.out}: stopped; --resume goes on from {went}", file=sys.stderr)

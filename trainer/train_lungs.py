@@ -40,6 +40,7 @@ from trainer import checkpoint, lung_report
 from trainer.augment import augment, draw, resize
 from trainer.command import flat, parse, resumed, to_yaml
 from trainer.launching import (
+    TIMEOUT,
     Accelerator,
     close,
     loader_of,
@@ -246,7 +247,7 @@ def open_sources(names: str, *, left_out: bool = False) -> dict[str, dict[str, S
 def build(argv: list[str] | None) -> tuple[Trainer, dict[str, Samples]]:
     """Check everything, claim the run folder, make the parts; also the splits that the report measures."""
     config = parse(LungsTrainConfig, resumed(argv, "trainer.train_lungs"), prog="trainer.train_lungs")
-    accelerator = start(config.seed)
+    accelerator = start(config.seed, timeout=TIMEOUT)
     out = Path(config.out)
     start_from = None
     if config.init:

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from shards.dataset import Split
 from shards.errors import InputError
 from shards.loader import Loader
-from trainer import checkpoint
+from trainer import checkpoint, presence
 from trainer.average import Average
 from trainer.balance import Balance, StepSums
 from trainer.classifier import FocusClassifier
@@ -126,10 +126,10 @@ class Training:
         self.unseen: Download | None = None  # sums of the last step, of which lambda does not know yet
 
     def close(self) -> None:
-        """End the loaders' processes, and the tracker."""
+        """End the tracker, and the loaders' processes."""
+        self.tracking.finish()
         for loader in (self.loader, *self.evaluator.loaders.values()):
             loader.close()
-        self.tracking.finish()
 
     def settle(self) -> None:
         """One backward of nothing. In it DDP learns in which order gradients come, by which it then groups them anew,
@@ -141,7 +141,7 @@ class Training:
         size, device = self.config.size, self.accelerator.device
         before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         self.net.train()
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             for _ in range(2):  # the groups change at the beginning of the second
                 logits = self.net(torch.rand(2, 1, size, size, device=device)).logits
                 (logits.float().sum() * 0).backward()
@@ -210,7 +210,9 @@ class Training:
             }
             checkpoint.save(folder / "last.pt", content, keep=self.config.keep)
 
+        presence.at(presence.SAVING)
         on_main(self.accelerator, write)
+        presence.at(f"step {self.state.step}")
         for finder in self.lungs.values():
             finder.memory.saved = True
         self.saved_at = self.state.step
@@ -295,6 +297,8 @@ class Training:
         before = flat(asdict(Config(shards="", out="")))  # what the run's version had no setting for was as it is now
         checkpoint.refuse_other(out, before | content["identity"], self.identity, words)
         self.model.load_state_dict(content["model"])
+        for group in content["optimizer"]["param_groups"]:  # how it is computed here, not where it was saved
+            group["fused"] = self.optimizer.param_groups[0].get("fused")
         self.optimizer.load_state_dict(content["optimizer"])
         self.schedule.load_state_dict(content["schedule"])
         if content["scaler"] is not None and self.accelerator.scaler is not None:

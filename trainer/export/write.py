@@ -1,5 +1,6 @@
 """Writing an export, and holding it against the run that it is of."""
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -27,7 +28,7 @@ from trainer.predictor import Outputs, Predictor
 from trainer.rules import to_yaml as findings_to_yaml
 from trainer.run import FINDINGS, LUNGS, MODEL, read_report, run_findings, shareable
 
-CARD = "README.md"
+CARD, PARTIAL = "README.md", ".partial-"
 # How far the graph may be from the run, on images of every kind: see `distance`
 LIMITS = {
     "probability": 1e-4,
@@ -60,7 +61,7 @@ def export(folder: Path, out: Path) -> list[str]:
     """
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file; name a folder")
-    if out.is_dir() and {one.name for one in out.iterdir()} - FILES:
+    if out.is_dir() and {one.name for one in out.iterdir() if not one.name.startswith(PARTIAL)} - FILES:
         raise InputError(f"--out {out}: holds other files; name another folder")
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
@@ -89,9 +90,10 @@ def export(folder: Path, out: Path) -> list[str]:
         "training": {"unfinished": False},
     }
     place = out.resolve()
+    new = not place.exists()
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as folder_:
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=place) as folder_:  # which may be a disk of its own
             partial = Path(folder_)
             (partial / GRAPH).write_bytes(data)
             for name in (MODEL, LUNGS):
@@ -107,14 +109,19 @@ def export(folder: Path, out: Path) -> list[str]:
             _put(partial, place)
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({error.strerror})") from error
+    finally:
+        if new:
+            with contextlib.suppress(OSError):
+                place.rmdir()  # nothing came of it
     return [*said, f"export: {place}", f"its card: {place / CARD}"]
 
 
 def _put(partial: Path, out: Path) -> None:
     """Move what was checked to where it is wanted; an export that was there before is whole until then."""
-    out.mkdir(exist_ok=True)
-    for name in (EXPORTED, *sorted(FILES - {EXPORTED})):  # what is half there is no export
-        (out / name).unlink(missing_ok=True)
+    (out / EXPORTED).unlink(missing_ok=True)  # what is half there is no export
+    for name in sorted(FILES - {EXPORTED}):
+        if not (partial / name).is_file():
+            (out / name).unlink(missing_ok=True)
     for name in (*sorted(FILES - {EXPORTED}), EXPORTED):
         if (partial / name).is_file():
             atomic.sync(partial / name)
