@@ -166,6 +166,37 @@ def test_what_was_cut_off_while_it_was_written_changes_nothing(tmp_path, monkeyp
     assert (checkpoint.load(found)["step"], damaged) == (1, [path])
 
 
+def test_checkpoints_of_an_earlier_version_and_another_keep(tmp_path):
+    """Without a manifest they are taken as they are, and known from the first new one on; fewer may be kept later."""
+    folder = tmp_path / "checkpoints"
+    checkpoint.save(folder / "lungs.pt", {"what": "lungs"})
+    checkpoint.save(folder / "last.pt", {"step": 1})
+    (folder / "manifest.json").unlink()
+    checkpoint.save(folder / "last.pt", {"step": 2}, keep=3)
+    assert all(checkpoint.sound(folder / name) for name in ("lungs.pt", "last.pt", "last_1.pt"))
+    (folder / "last.pt").write_bytes(b"")
+    found, damaged = checkpoint.newest(folder)
+    assert (found.name, [path.name for path in damaged]) == ("last_1.pt", ["last.pt"])
+    for step in (3, 4, 5):
+        checkpoint.save(folder / "last.pt", {"step": step}, keep=3)
+    assert checkpoint.load(folder / "last_2.pt")["step"] == 3
+    checkpoint.save(folder / "last.pt", {"step": 6}, keep=2)
+    assert sorted(path.name for path in folder.glob("last*.pt")) == ["last.pt", "last_1.pt"]
+
+
+def test_how_a_step_is_computed_is_this_machine_s(flags, tmp_path):
+    """An optimizer that was fused on a GPU goes on here without, and the other way round."""
+    build(resolve([*flags, "--epochs", "1"])).train()
+    path = tmp_path / "run/checkpoints/last.pt"
+    content = checkpoint.load(path)
+    for group in content["optimizer"]["param_groups"]:
+        group["fused"] = True
+    checkpoint.save(path, content)
+    job = build(resolve(["--out", str(tmp_path / "run"), "--resume", "--epochs", "2"]))
+    assert {group["fused"] for group in job.optimizer.param_groups} == {None}
+    job.train()
+
+
 def test_a_run_without_a_checkpoint_starts_from_the_beginning(flags, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     out = str(tmp_path / "run")
