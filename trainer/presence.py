@@ -77,6 +77,8 @@ class Presence(threading.Thread):
                 self.last = now
             if self.parent and os.getppid() != self.parent:
                 self._orphaned()
+            if self.all_here and self.world > 1 and not self.agreed.is_set() and now - self.last > self.timeout + 30:
+                self._leave(f"all {self.world} processes are there, at {self.where}, and do not come together")
             # The store of a machine that is gone does not answer, nor does it fail
             if self.used and (silent := time.monotonic() - self.last) > self.timeout + 5 * EVERY:
                 self._leave(
@@ -129,7 +131,7 @@ class Presence(threading.Thread):
             self.store.set(self._key(f"here/{self.rank}"), socket.gethostname())
             while not self.over.is_set() and self._missing():
                 time.sleep(EVERY / 4)
-            self.all_here = True
+            self.last, self.all_here = time.monotonic(), True
         except Exception:  # of the store: who makes the process group says it better
             return
         finally:

@@ -260,13 +260,19 @@ class Training:
             asked = constant((float(bool(self.stop.asked)),), self.accelerator.device)
             self.asked = self.accelerator.reduce(asked, "sum")
         if self.asked_to_end(at_once=False):
-            raise Stopped(self.stop.asked or signal.SIGTERM)
+            raise self.stopped()
+
+    def stopped(self) -> Stopped:
+        """What all processes end by; said where the signal came to another one."""
+        if not self.stop.asked:
+            self.accelerator.print("another process was asked to end: stopping with it", file=sys.stderr)
+        return Stopped(self.stop.asked or signal.SIGTERM)
 
     def leave(self) -> None:
         """Save, and raise `Stopped` on every process."""
         with self.clock.paused():
             self.save()
-        raise Stopped(self.stop.asked or signal.SIGTERM)
+        raise self.stopped()
 
     def launch(self) -> dict[str, Any]:
         """How the run is carried out: it may change, but not unsaid."""
