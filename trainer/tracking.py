@@ -67,14 +67,14 @@ class Tracking:
             mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
             if mode == "online":
                 print(
-                    "wandb: you are logged in, so scalars, settings, up to 200 test radiographs with their maps, and the "
-                    "model go to its server; --tracker none keeps them here"
+                    "wandb: you are logged in, so scalars, settings, up to 200 test radiographs with their maps, and "
+                    "the model go to its server; --tracker none keeps them here"
                 )
             elif mode == "offline":
                 folder = run / "wandb"
                 print(
-                    f"wandb: scalars, settings, up to 200 test radiographs with their maps, and the model are logged into "
-                    f"{folder} and stay there; `wandb sync {folder}/offline-run-*` sends them"
+                    f"wandb: scalars, settings, up to 200 test radiographs with their maps, and the model are logged "
+                    f"into {folder} and stay there; `wandb sync {folder}/offline-run-*` sends them"
                 )
             settings = wandb.Settings(init_timeout=WANDB_SECONDS, silent=True, **UNSAID)
             options = {"wandb": {"mode": mode, "dir": str(run), "name": run.name, "settings": settings}}
