@@ -127,7 +127,7 @@ class Loader:
             threads of CUDA, NCCL and
             a tracker. 0: this process reads.
         pinned: batches in page-locked memory, for a GPU.
-        timeout: seconds without a batch after which the loader's processes count as stuck.
+        timeout: seconds without a batch after which the loader's processes count as stuck; None: `STALLED`.
     """
 
     def __init__(
@@ -140,9 +140,9 @@ class Loader:
         world: int = 1,
         workers: int = 0,
         pinned: bool = False,
-        timeout: float = STALLED,
+        timeout: float | None = None,
     ) -> None:
-        self.timeout = timeout
+        self.timeout = STALLED if timeout is None else timeout
         self.samples, self.plan = samples, plan
         self.batch, self.rank, self.world, self.workers = batch, rank, world, workers
         self.sampler = _Armed()
