@@ -35,7 +35,7 @@ def test_a_full_disk_is_one_line_and_what_was_there_stays(tmp_path, monkeypatch)
                     with pytest.raises(InputError, match=r"x\.pt: cannot be written \(No space left on device\)"):
                         action()
     assert path.read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["manifest.json", "x.pt"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a small disk can be mounted on Linux only")
@@ -52,7 +52,8 @@ def test_a_run_on_a_full_disk_is_one_line(flags, tmp_path, size):
         pytest.skip(f"no small disk can be mounted here: {done.stderr.strip()}")
     assert "Traceback" not in done.stderr
     assert done.returncode == 2
-    assert [line for line in done.stderr.splitlines() if line.startswith("error: ") and "cannot be written (" in line]
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "cannot be written (" in line or "the run needs some" in line  # the least that a run needs is known before
 
 
 def test_an_error_of_the_system_that_names_no_file_is_one_line_where_a_disk_is_full(capsys):
