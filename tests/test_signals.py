@@ -90,8 +90,10 @@ def test_a_signal_while_it_validates(flags, tmp_path, undisturbed, monkeypatch, 
 
     begun = [*flags, *EPOCHS, "--best", "last", "--save_every", every, "--resume", "auto"]
     monkeypatch.setattr(Evaluator, "measure", measure)
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as under nohup
     with pytest.raises(Stopped):
         loop.main(begun)
+    signal.signal(signal.SIGHUP, ignored)
     monkeypatch.setattr(Evaluator, "measure", ordinary)
     assert "SIGHUP: stopping" in capfd.readouterr().err
     saved = torch.load(tmp_path / "run/checkpoints/last.pt", weights_only=False)

@@ -162,7 +162,7 @@ def test_a_sweep_that_is_asked_to_end_asks_its_trainings(tmp_path, monkeypatch, 
         while not up() and time.monotonic() < until:
             time.sleep(0.05)
         time.sleep(0.3)
-        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGUSR1)
 
     threading.Thread(target=hang_up).start()
     with pytest.raises(KeyboardInterrupt) as stopped:
