@@ -1,7 +1,6 @@
 """The run folder on disk: claiming it, atomic checkpoints, resuming everything."""
 
 import fcntl
-import hashlib
 import itertools
 import json
 import os
@@ -15,6 +14,7 @@ from safetensors.torch import save as safetensors_bytes
 
 from shards.atomic import whole, write
 from shards.errors import InputError, listed
+from shards.files import file_sha256
 
 MANIFEST = "manifest.json"
 DAMAGED = "WARNING: {} is damaged: it was cut off, or changed since it was written; it is kept as {}"
@@ -95,17 +95,12 @@ def save(path: Path, state: dict[str, Any], *, keep: int = 1) -> None:
 
 
 def _entry(file: Path, name: str) -> dict[str, Any]:
-    return {"name": name, "sha256": _checksum(file), "bytes": file.stat().st_size}
+    return {"name": name, "sha256": file_sha256(file), "bytes": file.stat().st_size}
 
 
 def _name(path: Path) -> str:
     """What a checkpoint was called when it was new."""
     return f"{path.stem.partition('_')[0]}{path.suffix}"
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _manifest(folder: Path) -> list[dict[str, Any]] | None:
@@ -122,7 +117,7 @@ def sound(path: Path) -> bool:
     if not path.is_file():
         return False
     known = {one.get("sha256") for one in _manifest(path.parent) or [] if one.get("name") == _name(path)}
-    return not known or _checksum(path) in known
+    return not known or file_sha256(path) in known
 
 
 def newest(folder: Path) -> tuple[Path | None, list[Path]]:

@@ -187,8 +187,7 @@ class Presence(threading.Thread):
         self.beats += 1
         self.store.set(self._key(f"beat/{self.rank}"), f"{self.beats} {self.place}")
         other = (self.rank + 1) % self.world
-        name = self._key(f"beat/{other}")
-        sign = self.store.get(name).decode() if self.store.check([name]) else ""
+        sign = self._sign(other)
         gone = self.store.check([self._key(f"done/{other}")])
         before, now = self.last, time.monotonic()
         self.last = now
@@ -202,14 +201,18 @@ class Presence(threading.Thread):
                 f"{sign.partition(' ')[2] or 'the start'}: it was stopped, or its machine is gone"
             )
 
+    def _sign(self, rank: int) -> str:
+        """The last one of a process, empty before its first."""
+        name = self._key(f"beat/{rank}")
+        return self.store.get(name).decode() if self.store.check([name]) else ""
+
     def signs(self) -> list[tuple[int, str]]:
         """Of each process its last sign: how many there were, and what it was at."""
         found = []
         for rank in range(self.world):
             sign = ""
             with suppress(Exception):
-                name = self._key(f"beat/{rank}")
-                sign = self.store.get(name).decode() if self.store.check([name]) else ""
+                sign = self._sign(rank)
             beats, _, place = sign.partition(" ")
             found.append((int(beats or 0), place or "the start"))
         return found
