@@ -79,7 +79,16 @@ def test_who_waits_says_for_whom(flags, rank):
 @TOGETHER
 def test_an_orphan_saves_and_ends(flags, tmp_path):
     """The launcher is killed; its trainer is not told."""
-    command = ["accelerate", "launch", "--quiet", "--config_file", "accelerate_config.yaml", "--mixed_precision", "no"]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--quiet",
+        "--config_file",
+        "accelerate_config.yaml",
+        "--mixed_precision",
+        "no",
+    ]
     flags = [*flags, "--epochs", "200", "--workers", "1"]
     launcher = subprocess.Popen(
         [*command, "-m", "trainer.train", *flags], cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ
@@ -198,6 +207,8 @@ def test_a_process_that_is_done_is_not_missed(monkeypatch):
     presence.agree(lambda own: next(said) if own == [True] else own)  # one has no store: none uses it
     assert not two[0].used
     two[0].end()
+    # One inside the store when Python ends would abort it
+    assert not any(thread.is_alive() for one in two for thread in (one, one.meets))
     del server
 
 

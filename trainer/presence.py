@@ -4,6 +4,7 @@ A thread beside training. It needs no collective, so that it also sees a process
 waits for it; it speaks through the store at which the processes meet (`torch.distributed.TCPStore`).
 """
 
+import atexit
 import os
 import signal
 import socket
@@ -53,6 +54,7 @@ class Presence(threading.Thread):
         # After a restart by torchrun the store is the same one
         self.prefix = f"cxr-focus/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         self.over = threading.Event()
+        self.meets: threading.Thread | None = None
         self.store: Any = None
         self.all_here = self.world == 1
         self.agreed = threading.Event()  # whether all of them have the store was asked
@@ -69,7 +71,8 @@ class Presence(threading.Thread):
     def run(self) -> None:
         """See the class."""
         if self.world > 1 and all(self.at):
-            threading.Thread(target=self._meet, daemon=True).start()
+            self.meets = threading.Thread(target=self._meet, daemon=True)
+            self.meets.start()
         now = time.monotonic()
         while not self.over.wait(EVERY):
             before, now = now, time.monotonic()
@@ -94,14 +97,24 @@ class Presence(threading.Thread):
     def end(self) -> None:
         """All is done: nobody is watched any more. The first process, which may hold the store, goes last."""
         self.done()
-        self.over.set()
-        if not self.used:
+        self.rest()
+        if self.rank or not self.used:
             return
         with suppress(Exception):
             until = time.monotonic() + LOST
             names = [self._key(f"done/{rank}") for rank in range(self.world)]
-            while not self.rank and not self.store.check(names) and time.monotonic() < until:
+            while not self.store.check(names) and time.monotonic() < until:
                 time.sleep(0.02)
+
+    def rest(self) -> None:
+        """Let both threads come to their end: one that is inside the store when Python ends aborts the process, as it
+        comes back from C++ to an interpreter that is gone.
+        """
+        self.over.set()
+        self.agreed.set()
+        for thread in (self, self.meets):
+            if thread is not None and thread.is_alive() and thread is not threading.current_thread():
+                thread.join(LOST)
 
     @property
     def where(self) -> str:
@@ -136,8 +149,9 @@ class Presence(threading.Thread):
             return
         finally:
             late.cancel()
+            late.join(LOST)
         self.agreed.wait()
-        if not self.used:
+        if not self.used or self.over.is_set():
             return
         lost, self.last = 0.0, time.monotonic()
         self.seen = ("", self.last)
@@ -273,6 +287,7 @@ def begin(timeout: float) -> None:
     if here is None and (watch := Presence(timeout)).needed:
         here = watch
         here.start()
+        atexit.register(watch.rest)  # whatever way Python ends
 
 
 def agree(together: Callable[[list[bool]], list[bool]]) -> None:
