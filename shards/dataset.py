@@ -29,8 +29,7 @@ from shards.targets import ABSENT, PRESENT, UNKNOWN, SingleLabel, Targets, Unlab
 from shards.truth import LesionMasks, Lesions, coarse_of, from_samples, wrong_with
 
 MAX_OPEN_FILES = 64
-# Of the cache: this window of the plan and the next. The bytes of a file that the cache made room of stay on the disk
-# as long as it is open.
+# Of the cache: this window of the plan and the next. What the cache made room of stays on the disk while it is open.
 MAX_OPEN_REMOTE = 16
 
 
@@ -43,6 +42,7 @@ class Split:
         labels: what findings are to the task; names stand for one finding an image, None for all samples (for lung
             masks).
         masks: read lung masks; every sample must have one.
+        of_each: above 0: only the first so many samples with each finding and as many without it, for a rehearsal.
 
     Raises:
         InputError: no index, an index that does not match its tars, an unknown finding, a class without samples.
@@ -55,6 +55,7 @@ class Split:
         labels: Targets | Sequence[str] | None = None,
         *,
         masks: bool = False,
+        of_each: int = 0,
     ) -> None:
         self.store = root if isinstance(root, Folder | Remote) else open_store(root)
         index = self.store.index()
@@ -63,7 +64,8 @@ class Split:
                 f"{self.store.name}: has no split {split!r} (it has {', '.join(index['splits'])}); pack one"
             )
         entry = index["splits"][split]
-        self.split, self.masks = split, masks
+        self.split, self.masks, self.of_each = split, masks, of_each
+        self.where = self.store.name  # for messages
         self.dataset: str = index["dataset"]
         self.stored: dict[str, Any] = index.get("stored", {})
         self.scales = tuple((float(low), float(high)) for low, high in self.stored.get("scales", ()))
@@ -83,6 +85,10 @@ class Split:
         self.classes = self.labels.findings
         self.rows, self._set, self._of_set = self._select(index, entry)
         self.left_out = entry["samples"] - len(self.rows)
+        if of_each:
+            ways = [t[self._set] == say for t in self._of_set.T for say in (PRESENT, ABSENT)]
+            few = np.unique(np.concatenate([np.flatnonzero(way)[:of_each] for way in ways]))
+            self.rows, self._set = self.rows[few], self._set[few]
         digest = hashlib.sha256("".join(shard["sha256"] for shard in self.shards).encode())
         digest.update(self.labels.signature(self._of_set)[self._set].tobytes())
         digest.update(self.rows.tobytes())
@@ -178,11 +184,6 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    @property
-    def where(self) -> str:
-        """The folder or URL, for messages."""
-        return self.store.name
 
     def targets(self, positions: np.ndarray | slice = slice(None)) -> np.ndarray:
         """What each sample, or each of ``positions``, has of the task's findings: int8 [n,K], see `shards.targets`."""
@@ -298,8 +299,6 @@ class Split:
         """Samples of each shard that belong to the task: int64 [shards]."""
         return np.diff(np.searchsorted(self.rows, self.starts))
 
-    # -- one sample ---------------------------------------------------------------------------------------------
-
     def image(self, position: int) -> np.ndarray:
         """Radiograph: uint8 [H, W]."""
         return decode(self._member(position, "image"), lambda: self.name(position), self.scales)
@@ -397,4 +396,4 @@ class Split:
 
     def __reduce__(self) -> Any:
         # A loader's process that is spawned opens the index itself: rows and tables of ten million samples are 360 MB.
-        return partial(Split, masks=self.masks), (self.store, self.split, self.labels)
+        return partial(Split, masks=self.masks, of_each=self.of_each), (self.store, self.split, self.labels)

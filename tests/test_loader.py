@@ -674,12 +674,14 @@ def test_a_spawned_process_opens_the_index_itself(shards):
     for split in (
         Split(shards, "train", SingleLabel(("No Finding", "Effusion"), ("Effusion",))),
         Split(shards, "val", masks=True),
+        Split(shards, "train", SingleLabel(("No Finding", "Effusion")), of_each=2),
     ):
         data = pickle.dumps(split)
         assert len(data) < 1000
         other = pickle.loads(data)
         assert other.fingerprint == split.fingerprint
         assert other.masks == split.masks
+        assert len(other) == len(split)
         assert (other.image(3) == split.image(3)).all()
     both = pickle.loads(pickle.dumps(Joined([Split(shards, "train", masks=True), Split(shards, "val", masks=True)])))
     assert len(both) == 80

@@ -408,6 +408,7 @@ def test_a_dry_run_says_what_would_be_and_leaves_nothing(flags, tmp_path, capsys
     loop.main([*flags, "--dry_run", "--epochs", "7"])
     said = capsys.readouterr().out
     assert "all is well: 7 epochs of" in said
+    assert "report: " not in said
     assert "Nothing was kept" in said
     assert set(tmp_path.rglob("*")) == before
     (tmp_path / "run").mkdir()

@@ -317,10 +317,9 @@ class Trainer(Training):
             refresh=False,
         )
         self.write(line)
-        if not self.paced and line["images_per_s"] and self.accelerator.is_main_process:
+        if not self.paced and self.accelerator.is_main_process:
             self.paced = True
-            left = self.config.epochs * len(self.plan) - state.epoch * len(self.plan) - state.position
-            self.tell_pace(bar, line["images_per_s"], left)
+            self.tell_pace(bar)
 
     def write(self, line: dict[str, Any]) -> None:
         """Append to metrics.jsonl and send to the tracker, on the main process."""

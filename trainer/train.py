@@ -17,12 +17,14 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
+from shards.dataset import Split
 from shards.errors import InputError, run
 from trainer import checkpoint, presence
 from trainer.build import build
@@ -34,12 +36,15 @@ from trainer.export.card import card_of_run
 from trainer.launching import close, on_main, set_threads
 from trainer.loop import Trainer, groups
 from trainer.lungs.load import load_segmenter
+from trainer.lungs.memory import LungFinder
 from trainer.outcome import Outcome
 from trainer.report.tables import tables
 from trainer.report.words import SUMMARY, shown_split, summary, table
 from trainer.run import FINDINGS, LUNGS, MODEL, open_run, shareable, stored_as
 from trainer.tiles import tiles, worst_of_all
 from trainer.training import NOT_FINITE, duration
+
+REHEARSED = 8  # images with each finding, and as many without it, by which a dry run tries the end of a run
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -80,7 +85,9 @@ def train(config: Config) -> None:
 
 
 def dry_run(config: Config) -> None:
-    """All that a run does before its first epoch, two steps, and the tracker; then nothing of it is left."""
+    """All that a run does before its first epoch, two steps, its end with a few images, and the tracker; then nothing
+    of it is left.
+    """
     out = Path(config.out)
     new = [folder for folder in (out, *out.parents) if not folder.exists()]
     os.environ.setdefault("WANDB_MODE", "offline")  # nothing is sent
@@ -97,6 +104,16 @@ def dry_run(config: Config) -> None:
                 raise InputError(NOT_FINITE.format(step=0))
             seconds, taken = time.monotonic() - began, sum(batch.total for batch in group)
         trainer.tracking.log({"ce": 0.0}, 0)
+        few = {n: Split(s.store, n, s.labels, of_each=REHEARSED) for n, s in trainer.evaluator.splits.items()}
+        finders = {
+            n: LungFinder(finder.segmenter, config.size, len(few[n]), few[n].fingerprint)
+            for n, finder in trainer.evaluator.lungs.items()
+        }
+        trainer.evaluator = replace(trainer.evaluator, splits=few, lungs=finders)
+        trainer.keep()
+        content, outcomes = evaluated(trainer)
+        if acc.is_main_process:
+            track(trainer, content, outcomes)
         acc.print(
             f"all is well: {config.epochs} epochs of {images} images; a step of {taken} images took {seconds:.3g} "
             f"seconds, so that they take {duration(config.epochs * images / taken * seconds)}, and validation beside "
@@ -120,8 +137,19 @@ def _remove(out: Path, new: list[Path]) -> None:
 
 def conclude(trainer: Trainer) -> None:
     """Evaluate the best model, write and print its report, give the tracker its figures."""
-    acc, config, state, out = trainer.accelerator, trainer.config, trainer.state, Path(trainer.config.out)
+    acc, out = trainer.accelerator, Path(trainer.config.out)
     acc.wait_for_everyone()
+    content, outcomes = evaluated(trainer)
+    if acc.is_main_process:
+        checkpoint.drop_older(out / "checkpoints")
+        trainer.tracking.attempt(lambda: track(trainer, content, outcomes))
+        print(table({out.name: content}))
+        print(f"report: {(out / 'report.html').resolve()}")
+
+
+def evaluated(trainer: Trainer) -> tuple[Content, dict[str, Outcome]]:
+    """Evaluate the best model, and write its report."""
+    acc, config, state, out = trainer.accelerator, trainer.config, trainer.state, Path(trainer.config.out)
     trainer.model.load_state_dict(open_run(out).model.state_dict())
     training: Training = {
         "minutes": state.seconds / 60,
@@ -137,12 +165,7 @@ def conclude(trainer: Trainer) -> None:
         "map": trainer.model.has_map,
         "changes": state.changes,
     }
-    content, outcomes = finish(trainer.evaluator, config, trainer.findings, training, out)
-    if acc.is_main_process:
-        checkpoint.drop_older(out / "checkpoints")
-        trainer.tracking.attempt(lambda: track(trainer, content, outcomes))
-        print(table({out.name: content}))
-        print(f"report: {(out / 'report.html').resolve()}")
+    return finish(trainer.evaluator, config, trainer.findings, training, out)
 
 
 def track(trainer: Trainer, content: Content, outcomes: Mapping[str, Outcome]) -> None:

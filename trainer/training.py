@@ -117,6 +117,7 @@ class Training:
         # `StepSums` of this process since the last line of the log
         self.logged = torch.zeros(len(StepSums._fields), dtype=torch.float64, device=device)
         self.average = Average(self.model, self.config.optim.ema) if self.config.optim.ema else None
+        self.before = (0, 0.0)  # images and seconds that were counted when it was resumed
         self.stop = Stop()
         self.loader: Loader
         self.saved_at = 0  # step of the last checkpoint
@@ -236,8 +237,13 @@ class Training:
                     "segmented before"
                 )
 
-    def tell_pace(self, bar: Any, pace: float, left: int) -> None:
-        """How long it will take, by the first steps; said once."""
+    def tell_pace(self, bar: Any) -> None:
+        """How long it will take, by the first steps since it was started; said once."""
+        state, images = self.state, len(self.loader.plan)
+        pace = (state.images - self.before[0]) / max(state.seconds - self.before[1], 1e-9)
+        left = (self.config.epochs - state.epoch) * images - state.position
+        if not pace:
+            return
         finds = "; the first epoch finds the lungs, too" if self.lungs and not self.state.epoch else ""
         bar.write(
             f"at the pace of the first steps, {pace:.3g} images/s{finds}, {duration(left / pace)} of training are left "
@@ -327,6 +333,7 @@ class Training:
         self.state.warmup = self.state.warmup or self.config.optim.warmup * was["images a step"]
         self.state.length = self.state.length or was.get("epochs", self.config.epochs) * len(self.splits["train"])
         self.clock.counted = self.state.seconds
+        self.before = (self.state.images, self.state.seconds)
         # Sums of all processes since the last line of the log; earlier versions kept fewer
         if self.accelerator.is_main_process:
             logged = content.get("logged", [])
