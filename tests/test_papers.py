@@ -126,10 +126,10 @@ def test_the_floor_is_the_mean_lesion(shards):
 
 def test_a_report_has_them_beside_their_floors(one_epoch, shards, tmp_path):
     report = json.loads((one_epoch / "report.json").read_text())
-    assert set(report["box_threshold"]) == {"model", "random", "constant"}
+    assert set(report["box_threshold"]) == {"model", "random", "constant", "region"}
     test = report["test"]["lesions"]
     assert set(test) == {"all", "Effusion"}
-    for kind in ("model", "constant", "random"):
+    for kind in ("model", "constant", "region", "random"):
         assert 0 <= test["all"][kind]["hit"] <= 1
         assert list(test["all"][kind]["t_iou"]) == ["0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7"]
     assert report["val"]["lesions"]["all"]["constant"] is None, "a constant chosen on val is too good there"

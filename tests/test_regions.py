@@ -108,6 +108,16 @@ LOWER = ((0.0, 0.5, 1.0, 1.0),)  # from row 20 of the chest
         (Rule(LOWER, place="within", outside=True), filled((6, 8, 14, 20), (24, 8, 34, 20))),  # all but the lower half
         (Rule(BOX, place="between"), filled((14, 8, 24, 28))),  # below row 28 there is one lung alone
         (Rule(LOWER, place="between", dilate=0.05), filled((12, 20, 26, 30))),
+        # The lower outer quarter of each lung, of which one has a higher base than the other
+        (Rule(LOWER, place="within", each=((0.5, 0.5, 1, 1),)), filled((6, 18, 10, 28), (29, 20, 34, 32))),
+        (
+            Rule(LOWER, place="within", dilate=0.05, each=((0.5, 0.5, 1, 1),)),
+            filled((4, 18, 10, 30), (29, 20, 36, 34)),
+        ),
+        (
+            Rule(LOWER, place="within", outside=True, each=((0.5, -math.inf, 1, math.inf),)),
+            filled((10, 8, 14, 28), (24, 8, 29, 32)),
+        ),
         # Neither lungs nor what is between them
         (
             Rule(BOX, place="outside"),

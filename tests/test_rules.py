@@ -108,6 +108,12 @@ def test_every_shape(tmp_path, region, expected):
             "Mine:\n  region: {within: lungs, elsewhere: 0.5}",
             "elsewhere: is the weight of a place beyond its part; give both",
         ),
+        ("Mine:\n  region: {each: [[0, 0, 1, 1]]}", "each: is a part of a place at the lungs, within or rim"),
+        ("Mine:\n  region: {between: lungs, each: [[0, 0, 1, 1]]}", "each: is a part of a place at the lungs"),
+        (
+            "Mine:\n  region: {within: lungs, each: [[1, 0, 0.5, 1]]}",
+            r"each: expected \[\[spine, top, wall, bottom\], ...\] in shares of the box of each lung, spine < wall",
+        ),
         ("Mine:\n  region: {box: false}", "box: False: expected true"),
         ("Mine:\n  region: {rectangles: [[0, 0, 0, 1]]}", "left < right, top < bottom; got"),
         ("Mine:\n  region: {rectangles: [0, 0, 1, 1]}", "left < right, top < bottom; got"),
@@ -194,6 +200,7 @@ def test_every_rule_that_is_accepted_reads_back(tmp_path, place):
         "box: true",
         "rectangles: [[0, 0, 1, 1]]",
         "rectangles: [[-.inf, 0.2, 0.3, .inf], [0.5, 0, 1, 1]]",
+        "each: [[0.5, 0.75, 1, 1], [0, 0, .inf, 0.2]]",
         "",
     ]
     accepted = 0

@@ -53,12 +53,14 @@ class Probe(TypedDict):
 
 class OfLesions(TypedDict, total=False):
     """Figures of maps against known lesions (`trainer.papers`), of all pairs or those of a finding: of the model, of
-    what knows no image (constant), of random weights; true_positives: of the model where it says the finding is there.
+    what knows no image (constant), of the expected region as a map, of random weights; true_positives: of the model
+    where it says the finding is there.
     """
 
     images: int
     model: Found | None
     constant: Found | None
+    region: Found | None
     random: Found | None
     true_positives: Found | None
 

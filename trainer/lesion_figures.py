@@ -1,8 +1,8 @@
 """A model's maps against known lesions, beside what knows nothing of the image, and beside the network without
 training.
 
-The floor of every figure is the mean lesion map of other images, whose peak is one constant point, and the same network
-with random weights.
+The floor of every figure is the mean lesion map of other images, whose peak is one constant point, the expected region
+drawn into the map's grid, which knows the lungs' outline alone, and the same network with random weights.
 """
 
 from collections.abc import Iterator
@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from trainer.classifier import evaluating
 from trainer.gather import Table
 from trainer.look import look
 from trainer.measure import Evaluator
 from trainer.outcome import Outcome
-from trainer.papers import COLUMNS, Floor, against, box_threshold, by_finding, known_pairs, truth_of
+from trainer.papers import COLUMNS, NAMES, Floor, against, box_threshold, by_finding, known_pairs, truth_of
 from trainer.regions.lesions import LesionRegions
 from trainer.task import Point
 
@@ -24,9 +25,10 @@ from trainer.task import Point
 @torch.no_grad()
 def maps(
     evaluator: Evaluator, name: str, chosen: np.ndarray, pairs: Any
-) -> Iterator[tuple[int, torch.Tensor, tuple[int, int]]]:
-    """The raw map [h,w], on the CPU, of each of the chosen pairs of a split, numbers into ``pairs``, and the size
-    (height, width) that its image is stored at; every process has its share of them.
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None, tuple[int, int]]]:
+    """The raw map [h,w], on the CPU, of each of the chosen pairs of a split, numbers into ``pairs``, the weights of its
+    expected region in that grid, where there is one, and the size (height, width) that its image is stored at; every
+    process has its share of them.
     """
     split, accelerator = evaluator.splits[name], evaluator.accelerator
     own = chosen[accelerator.process_index :: accelerator.num_processes]
@@ -41,25 +43,39 @@ def maps(
                 same = torch.tensor([number for number, _ in group])
                 index, finding = pairs.image[same], pairs.finding[same]
                 raw = torch.from_numpy(np.stack([image for _, image in group]))[:, None].to(accelerator.device)
-                seen = look(accelerator, evaluator.model, raw, index, finding.to(raw.device), None, regions, finding)
+                finder, classes = evaluator.lungs.get(name), finding.to(raw.device)
+                seen = look(accelerator, evaluator.model, raw, index, classes, finder, regions, finding)
                 assert seen.raw_cam is not None
-                for number, cam in zip(same.tolist(), seen.raw_cam.float().cpu(), strict=True):
-                    yield number, cam, size
+                cams = seen.raw_cam.float().cpu()
+                places: list[torch.Tensor | None] = [None] * len(cams)
+                if seen.expected is not None:
+                    drawn = F.adaptive_avg_pool2d(seen.expected.weight, (cams.shape[1], cams.shape[2])).cpu()
+                    places = [at if at.any() else None for at in drawn]
+                for number, cam, place in zip(same.tolist(), cams, places, strict=True):
+                    yield number, cam, place, size
 
 
-def rows_of(evaluator: Evaluator, name: str, outcome: Outcome, chosen: np.ndarray) -> torch.Tensor:
-    """Figures of the chosen pairs: float64 [n,33], see `papers.against`; the same on all processes."""
+def rows_of(evaluator: Evaluator, name: str, outcome: Outcome, chosen: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Figures of the chosen pairs' maps, and of their expected regions: float64 [n,33] each, see `papers.against`, NaN
+    where there is none; the same on all processes.
+    """
     lesions = LesionRegions(evaluator.splits[name])
-    table = Table(len(chosen), {"row": COLUMNS})
+    table = Table(len(chosen), {"model": COLUMNS, "region": COLUMNS})
     place = {number: i for i, number in enumerate(chosen.tolist())}
     own = torch.ones(1, dtype=torch.bool)
-    for number, raw, size in maps(evaluator, name, chosen, outcome.pairs):
+    for number, raw, region, size in maps(evaluator, name, chosen, outcome.pairs):
         truth, boxes = truth_of(lesions, int(outcome.pairs.image[number]), int(outcome.pairs.finding[number]), size)
-        row = against(raw, truth, boxes)
+        unknown = torch.full((COLUMNS,), torch.nan)
+        rows = {
+            "model": against(raw, truth, boxes),
+            "region": against(region, truth, boxes) if region is not None else unknown,
+        }
         # A figure that is unknown travels as -1
-        table.write(torch.tensor([place[number]]), own, {"row": row.nan_to_num(-1)[None]}, {"row": own})
-    rows = table.gather(evaluator.accelerator)["row"]
-    return torch.where(rows < 0, torch.nan, rows)
+        values = {kind: row.nan_to_num(-1)[None].double() for kind, row in rows.items()}
+        table.write(torch.tensor([place[number]]), own, values, dict.fromkeys(values, own))
+    found = table.gather(evaluator.accelerator)
+    model, region = (torch.where(found[kind] < 0, torch.nan, found[kind]) for kind in ("model", "region"))
+    return model, region
 
 
 def lesion_figures(
@@ -70,8 +86,8 @@ def lesion_figures(
     *,
     keep: bool = False,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, int | None]]:
-    """By split the figures of `papers.by_finding`, of the model, a constant and random weights; and of these kinds the
-    threshold of boxes that val chose, a number of `metrics.THRESHOLDS`.
+    """By split the figures of `papers.by_finding`, of the model, a constant, the expected region and random weights;
+    and of these kinds the threshold of boxes that val chose, a number of `metrics.THRESHOLDS`.
 
     Args:
         point: from which probability on a finding is said to be there.
@@ -89,14 +105,19 @@ def lesion_figures(
         if not len(chosen):
             continue
         finding = outcome.pairs.finding[chosen].numpy()
+        model, region = rows_of(evaluator, name, outcome, chosen)
         rows = {
-            "model": rows_of(evaluator, name, outcome, chosen),
-            "random": rows_of(random, name, outcome, chosen),
+            "model": model,
+            "random": rows_of(random, name, outcome, chosen)[0],
             "constant": constant(outcome, chosen, floors if name == "test" else {}),
+            "region": region,
         }
         if name == "val":
             floors = {int(k): Floor(outcome.split, int(k)) for k in np.unique(finding)}
-            chosen_here = {kind: box_threshold(table) for kind, table in rows.items() if kind != "constant"}
+            known_here = {
+                kind: table[~table[:, NAMES.index("hit")].isnan()] for kind, table in rows.items() if kind != "constant"
+            }
+            chosen_here = {kind: box_threshold(table) for kind, table in known_here.items()}
             # A constant chosen on val is too good on val: figures of it are of test alone
             chosen_here["constant"] = box_threshold(constant(outcome, chosen, floors))
             thresholds = chosen_here | thresholds if keep else chosen_here

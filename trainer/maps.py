@@ -54,7 +54,7 @@ def write_maps(evaluator: Evaluator, name: str, outcome: Outcome, point: Point, 
     probability = task.probabilities(outcome.logits)
     lesions, marked = LesionRegions(split), set(known_pairs(split, outcome.pairs).tolist())
     part: list[dict[str, Any]] = []
-    for number, raw, (height, width) in maps(evaluator, name, np.arange(len(outcome.pairs.image)), outcome.pairs):
+    for number, raw, _, (height, width) in maps(evaluator, name, np.arange(len(outcome.pairs.image)), outcome.pairs):
         image, k = int(outcome.pairs.image[number]), int(outcome.pairs.finding[number])
         finding, key = task.findings[k], split.key(image)
         full = F.interpolate(raw[None, None], (height, width), mode="bilinear", align_corners=False)[0, 0]

@@ -159,7 +159,7 @@ def by_finding(
     """Figures of all pairs, and of each finding, of several kinds of maps.
 
     Args:
-        rows: by kind (model, constant, random) [n,33] of `against`, NaN where there is no such map.
+        rows: by kind (model, constant, region, random) [n,33] of `against`, NaN where there is no such map.
         finding: int64 [n]; named: bool [n], whether the model says that the finding is there.
         names: of the findings.
         threshold: of boxes, by kind.

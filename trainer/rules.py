@@ -10,7 +10,8 @@ A file of findings is YAML, name -> settings:
 A region is a place, a part of the lung box, or the part of a place. Places follow the lungs' outline: ``within`` it,
 ``between`` the two lungs, ``outside`` of all that, at their ``rim``. Parts are half, quadrant, lung, box or rectangles
 in coordinates of the lung box as it appears in the image: 0 is its left or top edge, 1 its right or bottom edge. The
-patient's right lung lies on the image's left.
+patient's right lung lies on the image's left. ``each`` is a part of either lung in coordinates of its own box, from the
+spine, 0, to the chest wall, 1, and from top to base.
 """
 
 import math
@@ -36,7 +37,7 @@ HALVES: dict[str, Rectangle] = {
     "left": (0, 0, 0.5, 1),
     "right": (0.5, 0, 1, 1),
 }
-PARTS = ("half", "quadrant", "lung", "box", "rectangles")
+PARTS = ("half", "quadrant", "lung", "box", "rectangles", "each")
 PLACES = ("within", "between", "outside", "rim")
 MOST_SIDED = 100.0  # at a lung that is seen a tenth smaller the other side's weight is 0.0067
 FURTHEST = 0.2  # dilation of a place, in shares of the image's side
@@ -65,6 +66,8 @@ class Rule:
         dilate: by how much the lungs (within), the space between them, or both together (outside) are wider than seen,
             in shares of the image's side.
         elsewhere: the weight in [0, 1) of the place beyond the rectangles; what they leave has weight 1.
+        each: rectangles in coordinates of each lung's own box, spine, top, chest wall, base, of a place at the lungs,
+            in place of ``rectangles``, which then stand in where lungs are unknown.
         sided: how much more weight the side has whose lung is seen smaller, as fluid, air and collapse make it: the
             sides' weights are as p to 1 - p, the larger one 1, where p = 1 / (1 + exp(-sided d)) and d is the
             difference of the two lungs' areas over their sum, beyond what the heart takes. 0: both have weight 1.
@@ -76,6 +79,7 @@ class Rule:
     dilate: float = 0.0
     elsewhere: float = 0.0
     sided: float = 0.0
+    each: tuple[Rectangle, ...] = ()
 
     def inside(self, margin: float = 0.0) -> bool:
         """Whether the region lies in the lung box, dilated by ``margin`` of its sides, or is a place of the lungs,
@@ -193,7 +197,12 @@ def _rule(region: Any, where: str) -> Rule:
         raise InputError(f"{where}: region: sided: {sided}: expected a slope from 0 to {MOST_SIDED:g}")
     if sided and place not in ("within", "rim"):
         raise InputError(f"{where}: region: sided: is of a place at the lungs, within or rim")
+    if part == "each" and place not in ("within", "rim"):
+        raise InputError(f"{where}: region: each: is a part of a place at the lungs, within or rim")
     rectangles = tuple(_part(part, region.get(part, True), where))
+    each = rectangles if part == "each" else ()
+    if each:
+        rectangles = tuple(r for left, top, right, bottom in each for r in _both(left, top, right, bottom))
     if place and rectangles == BOX and (elsewhere or outside):
         what = "elsewhere: is the weight" if elsewhere else "outside: true takes what is left"
         raise InputError(
@@ -201,14 +210,21 @@ def _rule(region: Any, where: str) -> Rule:
             "such as half: upper"
         )
     if place:
-        return Rule(rectangles, outside, place, float(dilate), float(elsewhere), float(sided))
+        return Rule(rectangles, outside, place, float(dilate), float(elsewhere), float(sided), each)
     return Rule(tuple((r[0] - dilate, r[1] - dilate, r[2] + dilate, r[3] + dilate) for r in rectangles), outside)
+
+
+def _both(spine: float, top: float, wall: float, base: float) -> tuple[Rectangle, Rectangle]:
+    """A part of each lung as parts of the box around both, in which they are as if each had half of it."""
+    return (0.5 - wall / 2, top, 0.5 - spine / 2, base), (0.5 + spine / 2, top, 0.5 + wall / 2, base)
 
 
 def _part(part: str, value: Any, where: str) -> Sequence[Rectangle]:
     """The rectangles of a part of the lung box."""
-    if part == "rectangles":
-        return _rectangles(value, where)
+    if part in ("rectangles", "each"):
+        return _rectangles(
+            value, f"{where}: region: {part}", "left, top, right" if part != "each" else "spine, top, wall"
+        )
     if part == "box":
         if value is not True:
             raise InputError(f"{where}: region: box: {value}: expected true")
@@ -219,11 +235,10 @@ def _part(part: str, value: Any, where: str) -> Sequence[Rectangle]:
     return [choices[value]]
 
 
-def _rectangles(value: Any, where: str) -> list[Rectangle]:
-    said = (
-        f"{where}: region: rectangles: expected [[left, top, right, bottom], ...] in shares of the lung box, left "
-        "< right, top < bottom"
-    )
+def _rectangles(value: Any, where: str, names: str) -> list[Rectangle]:
+    of = "lung box" if names.startswith("left") else "box of each lung"
+    first, _, third = names.split(", ")
+    said = f"{where}: expected [[{names}, bottom], ...] in shares of the {of}, {first} < {third}, top < bottom"
     if not isinstance(value, list) or not value:
         raise InputError(said)
     for r in value:
@@ -260,7 +275,9 @@ def _region(rule: Rule) -> dict[str, Any]:
     place: dict[str, Any] = {rule.place: "lungs"} if rule.place else {}
     place |= {name: value for name in ("dilate", "elsewhere", "sided") if (value := getattr(rule, name))}
     if not (rule.place and rule.rectangles == BOX):
-        place["rectangles"] = [[float(f"{v:.6g}") for v in r] for r in rule.rectangles]
+        place["each" if rule.each else "rectangles"] = [
+            [float(f"{v:.6g}") for v in r] for r in rule.each or rule.rectangles
+        ]
     return place | ({"outside": True} if rule.outside else {})
 
 

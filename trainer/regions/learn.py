@@ -276,7 +276,8 @@ def _place(held: dict[str, float]) -> str:
 def _words(rule: Rule | None) -> str:
     if rule is None:
         return "none: classification only"
-    text = listed((" ".join(f"{v:g}" for v in r) for r in rule.rectangles), 4)
+    text = listed((" ".join(f"{v:g}" for v in r) for r in rule.each or rule.rectangles), 4)
+    text = f"{text} of each lung, from the spine" if rule.each else text
     text = f"all but {text}" if rule.outside else text
     if not rule.place:
         return text

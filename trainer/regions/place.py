@@ -46,6 +46,7 @@ class Regions:
         own = [rules.get(name, Rule()) for name in names]
         self.size, self.device = size, torch.device(device)
         self.parts = _Rectangles([_part(rule) for rule in own], size, self.device)
+        self.each = _EachLung(own, size, self.device) if any(rule.each for rule in own) else None
         self.uses_lungs = any(rule.place for rule in own)
         # The different places of the findings, each with how many pixels wider than seen it is (a rim at least one),
         # and by finding its number.
@@ -76,6 +77,8 @@ class Regions:
         stand_in = (parts & (~has_place[:, None, None] | boxed ^ self.beyond[labels][:, None, None])).float()
         if lungs is None:
             return Expected(stand_in, has_place, stand_in > 0)
+        if self.each is not None:
+            parts = self.each(labels, lungs, parts)
         place = torch.zeros_like(parts)
         # Of all images: which ones have it, the host does not know
         for number, (name, reach) in enumerate(self.places):
@@ -113,6 +116,35 @@ class _Rectangles:
         rows = (at >= pixels[..., 1, None]) & (at < pixels[..., 3, None])
         inside = (rows[..., :, None] & columns[..., None, :]).any(1)
         return inside ^ self.outside[labels][:, None, None]
+
+
+class _EachLung:
+    """Parts of each lung's own box: `Rule.each`. Called with labels [B], lungs bool [B,S,S] and the parts bool [B,S,S]
+    of rules that have none, gives bool [B,S,S].
+    """
+
+    def __init__(self, rules: Sequence[Rule], size: int, device: torch.device) -> None:
+        opened = [tuple(map(_open, rule.each)) for rule in rules]
+        mirrored = [
+            tuple((1 - r[2], r[1], 1 - r[0], r[3]) for r in each) for each in opened
+        ]  # the spine is on its right
+        outside = [rule.outside and bool(rule.each) for rule in rules]
+        self.left, self.right = (
+            _Rectangles([Rule(*of) for of in zip(each, outside, strict=True)], size, device)
+            for each in (mirrored, opened)
+        )
+        self.has = torch.tensor([bool(rule.each) for rule in rules], device=device)
+
+    def __call__(self, labels: torch.Tensor, lungs: torch.Tensor, parts: torch.Tensor) -> torch.Tensor:
+        side = left_side(lungs)[:, None]
+        left, right = self.left(labels, _box_of(lungs & side)), self.right(labels, _box_of(lungs & ~side))
+        return torch.where(self.has[labels][:, None, None], torch.where(side, left, right), parts)
+
+
+def _box_of(masks: torch.Tensor) -> torch.Tensor:
+    """The box around each of masks bool [B,S,S]: int64 [B,4], zeros without any."""
+    (x0, x1), (y0, y1) = ends(masks.any(1)), ends(masks.any(2))
+    return torch.stack([x0, y0, x1, y1], 1)
 
 
 def _part(rule: Rule) -> Rule:

@@ -141,6 +141,7 @@ def _lesions(of: dict[str, OfLesions], findings: Sequence[str]) -> list[Rows]:
     kinds = {
         "model": "model",
         "constant": "mean lesion of val, whatever the image",
+        "region": "expected region, drawn as a map",
         "random": "random weights",
         "true_positives": "model, where it says so",
     }

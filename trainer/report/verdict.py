@@ -77,7 +77,13 @@ def _lesions(figures: Figures) -> list[str]:
     if not constant or unknown(constant.get("energy")):
         return [f"{said}."]
     said += f"; the mean lesion of other patients, which knows no image, has {percent(constant['energy'])} and hits "
-    said += f"{percent(constant['hit'])}."
+    said += percent(constant["hit"])
+    region = found.get("region")
+    if region and not unknown(region.get("hit")):  # of reports from before there is none
+        said += (
+            f"; the expected region itself, drawn as a map, {percent(region['energy'])} and {percent(region['hit'])}"
+        )
+    said += "."
     if constant["images"] != model["images"]:
         return [said]  # of other pairs: no comparison
     better = [
