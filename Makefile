@@ -31,7 +31,10 @@ bench: setup
 	$(BIN)/python bench/step.py
 	$(BIN)/python bench/reading.py
 	$(BIN)/python bench/lung_speed.py
+	$(BIN)/python bench/loop.py
+	$(BIN)/python bench/compiled.py
 	$(BIN)/python bench/predict.py
 	$(BIN)/python -m pip install --quiet grad-cam captum
 	$(BIN)/python bench/peers.py
 	$(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())" && $(BIN)/python bench/gpu.py || true
+	$(BIN)/python bench/table.py
