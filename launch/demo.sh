@@ -19,7 +19,7 @@ echo "        the finding away in 95% of the training images, and says nothing i
 python -m shards phantom --out "$out/shards" --count 800 --size 128 --seed 0 --shortcut 0.95 --findings 'No Finding,Effusion,Pneumothorax'
 echo; echo "== 2/4  a classifier by cross-entropy alone (lambda 1)"
 run trainer.train --shards "$out/shards" --out "$out/cross-entropy" --config launch/recipes/demo.yaml --balance.lam 1
-echo; echo "== 3/4  the same with the Grad-CAM attention loss (lambda falls to 0.7) and context swap; the package's own segmenter finds the lungs"
+echo; echo "== 3/4  the same with the Grad-CAM attention loss (lambda falls to 0.4) and context swap; the package's own segmenter finds the lungs"
 run trainer.train --shards "$out/shards" --out "$out/attention" --config launch/recipes/demo.yaml
 echo; echo "== 4/4  side by side, on test images"
 python -m trainer.report --out "$out/report.html" --title "A planted shortcut" --about "Synthetic radiographs with a mark in the \

@@ -186,15 +186,15 @@ def test_while_lambda_falls_no_epoch_is_the_best(flags, tmp_path, monkeypatch):
     kept = []
     monkeypatch.setattr(job, "keep", lambda: kept.append((job.state.epoch, round(job.lam, 3))))
     job.train()
-    assert kept == [(0, 0.9), (1, 0.8), (2, 0.7)]
+    assert kept == [(0, 0.8), (1, 0.6), (2, 0.4)]
     assert (job.state.best_epoch, job.state.epoch) == (2, 4)
 
 
 def test_a_longer_run_does_not_raise_lambda_again(flags, tmp_path):
     job = build(resolve([*flags, "--epochs", "2", "--balance.ramp", "0.5"]))
     job.train()
-    assert job.lam == 0.7
+    assert job.lam == 0.4
     AcceleratorState._reset_state(True)
     job = build(resolve(["--out", str(tmp_path / "run"), "--resume", "--epochs", "8"]))
-    assert job.lam == 0.7
+    assert job.lam == 0.4
     assert not job.balance.falls(job.passed)

@@ -202,12 +202,12 @@ def test_settings_that_do_nothing_are_told(flags, capsys):
 @pytest.mark.parametrize(
     ("more", "lam", "ramp"),
     [
-        ([], 0.7, 0.5),
-        (["--labels.kind", "any", "--task", "nih14"], 0.7, 0.5),
+        ([], 0.4, 0.5),
+        (["--labels.kind", "any", "--task", "nih14"], 0.4, 0.5),
         (["--balance.lam", "0.5"], 0.5, 0.0),  # what is said is so throughout
         (["--balance.lam", "0.5", "--balance.ramp", "0.2"], 0.5, 0.2),
-        (["--balance.ramp", "0"], 0.7, 0.0),
-        (["--balance.policy", "ratio"], 0.7, 0.0),
+        (["--balance.ramp", "0"], 0.4, 0.0),
+        (["--balance.policy", "ratio"], 0.4, 0.0),
         (["--attention.form", "published"], 0.5, 0.0),
     ],
 )

@@ -163,7 +163,7 @@ def test_show_prints_and_draws(radiograph, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "Cardiomegaly" in printed
     assert "outside the lungs, dilated 0.02, in -inf -inf inf 1" in printed
-    assert "within the lungs, dilated 0.04, in 0 0 1 0.5 (elsewhere weight 0.1)" in printed
+    assert "within the lungs, dilated 0.02, in 0 0 1 0.33 of each lung, from the spine" in printed
     main(
         ["show", "--findings", "published", "--image", str(radiograph[0]), "--out", str(tmp_path / "deep" / "some.png")]
     )

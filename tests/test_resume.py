@@ -91,7 +91,7 @@ def test_resume_refuses_what_does_not_fit(flags, tmp_path):
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     for given, words in (
         (("--task", "np"), "--task ne, other rules of its findings, other images in --shards"),
-        (("--balance.lam", "0.3"), "--balance.lam 0.7"),
+        (("--balance.lam", "0.3"), "--balance.lam 0.4"),
         (("--swap.probability", "0.3"), "no --swap.probability"),
         (("--backbone", "resnet34"), "--backbone resnet18"),
         (("--size", "96"), "--size 64"),

@@ -110,7 +110,7 @@ def test_wandb_has_the_result_the_model_and_one_run_for_a_run(flags, tmp_path, m
         summary |= {item.key: item.value_json for r in records for item in r.history.item}
         assert 0 <= float(summary["test/AUC"]) <= 1
         settings = {u.key: u.value_json for r in records for u in (*r.config.update, *r.run.config.update)}
-        assert (settings["balance.lam"], settings["swap.probability"]) == ("0.7", "0.75")
+        assert (settings["balance.lam"], settings["swap.probability"]) == ("0.4", "0.75")
         (artifact,) = [one for record in records for one in artifacts_of(record) if one.type == "model"]
         names = {entry.path for entry in artifact.manifest.contents}
         assert {"model.safetensors", "lungs.safetensors", "README.md", "config.yaml", "findings.yaml"} <= names

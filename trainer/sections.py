@@ -103,7 +103,7 @@ class BalanceConfig:
     """
     lam: float | None = None
     """Lambda of the policy fixed, in [0, 1], throughout (but see ramp); 1 is plain cross-entropy and pays nothing for
-    attention; empty: falling to 0.7, and with the form published 0.5.
+    attention; empty: falling to 0.4, and with the form published 0.5.
     """
     ramp: float | None = None
     """Share of the run in which lambda falls from 1 to lam (policy fixed), so that what a finding looks like is learnt
