@@ -56,7 +56,7 @@ EPOCHS = {
     DRAIN: 10,
 }
 BASE = real.BASE
-# As the default was before this study: lambda 0.5 from the start, both sides alike
+# As the default was in the beginning: lambda 0.5 from the start, both sides alike
 BEFORE = ["--balance.lam", "0.5", "--balance.ramp", "0", "--findings", str(HERE / "unsided.yaml")]
 WHOLE = ["--findings", str(HERE / "declared.yaml"), "--attention.region", "both"]  # lungs stay whole
 LESIONS = [*WHOLE, "--swap.lesions", "true"]
@@ -65,6 +65,7 @@ ARMS: dict[str, list[str]] = {
     "rectangles": [*BEFORE[:-2], "--findings", str(HERE / "boxed.yaml")],
     "shape of the lungs": BEFORE,
     "default": ["--findings", str(HERE / "declared.yaml")],
+    "default before": ["--findings", str(HERE / "halves.yaml"), "--balance.lam", "0.7", "--balance.ramp", "0.5"],
     "both sides alike": ["--findings", str(HERE / "unsided.yaml")],
     "finer maps": ["--findings", str(HERE / "declared.yaml"), "--attention.stride", "16"],
     "lesions of 1%": LESIONS,
