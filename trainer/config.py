@@ -32,7 +32,7 @@ CHEXPERT = "Edema: ones, Atelectasis: ones, zeros"
 # With 0.5 from the start attention is learnt first and alone: maps then hardly depend on the image (bench/LOG.md).
 LAMBDA, RAMP = 0.4, 0.5
 PUBLISHED_LAMBDA = 0.5
-LENT = 0.5  # share of the images without a finding that get another's devices, where these are named (bench/lesions_before.md)
+LENT = 0.5  # share of the images without a finding that get the devices of others, where these are named
 SWAPPED = 0.75  # share of the images whose surroundings are swapped where attention is trained
 
 
