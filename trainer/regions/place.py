@@ -138,7 +138,8 @@ class _EachLung:
     def __call__(self, labels: torch.Tensor, lungs: torch.Tensor, parts: torch.Tensor) -> torch.Tensor:
         side = left_side(lungs)[:, None]
         left, right = self.left(labels, _box_of(lungs & side)), self.right(labels, _box_of(lungs & ~side))
-        return torch.where(self.has[labels][:, None, None], torch.where(side, left, right), parts)
+        has = self.has[labels][:, None, None]
+        return has & (side & left | ~side & right) | ~has & parts  # onnxruntime has no `where` of truth values
 
 
 def _box_of(masks: torch.Tensor) -> torch.Tensor:
