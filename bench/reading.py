@@ -1,7 +1,8 @@
 """python bench/reading.py: reading and packing side by side with what they are made of, and with other readers.
 
 Reading, one core, batches of 32: `Loader.batches` against (a) bare decoding of the same bytes from memory, (b)
-`webdataset`'s own pipeline on the same tars, (c) torchvision's ImageFolder on 1024 px PNGs resized to 512. Packing:
+`webdataset`'s own pipeline on the same tars, (c) torchvision's ImageFolder on 1024 px PNGs resized to 512, (d) MosaicML
+Streaming on the same bytes, where it is installed (`pip install mosaicml-streaming`). Packing:
 `shards.pack` against decode, resize and encode of the same files in a bare loop. Alternating pairs; medians with
 quartiles of the ratios go into bench/reading.md. Images are phantoms of 1024 px, or those of
 CXR_FOCUS_REAL_DATA/nih/original.
@@ -134,6 +135,19 @@ def main() -> None:
                 np.asarray(data[i][0])
             return min(24, len(data))
 
+        def streaming() -> list[str]:
+            """A row beside MosaicML Streaming, whose samples hold the same bytes; none where it is not installed."""
+            try:
+                from streaming import MDSWriter, StreamingDataset
+            except ImportError:
+                return []
+            with MDSWriter(out=str(root / "mds"), columns={"image": "bytes"}) as writer:
+                for data in payload:
+                    writer.write({"image": bytes(data)})
+            there = StreamingDataset(local=str(root / "mds"), shuffle=True, batch_size=BATCH)
+            read = lambda: sum(1 for sample in there if decode(bytearray(sample["image"])).size)  # noqa: E731
+            return [compare("reading / MosaicML Streaming", ours, read, a.pairs, "")]
+
         few = items[:96]
 
         def packing() -> int:
@@ -152,13 +166,15 @@ def main() -> None:
             compare("reading / bare decoding", ours, bare, a.pairs, ">= 0.97"),
             compare("bare decoding / itself", bare, bare, a.pairs, ""),
             compare("reading / webdataset", ours, theirs, a.pairs, ">= 1.25"),
+            *streaming(),
             compare("reading / ImageFolder, 1024 px PNG", ours, image_folder, a.pairs, ">= 12"),
             compare("packing / decode, resize, encode", packing, loop, a.pairs, ">= 0.85"),
         ]
-        rates = [float(line.split("|")[2]) for line in lines]
+        rates = {line.split("|")[1].strip(): float(line.split("|")[2]) for line in lines}
+        packed, read = rates["packing / decode, resize, encode"], rates["reading / bare decoding"]
         memory = measure_memory(str(root / "shards"))
     projection = "\n".join(
-        f"| {cores} | {112120 / rates[4] / cores:.3g} | {112120 / rates[0] / cores:.2g} |" for cores in (2, 16, 256)
+        f"| {cores} | {112120 / packed / cores:.3g} | {112120 / read / cores:.2g} |" for cores in (2, 16, 256)
     )
     text = f"""# Reading and packing
 
