@@ -50,7 +50,7 @@ def test_the_probes_of_a_run_are_reported(flags, tmp_path):
     place = content["test"]["localization"]["expected"]["all"]
     assert 0 <= place["iou"] <= 1
     assert place["iou_threshold"] == (1 + content["iou_threshold"]["expected"]) / 16
-    text = (tmp_path / "run/resnet18_phantom_nep_la0.7_t0.5.txt").read_text()
+    text = (tmp_path / "run/resnet18_phantom_nep_la0.4_t0.5.txt").read_text()
     page = (tmp_path / "run/report.html").read_text()
     for figure in PROBES:
         assert figure in text
@@ -129,7 +129,7 @@ def test_maps_that_are_zero_are_nothing_to_compare_with(flags, tmp_path, monkeyp
     monkeypatch.setattr("trainer.measure.random_twin", dead)
     loop.main([*flags, "--epochs", "1"])
     assert json.loads((tmp_path / "run/report.json").read_text())["test"]["probe"]["random"] is None
-    assert "energy, random weights" not in (tmp_path / "run/resnet18_phantom_ne_la0.7_t0.5.txt").read_text()
+    assert "energy, random weights" not in (tmp_path / "run/resnet18_phantom_ne_la0.4_t0.5.txt").read_text()
 
 
 def test_a_report_is_of_its_checkpoint(flags, tmp_path, monkeypatch, capsys):

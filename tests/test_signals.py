@@ -57,6 +57,8 @@ def signalled_at(monkeypatch, step, number=signal.SIGTERM):
 )
 def test_a_signal_loses_no_step(flags, tmp_path, undisturbed, monkeypatch, capfd, step, number, code):
     """Of 8 steps of 8 images the fourth is the last of an epoch of 30."""
+    # A shell's job in the background ignores SIGINT
+    given = signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     before = signal.getsignal(number)
     signalled_at(monkeypatch, step, number)
     begun = [*flags, *EPOCHS, "--best", "last", "--resume", "auto"]
@@ -64,6 +66,7 @@ def test_a_signal_loses_no_step(flags, tmp_path, undisturbed, monkeypatch, capfd
         loop.main(begun)
     assert stopped.value.code == code
     assert signal.getsignal(number) == before
+    signal.signal(number, given)
     said = capfd.readouterr().err
     assert f"{signal.Signals(number).name}: stopping after this batch" in said
     assert "stopped; --resume goes on from its last checkpoint" in said
