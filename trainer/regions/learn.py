@@ -292,7 +292,8 @@ def _words(rule: Rule | None) -> str:
         if rule.rectangles == BOX and not rule.outside
         else f", in {text}" + (f" (elsewhere weight {rule.elsewhere:g})" if rule.elsewhere else "")
     )
-    return place + (f", dilated {rule.dilate:g}" if rule.dilate else "") + part
+    sided = ", more where the lung is seen smaller" if rule.sided else ""
+    return place + (f", dilated {rule.dilate:g}" if rule.dilate else "") + part + sided
 
 
 def _writable(path: Path, kinds: tuple[str, ...]) -> Path:
