@@ -1,8 +1,8 @@
 """python bench/compiled.py [--backbones pvt,resnet,vgg]: what --compile gives on this processor.
 
 The default step with remembered lungs, a batch of 8 phantoms at 224 px, as it is and compiled, by turns in one process
-for each backbone; seconds until the first compiled step is done, less where torch has it in its cache. That figures agree
-is tested (tests/test_compile.py). Writes bench/compiled.md.
+for each backbone; seconds until the first compiled step is done, less where torch has it in its cache. That figures
+agree is tested (tests/test_compile.py). Writes bench/compiled.md.
 """
 
 import argparse
