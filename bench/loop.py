@@ -14,6 +14,7 @@ Else a ResNet-18 at 64 px; batches of 8 files of 512 px. Writes bench/loop.md.
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -170,7 +171,7 @@ def seconds_to(command: list[str], first_line: Path | None = None) -> float:
         best = min(best, time.perf_counter() - began)
         process.terminate()
         process.wait()
-        subprocess.run(["rm", "-rf", str(first_line.parent)], check=True)
+        shutil.rmtree(first_line.parent)
     return best
 
 

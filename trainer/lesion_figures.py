@@ -5,7 +5,7 @@ The floor of every figure is the mean lesion map of other images, whose peak is 
 drawn into the map's grid, which knows the lungs' outline alone, and the same network with random weights.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,27 +55,26 @@ def maps(
                     yield number, cam, place, size
 
 
-def rows_of(evaluator: Evaluator, name: str, outcome: Outcome, chosen: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Figures of the chosen pairs' maps, and of their expected regions: float64 [n,33] each, see `papers.against`, NaN
-    where there is none; the same on all processes.
+def rows_of(
+    evaluator: Evaluator, name: str, outcome: Outcome, chosen: np.ndarray, kinds: Sequence[str]
+) -> dict[str, torch.Tensor]:
+    """Figures of the chosen pairs' maps (``model``), and of their expected regions (``region``), by those of ``kinds``:
+    float64 [n,33] each, see `papers.against`, NaN where there is none; the same on all processes.
     """
     lesions = LesionRegions(evaluator.splits[name])
-    table = Table(len(chosen), {"model": COLUMNS, "region": COLUMNS})
+    table = Table(len(chosen), dict.fromkeys(kinds, COLUMNS))
     place = {number: i for i, number in enumerate(chosen.tolist())}
     own = torch.ones(1, dtype=torch.bool)
     for number, raw, region, size in maps(evaluator, name, chosen, outcome.pairs):
         truth, boxes = truth_of(lesions, int(outcome.pairs.image[number]), int(outcome.pairs.finding[number]), size)
-        unknown = torch.full((COLUMNS,), torch.nan)
-        rows = {
-            "model": against(raw, truth, boxes),
-            "region": against(region, truth, boxes) if region is not None else unknown,
-        }
-        # A figure that is unknown travels as -1
-        values = {kind: row.nan_to_num(-1)[None].double() for kind, row in rows.items()}
+        values = {}
+        for kind, drawn in (("model", raw), ("region", region)):
+            if kind in kinds:
+                row = against(drawn, truth, boxes) if drawn is not None else torch.full((COLUMNS,), torch.nan)
+                values[kind] = row.nan_to_num(-1)[None].double()  # a figure that is unknown travels as -1
         table.write(torch.tensor([place[number]]), own, values, dict.fromkeys(values, own))
     found = table.gather(evaluator.accelerator)
-    model, region = (torch.where(found[kind] < 0, torch.nan, found[kind]) for kind in ("model", "region"))
-    return model, region
+    return {kind: torch.where(found[kind] < 0, torch.nan, found[kind]) for kind in kinds}
 
 
 def lesion_figures(
@@ -105,12 +104,10 @@ def lesion_figures(
         if not len(chosen):
             continue
         finding = outcome.pairs.finding[chosen].numpy()
-        model, region = rows_of(evaluator, name, outcome, chosen)
         rows = {
-            "model": model,
-            "random": rows_of(random, name, outcome, chosen)[0],
+            **rows_of(evaluator, name, outcome, chosen, ("model", "region")),
+            "random": rows_of(random, name, outcome, chosen, ("model",))["model"],
             "constant": constant(outcome, chosen, floors if name == "test" else {}),
-            "region": region,
         }
         if name == "val":
             floors = {int(k): Floor(outcome.split, int(k)) for k in np.unique(finding)}

@@ -282,8 +282,8 @@ def named_images(names: Sequence[str]) -> list[Source]:
         if path.is_dir():
             inside = list(walk(path))
             found = [p for p in inside if p.suffix.lower() in (*IMAGE_SUFFIXES, ".dcm") or is_dicom(p)]
-            if others := sorted({str(p.relative_to(path)) for p in inside} - {str(p.relative_to(path)) for p in found}):
-                print(f"{path}: left out, as no image: {listed(others)}", file=sys.stderr)
+            if others := sorted(set(inside) - set(found)):
+                print(f"{path}: left out, as no image: {listed(p.relative_to(path) for p in others)}", file=sys.stderr)
         elif path.is_file():
             found = [path]
         else:

@@ -222,9 +222,7 @@ def _both(spine: float, top: float, wall: float, base: float) -> tuple[Rectangle
 def _part(part: str, value: Any, where: str) -> Sequence[Rectangle]:
     """The rectangles of a part of the lung box."""
     if part in ("rectangles", "each"):
-        return _rectangles(
-            value, f"{where}: region: {part}", "left, top, right" if part != "each" else "spine, top, wall"
-        )
+        return _rectangles(value, where, part)
     if part == "box":
         if value is not True:
             raise InputError(f"{where}: region: box: {value}: expected true")
@@ -235,10 +233,12 @@ def _part(part: str, value: Any, where: str) -> Sequence[Rectangle]:
     return [choices[value]]
 
 
-def _rectangles(value: Any, where: str, names: str) -> list[Rectangle]:
-    of = "lung box" if names.startswith("left") else "box of each lung"
-    first, _, third = names.split(", ")
-    said = f"{where}: expected [[{names}, bottom], ...] in shares of the {of}, {first} < {third}, top < bottom"
+def _rectangles(value: Any, where: str, part: str) -> list[Rectangle]:
+    first, third, of = ("spine", "wall", "box of each lung") if part == "each" else ("left", "right", "lung box")
+    said = (
+        f"{where}: region: {part}: expected [[{first}, top, {third}, bottom], ...] in shares of the {of}, "
+        f"{first} < {third}, top < bottom"
+    )
     if not isinstance(value, list) or not value:
         raise InputError(said)
     for r in value:

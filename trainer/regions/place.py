@@ -77,8 +77,9 @@ class Regions:
         stand_in = (parts & (~has_place[:, None, None] | boxed ^ self.beyond[labels][:, None, None])).float()
         if lungs is None:
             return Expected(stand_in, has_place, stand_in > 0)
-        if self.each is not None:
-            parts = self.each(labels, lungs, parts)
+        side = left_side(lungs) if self.each is not None or self.uses_sides else None
+        if self.each is not None and side is not None:
+            parts = self.each(labels, lungs, side, parts)
         place = torch.zeros_like(parts)
         # Of all images: which ones have it, the host does not know
         for number, (name, reach) in enumerate(self.places):
@@ -87,8 +88,8 @@ class Regions:
         gone = has_place & ~(lungs.flatten(1).any(1) & (weight > 0).flatten(1).any(1))
         taken = (has_place & ~gone)[:, None, None]
         region = torch.where(taken, weight, stand_in) >= 0.5
-        if self.uses_sides:
-            weight = weight * smaller_side(lungs, self.sided[labels])
+        if self.uses_sides and side is not None:
+            weight = weight * smaller_side(lungs, side, self.sided[labels])
         return Expected(torch.where(taken, weight, stand_in), gone, region)
 
 
@@ -119,24 +120,24 @@ class _Rectangles:
 
 
 class _EachLung:
-    """Parts of each lung's own box: `Rule.each`. Called with labels [B], lungs bool [B,S,S] and the parts bool [B,S,S]
-    of rules that have none, gives bool [B,S,S].
+    """Parts of each lung's own box: `Rule.each`. Called with labels [B], lungs bool [B,S,S], their `left_side` and the
+    parts bool [B,S,S] of rules that have none, gives bool [B,S,S].
     """
 
     def __init__(self, rules: Sequence[Rule], size: int, device: torch.device) -> None:
         opened = [tuple(map(_open, rule.each)) for rule in rules]
-        mirrored = [
-            tuple((1 - r[2], r[1], 1 - r[0], r[3]) for r in each) for each in opened
-        ]  # the spine is on its right
-        outside = [rule.outside and bool(rule.each) for rule in rules]
+        # The spine is on the right of the lung on the image's left
+        mirrored = [tuple((1 - r[2], r[1], 1 - r[0], r[3]) for r in each) for each in opened]
         self.left, self.right = (
-            _Rectangles([Rule(*of) for of in zip(each, outside, strict=True)], size, device)
+            _Rectangles([Rule(r, rule.outside) for r, rule in zip(each, rules, strict=True)], size, device)
             for each in (mirrored, opened)
         )
         self.has = torch.tensor([bool(rule.each) for rule in rules], device=device)
 
-    def __call__(self, labels: torch.Tensor, lungs: torch.Tensor, parts: torch.Tensor) -> torch.Tensor:
-        side = left_side(lungs)[:, None]
+    def __call__(
+        self, labels: torch.Tensor, lungs: torch.Tensor, left_columns: torch.Tensor, parts: torch.Tensor
+    ) -> torch.Tensor:
+        side = left_columns[:, None]
         left, right = self.left(labels, _box_of(lungs & side)), self.right(labels, _box_of(lungs & ~side))
         has = self.has[labels][:, None, None]
         return has & (side & left | ~side & right) | ~has & parts  # onnxruntime has no `where` of truth values
@@ -180,9 +181,11 @@ def _place(lungs: torch.Tensor, name: str, reach: int) -> torch.Tensor:
     return wider(between(lungs), reach)
 
 
-def smaller_side(lungs: torch.Tensor, sided: torch.Tensor) -> torch.Tensor:
-    """Weights of the two sides of lungs bool [B,S,S] by `Rule.sided`, float [B]: float [B,1,S] in (0,1]."""
-    side, columns = left_side(lungs), lungs.sum(1).float()
+def smaller_side(lungs: torch.Tensor, side: torch.Tensor, sided: torch.Tensor) -> torch.Tensor:
+    """Weights of the two sides of lungs bool [B,S,S], whose `left_side` is ``side``, by `Rule.sided`, float [B]: float
+    [B,1,S] in (0,1].
+    """
+    columns = lungs.sum(1).float()
     left, right = (columns * side).sum(1), (columns * ~side).sum(1)
     share = torch.sigmoid(sided * ((right - left) / (left + right).clamp(min=1) + HEART))
     of_column = torch.where(side, share[:, None], 1 - share[:, None])
