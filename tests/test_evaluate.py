@@ -4,10 +4,12 @@ import html
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from jobs import Stopped, content_of
 from PIL import Image
+from sklearn.metrics import average_precision_score, confusion_matrix, roc_auc_score
 
 from shards.dataset import Split
 from shards.errors import InputError
@@ -118,6 +120,36 @@ def test_images_under_other_names_are_known_by_their_bytes(tmp_path):
         pack(kind(40, 0, size=64), tmp_path / kind.__name__, dataset="phantom")
         split[kind] = Split(tmp_path / kind.__name__, "train", ("No Finding", "Effusion"))
     assert evaluate.overlap(split[Phantoms], split[Renamed]) == (len(split[Renamed]), 0)
+
+
+def test_figures_of_each_class_and_a_page_that_says_whose_they_are(flags, tmp_path):
+    names = ("No Finding", "Effusion", "Pneumothorax")
+    loop.main([*flags, "--task", "nep", "--epochs", "1"])
+    out = tmp_path / "elsewhere"
+    evaluate.main(["--run", str(tmp_path / "run"), "--shards", flags[1], "--workers", "0", "--out", str(out)])
+    lines = [json.loads(line) for line in (out / "predictions_test.jsonl").read_text().splitlines()]
+    score = np.array([[line["probability"][name] for name in names] for line in lines])
+    label = np.array([names.index(line["label"]) for line in lines])
+    rows = json.loads((out / "report.json").read_text())["test"]["per_class"]
+    for k, row in enumerate(rows):
+        truth, named = label == k, score.argmax(1) == k
+        tn, fp, fn, tp = confusion_matrix(truth, named).ravel()
+        assert row["auc"] == pytest.approx(roc_auc_score(truth, score[:, k]), abs=0.01)  # written to six digits: ties
+        assert row["auprc"] == pytest.approx(average_precision_score(truth, score[:, k]), abs=0.01)
+        assert (row["sensitivity"], row["specificity"]) == pytest.approx((tp / (tp + fn), tn / (tn + fp)))
+        assert row["npv"] == pytest.approx(tn / (tn + fn))
+        assert row["support"] == truth.sum()
+        for name in ("auc", "auprc", "sensitivity", "specificity", "npv"):
+            low, high = row[f"{name}_95"]
+            assert low <= row[name] <= high
+    page = (out / "report.html").read_text()
+    assert "<h1>Effusion, Pneumothorax on phantom: run</h1>" in page
+    assert f"{rows[1]['specificity']:.3f}" in page
+    drawn, of_run = (out / "curves.svg").read_text(), (tmp_path / "run/curves.svg").read_text()
+    assert "ROC, and its area" in drawn
+    assert "plain cross-entropy" not in drawn  # of the training nothing is known there, so nothing is said
+    assert "attention loss and lambda" not in drawn
+    assert "attention loss and lambda" in of_run
 
 
 def test_maps_that_are_zero_are_nothing_to_compare_with(flags, tmp_path, monkeypatch):

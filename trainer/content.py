@@ -12,7 +12,7 @@ Found = dict[str, Any]
 
 
 class PerClass(TypedDict):
-    """Figures of one class, at the predicted class."""
+    """Figures of one class at the predicted class; with intervals also those of `OfFinding`, against the rest."""
 
     precision: float
     recall: float
@@ -123,12 +123,13 @@ class Training(TypedDict, total=False):
 
 
 class Content(TypedDict, total=False):
-    """All of it. By split: images, the fingerprint of those measured or trained on; lungs_not_found, keys;
-    regions_replaced, how many. From val: iou_threshold, box_threshold (by kind of map), numbers of
+    """All of it. run: its name. By split: images, the fingerprint of those measured or trained on; lungs_not_found,
+    keys; regions_replaced, how many. From val: iou_threshold, box_threshold (by kind of map), numbers of
     `metrics.THRESHOLDS`; threshold, of the probability, one or by finding; operating_point, how it was chosen;
     calibration.
     """
 
+    run: str
     findings: tuple[str, ...] | list[str]
     dataset: str
     training: Training

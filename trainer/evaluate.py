@@ -61,6 +61,7 @@ def finish(
     per: tuple[str, str] = ("", ""),
     prevalence: Mapping[str, float] | None = None,
     maps: str = "",
+    run: str = "",
 ) -> tuple[Content, dict[str, Outcome]]:
     """Evaluate val and test, probe the model, and write the run's reports. Returns the content of report.json, and what
     was measured of each split.
@@ -73,6 +74,7 @@ def finish(
         per: a column, and how its images are pooled, of figures of studies or patients.
         prevalence: by finding, of all others under the empty name, for PPV and NPV there.
         maps: a folder for the maps of what the report shows.
+        run: its name; empty: the folder's.
 
     InputError: the report could not be written; the run is as it was.
     """
@@ -84,6 +86,7 @@ def finish(
             lungs[name].share(accelerator)
     lost = {name: finder.memory.not_found().tolist() for name, finder in lungs.items()}
     content: Content = {
+        "run": run or out.resolve().name,
         "findings": evaluator.task.findings,
         "dataset": next(iter(splits.values())).dataset,
         "training": training,
@@ -320,6 +323,7 @@ def main(argv: list[str] | None = None) -> None:
         per=options.pooled,
         prevalence=options.prevalences,
         maps=options.maps,
+        run=path.resolve().name,
     )
     if accelerator.is_main_process:
         print(table({path.resolve().name: content}))

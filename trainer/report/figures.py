@@ -94,25 +94,59 @@ def curves(
     findings: Sequence[str],
     measured: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Figure:
-    """Losses, lambda and validation figures by epoch, then ROC and precision-recall of each split, and how far
-    probabilities are right, dotted with val's correction; ``findings`` names them, of classes class 0 first. Of many
-    findings those of the last split alone.
+    """Losses, lambda and validation figures by epoch, where there is a history; then ROC and precision-recall of each
+    split, and how far probabilities are right, dotted with val's correction. ``findings`` names them, of classes class
+    0 first. Of many findings those of the last split alone.
 
     Args:
         measured: figures by split.
     """
-    figure = Figure(figsize=(11, 6.4), layout="constrained")
-    axes = figure.subplots(2, 3).ravel()
+    rows = 2 if history else 1
+    figure = Figure(figsize=(11, 3.2 * rows), layout="constrained")
+    axes = figure.subplots(rows, 3).ravel()
+    if history:
+        _of_training(axes[:3], history)
+    axes = axes[-3:]
+    axes[0].set_title("ROC, and its area")
+    axes[1].set_title("precision and recall")
+    axes[2].set_title("calibration; dotted: corrected by val")
+    for ax in (axes[0], axes[2]):
+        ax.plot([0, 1], [0, 1], ":", color="gray", lw=0.8)
+    for split, outcome in outcomes.items():
+        scored = list(outcome.task.scored(outcome.logits, outcome.target))
+        if len(scored) > 4 and split != list(outcomes)[-1]:
+            continue
+        for finding, truth, score in scored:
+            if 0 < truth.sum() < len(truth):
+                false, true, _ = roc_curve(truth.numpy(), score.numpy())
+                precision, recall, _ = precision_recall_curve(truth.numpy(), score.numpy())
+                name = split if len(scored) == 1 else f"{split}, {short(findings[finding])}"
+                (line,) = axes[0].plot(false, true, lw=1, label=f"{name}: {auc(false, true):.3f}")
+                axes[1].plot(recall, precision, lw=1)
+                said, is_, _ = zip(*reliability(truth.numpy(), score.numpy()), strict=True)
+                axes[2].plot(said, is_, "o-", ms=2, lw=1, color=line.get_color())
+                of = (measured or {}).get(split, {}).get("calibration", {}).get(findings[finding], {})
+                if corrected := of.get("reliability_calibrated"):
+                    axes[2].plot(*list(zip(*corrected, strict=True))[:2], ":", lw=1, color=line.get_color())
+    for ax, label in zip(axes, ("1 - specificity", "recall", "probability"), strict=True):
+        ax.set_xlabel(label)
+    for ax in figure.axes:
+        ax.grid(alpha=0.3)
+        if ax.get_legend_handles_labels()[0]:
+            entries = len(ax.get_legend_handles_labels()[0])
+            ax.legend(fontsize=7 if entries <= 12 else 3.5, ncols=1 if entries <= 12 else 2)
+    return figure
+
+
+def _of_training(axes: Any, history: list[dict[str, Any]]) -> None:
+    """Losses, lambda and validation figures by epoch, on three axes."""
     epochs = [line for line in history if "val_loss" in line]
     steps = [line for line in history if "ce" in line]
     axes[0].set_title("cross-entropy")
     axes[1].set_title("attention loss and lambda")
     axes[2].set_title("validation")
-    axes[3].set_title("ROC, and its area")
-    axes[4].set_title("precision and recall")
-    axes[5].set_title("calibration; dotted: corrected by val")
-    axes[3].plot([0, 1], [0, 1], ":", color="gray", lw=0.8)
-    axes[5].plot([0, 1], [0, 1], ":", color="gray", lw=0.8)
+    for ax in axes:
+        ax.set_xlabel("epoch")
     axes[0].plot([line["position"] for line in steps], [line["ce"] for line in steps], lw=0.8, label="train")
     axes[0].plot([line["epoch"] + 1 for line in epochs], [line["val_loss"] for line in epochs], "o-", ms=3, label="val")
     attended = [line for line in steps if line.get("attention") is not None]
@@ -132,29 +166,6 @@ def curves(
             axes[2].plot(
                 [line["epoch"] + 1 for line in known], [line[name] for line in known], "o-", ms=3, label=name[4:]
             )
-    for split, outcome in outcomes.items():
-        scored = list(outcome.task.scored(outcome.logits, outcome.target))
-        if len(scored) > 4 and split != list(outcomes)[-1]:
-            continue
-        for finding, truth, score in scored:
-            if 0 < truth.sum() < len(truth):
-                false, true, _ = roc_curve(truth.numpy(), score.numpy())
-                precision, recall, _ = precision_recall_curve(truth.numpy(), score.numpy())
-                name = split if len(scored) == 1 else f"{split}, {short(findings[finding])}"
-                (line,) = axes[3].plot(false, true, lw=1, label=f"{name}: {auc(false, true):.3f}")
-                axes[4].plot(recall, precision, lw=1)
-                said, is_, _ = zip(*reliability(truth.numpy(), score.numpy()), strict=True)
-                axes[5].plot(said, is_, "o-", ms=2, lw=1, color=line.get_color())
-                of = (measured or {}).get(split, {}).get("calibration", {}).get(findings[finding], {})
-                if corrected := of.get("reliability_calibrated"):
-                    axes[5].plot(*list(zip(*corrected, strict=True))[:2], ":", lw=1, color=line.get_color())
-    for ax, label in zip(axes, ("epoch", "epoch", "epoch", "1 - specificity", "recall", "probability"), strict=True):
-        ax.set_xlabel(label)
-        ax.grid(alpha=0.3)
-        if ax.get_legend_handles_labels()[0]:
-            entries = len(ax.get_legend_handles_labels()[0])
-            ax.legend(fontsize=7 if entries <= 12 else 3.5, ncols=1 if entries <= 12 else 2)
-    return figure
 
 
 def svg(figure: Figure) -> bytes:

@@ -89,6 +89,7 @@ def tables(content: Content, split: Measured) -> list[Rows]:
     figures = content[split]
     several = "per_finding" in figures
     every = [_of_cells(figures) if several else _by_finding(content["findings"], figures)]
+    every += _looks(content["findings"], figures)
     if figures.get("calibration"):
         every.append(_calibration(content, split))
     for kind, what in KINDS.items():
@@ -159,13 +160,14 @@ def _lesions(of: dict[str, OfLesions], findings: Sequence[str]) -> list[Rows]:
     names = [name for name in findings if name in of]
     if len(names) > 1:
         figures = ("hit", "energy", "miou", "t_iou 0.1", "t_iou 0.3", "t_iou 0.5")
-        of_each = ["lesions of", "pairs"]
-        of_each += [f"{LESION_WORDS[name]}{of_what}" for name in figures for of_what in ("", ", mean lesion")]
-        lines: list[list[Cell]] = []
-        for name in names:
-            both = (of[name].get("model"), of[name].get("constant"))
-            lines.append([name, str(of[name]["images"]), *(_of_lesion(f, n) for n in figures for f in both)])
-        tables.append((of_each, lines))
+        whose = {"model": "", "constant": "; mean lesion", "region": "; expected region"}
+        lines: list[list[Cell]] = [
+            [f"{name}{words}", str(of[name]["images"]), *(_of_lesion(found, n) for n in figures)]
+            for name in names
+            for kind, words in whose.items()
+            if (found := of[name][kind])  # type: ignore[literal-required]
+        ]
+        tables.append((["lesions of", "pairs", *(LESION_WORDS[name] for name in figures)], lines))
     return tables
 
 
@@ -224,19 +226,13 @@ def _of_lesion(found: Found | None, name: str) -> Cell:
 
 def _of_cells(figures: Figures) -> Rows:
     """A row a finding, over the images where it is known; then their mean, and all of them together."""
-    places = (("expected", "region"), ("lesion", "lesion"))
     head = ["finding", "present", "absent", "unknown", "AUC", "AUPRC", "threshold", *map(_upper, AT_POINT)]
-    head += [f"{what} {where}" for _, where in places for what in ("energy in", "pointing at")]
     rows: list[list[Cell]] = []
     for name, row in figures["per_finding"].items():
         cells: list[Cell] = [name, *(str(row[n]) for n in ("positive", "negative", "unknown"))]  # type: ignore[literal-required]
         cells += [_with_interval(dict(row), n) for n in ("auc", "auprc")]
         cells.append(_number(row["threshold"]))
-        cells += [_with_interval(dict(row), n) for n in AT_POINT]
-        for kind, _ in places:
-            found = figures["localization"].get(kind, {}).get(name)
-            cells += [figure((found[f], found[f"{f}_95"])) if found else NOTHING for f in ("energy", "pointing")]
-        rows.append(cells)
+        rows.append(cells + [_with_interval(dict(row), n) for n in AT_POINT])
     macro, micro = figures["macro"], figures["micro"]
     mean: list[Cell] = [f"mean of {figures['defined']} of {len(rows)}", "", "", ""]
     mean += [_with_interval(dict(figures), n) for n in ("auc", "auprc")] + [""]
@@ -244,11 +240,23 @@ def _of_cells(figures: Figures) -> Rows:
     fewer = {n: figures["macro_findings"][n] for n in AT_POINT if figures["macro_findings"][n] < figures["defined"]}
     mean += [small(f"{macro[n]:.3f}", f"of {fewer[n]}") if fewer.get(n) else _number(macro[n]) for n in AT_POINT]
     together += [_number(micro.get(n)) for n in AT_POINT]
-    for cells in (mean, together):
-        cells += [""] * 4
-    rows += [mean, together]
-    kept = [i for i in range(len(head)) if i < 12 or any(row[i] not in (NOTHING, "") for row in rows)]
-    return [head[i] for i in kept], [[row[i] for i in kept] for row in rows]
+    return head, [*rows, mean, together]
+
+
+def _looks(findings: Sequence[str], figures: Figures) -> list[Rows]:
+    """How much of the maps of each finding lies where it is expected, and in its lesions; none of what is not known."""
+    places = {"expected": "region", "lesion": "lesion"}
+    head = ["its maps", *(f"{what} {where}" for where in places.values() for what in ("energy in", "pointing at"))]
+    rows: list[list[Cell]] = []
+    for name in findings:
+        cells: list[Cell] = [name]
+        for kind in places:
+            found = figures["localization"].get(kind, {}).get(name)
+            cells += [figure((found[f], found[f"{f}_95"])) if found else NOTHING for f in ("energy", "pointing")]
+        if any(cell != NOTHING for cell in cells[1:]):
+            rows.append(cells)
+    kept = [i for i in range(len(head)) if any(row[i] != NOTHING for row in rows)]
+    return [([head[i] for i in kept], [[row[i] for i in kept] for row in rows])] if rows else []
 
 
 def _with_interval(row: Mapping[str, Any], name: str) -> Cell:
@@ -264,21 +272,12 @@ def _number(value: float | None) -> Cell:
 
 
 def _by_finding(findings: Sequence[str], figures: Figures) -> Rows:
-    """A row a finding; columns without a figure are left out."""
-    head = ["finding, at the predicted class", "images", "sensitivity", "precision", "F1"]
-    head += ["energy in region", "pointing hit", "energy in lesion", "pointing at lesion"]
+    """A row a class, against the rest; reports from before some figures were measured have none."""
+    at = {"sensitivity": "sensitivity", "specificity": "specificity", "ppv": "PPV", "npv": "NPV", "f1": "F1"}
+    head = ["finding against the rest, at the predicted class", "images", "AUC", "AUPRC", *at.values()]
     rows: list[list[Cell]] = []
     for name, row in zip(findings, figures["per_class"], strict=True):
-        cells: list[Cell] = [
-            name,
-            str(row["support"]),
-            f"{row['recall']:.3f}",
-            f"{row['precision']:.3f}",
-            f"{row['f1']:.3f}",
-        ]
-        for kind in ("expected", "lesion"):
-            found = figures["localization"][kind].get(name)
-            cells += [figure((found[f], found[f"{f}_95"])) if found else NOTHING for f in ("energy", "pointing")]
-        rows.append(cells)
-    kept = [i for i in range(len(head)) if i < 5 or any(row[i] != NOTHING for row in rows)]
-    return [head[i] for i in kept], [[row[i] for i in kept] for row in rows]
+        known = {"sensitivity": row["recall"], "ppv": row["precision"]} | dict(row)
+        cells = [_with_interval(known, n) for n in ("auc", "auprc", *at)]
+        rows.append([name, str(row["support"]), *cells])
+    return head, rows

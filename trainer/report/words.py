@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from shards.errors import listed
+from shards.sample import NO_FINDING
 from trainer.config import Config
 from trainer.content import Content, Figures, Found, Measured, Probe
 
@@ -42,6 +43,12 @@ def printable(text: str) -> str:
     escape.
     """
     return text.encode(errors="backslashreplace").decode()
+
+
+def title(content: Content) -> str:
+    """What was asked of a run, where, and which one it is."""
+    asked = [name for name in content["findings"] if name != NO_FINDING]
+    return f"{listed(asked, 4)} on {content['dataset']}: {content['run']}"
 
 
 def is_published_kind(content: Content) -> bool:

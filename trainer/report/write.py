@@ -20,7 +20,7 @@ from trainer.metrics import LOCALIZATION, measured
 from trainer.outcome import Outcome
 from trainer.report.figures import TILES, Tile, curves, panel, png, svg, without_lungs
 from trainer.report.page import page
-from trainer.report.words import MEASURED, is_published_kind, text_name, text_report
+from trainer.report.words import MEASURED, is_published_kind, text_name, text_report, title
 from trainer.task import Point
 
 
@@ -61,7 +61,7 @@ def write_run(
         atomic.write(out / text_name(config, content["dataset"]), text)
     atomic.write(
         out / "report.html",
-        page(out.resolve().name, {out.resolve().name: content}, {out.resolve().name: pictures}, text, images),
+        page(title(content), {content["run"]: content}, {content["run"]: pictures}, text, images),
     )
     atomic.write(out / "report.json", json.dumps(finite(content), indent=1))
 

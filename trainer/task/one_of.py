@@ -16,7 +16,7 @@ from trainer.drawing import short
 from trainer.intervals import proportion
 from trainer.losses import at_least_float32, constant
 from trainer.metrics import at_threshold, auc_interval, binary_report, classification_report, multiclass_auc
-from trainer.multilabel import Cells, choose, intervals_at
+from trainer.multilabel import Cells, at_point, choose, intervals_at
 from trainer.task.protocol import Drawn, Groups, Pairs, Point, Scored
 
 FOCUS = 2.0  # gamma of the focal loss (Lin et al., ICCV 2017)
@@ -149,11 +149,15 @@ class OneOf:
             figures["accuracy_95"] = proportion(right, patients)
             figures["auc_95"] = auc_interval(logits, label, patients=patients)
             figures["resampled"] = "images" if patients is None else "patients"
-            cells = Cells(self.findings[1:], self.probabilities(logits)[:, 1:].numpy(), target[:, 1:].numpy())
-            figures |= cells.areas(patients)
+            probability, truth = self.probabilities(logits).numpy(), target.numpy()
+            figures |= Cells(self.findings[1:], probability[:, 1:], truth[:, 1:]).areas(patients)
+            each = Cells(self.findings, probability, truth).figures({}, groups=patients, intervals=True)["per_finding"]
+            for k, (row, of) in enumerate(zip(figures["per_class"], each.values(), strict=True)):
+                named, is_ = self.predicted(logits).numpy() == k, truth[:, k] == 1
+                row |= {name: of[name] for name in ("auc", "auc_95", "auprc", "auprc_95")}
+                row |= at_point(is_, named) | intervals_at(is_, named, patients)
             if isinstance(point, float):
-                named = (self.probabilities(logits)[:, 1] >= point).numpy()
-                figures["at_threshold"] |= intervals_at((label == 1).numpy(), named, patients)
+                figures["at_threshold"] |= intervals_at(truth[:, 1] == 1, probability[:, 1] >= point, patients)
         return figures
 
     def auc(self, logits: torch.Tensor, target: torch.Tensor) -> float:
