@@ -34,6 +34,15 @@ class Folder:
         """The content of ``index.json``, not to be changed; of ten million samples it takes a second to read, so it is
         kept as long as the file stays as it is.
         """
+        path = self.there()
+        state = path.stat()
+        version = (state.st_mtime_ns, state.st_size)
+        if self._read is None or self._read[0] != version:
+            self._read = version, parse_index(path.read_bytes(), str(path), self.remedy)
+        return self._read[1]
+
+    def there(self) -> Path:
+        """Of ``index.json``; InputError: it is not there."""
         path = self.root / "index.json"
         if not self.root.is_dir():
             begun = self.root.with_name(self.root.name + ".partial")
@@ -51,11 +60,7 @@ class Folder:
                 f"{self.root}: has no index.json; if it holds tars from elsewhere, run `python -m shards index "
                 f"{self.root}`"
             )
-        state = path.stat()
-        version = (state.st_mtime_ns, state.st_size)
-        if self._read is None or self._read[0] != version:
-            self._read = version, parse_index(path.read_bytes(), str(path), self.remedy)
-        return self._read[1]
+        return path
 
     def table(self, name: str, entry: dict[str, Any]) -> Path:
         """Local path of a table of the index; InputError: it is not there."""
@@ -95,6 +100,9 @@ class Remote:
         """The content of ``index.json``, fetched anew."""
         url = f"{self.name}/index.json"
         return parse_index(read(url), url, self.remedy)
+
+    def there(self) -> None:
+        """Nothing is asked of a server before its index is read."""
 
     def table(self, name: str, entry: dict[str, Any]) -> Path:
         """Local path of a table of the index."""

@@ -217,3 +217,31 @@ def test_what_lambda_is_where_nothing_is_said(tmp_path, more, lam, ramp):
     (tmp_path / "c.yaml").write_text(to_yaml(config))
     again = from_yaml(Config, tmp_path / "c.yaml")
     assert (again.balance.lam, again.balance.ramp) == (lam, ramp)
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("trainer.train --shards nothing --out y", "nothing: no such folder; make one with"),
+        ("trainer.train_lungs --shards nothing --out y", "nothing: no such folder; make one with"),
+        ("trainer.evaluate --run nothing --shards nothing", "--run nothing: is not a run folder"),
+        ("trainer.predict --run nothing x.png", "--run nothing: is not a run folder"),
+        ("trainer.export nothing --out y", "nothing: is not a run folder"),
+        ("trainer.report --out x.html nothing", "nothing: is not a run folder"),
+    ],
+)
+def test_what_is_not_there_is_said_before_torch_is_imported(command, words, tmp_path):
+    no_torch = tmp_path / "torch"
+    no_torch.mkdir()
+    (no_torch / "__init__.py").write_text("raise SystemExit('torch was imported')")
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-m", *command.split()],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1

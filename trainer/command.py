@@ -273,6 +273,15 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return named
 
 
+def run_at(path: Path, flag: str = "--run ") -> None:
+    """InputError: the folder of no run of trainer.train. What is in it is not read. ``flag``: that named it."""
+    if not (path / "config.yaml").is_file():
+        why = "no config.yaml" if path.is_dir() else "there is no such folder"
+        raise InputError(f"{flag}{path}: is not a run folder ({why}); name the --out of a trainer.train")
+    if (path / "lung_unet.safetensors").is_file():
+        raise InputError(f"{flag}{path}: is a run of trainer.train_lungs; name one of trainer.train")
+
+
 def to_yaml(config: Any) -> str:
     """The resolved configuration as YAML that ``--config`` takes."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)

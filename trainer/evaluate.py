@@ -4,12 +4,18 @@ Legend: N images of a split, K classes, S pixels of a side.
 """
 
 if __name__ == "__main__":  # what is wrong with the flags is said before torch is imported, which takes seconds
+    from pathlib import Path as _Path
+
     from shards.errors import run as _run
+    from shards.store import open_store as _open_store
     from trainer.command import parse as _parse
+    from trainer.command import run_at as _run_at
     from trainer.options import EvaluateConfig as _Config
 
     def _check() -> None:
-        _parse(_Config, None, prog="trainer.evaluate")
+        asked = _parse(_Config, None, prog="trainer.evaluate")
+        _run_at(_Path(asked.run))
+        _open_store(asked.shards).there()
 
     _run(_check)
 

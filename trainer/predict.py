@@ -1,13 +1,18 @@
 """python -m trainer.predict --run RUN IMAGE...: a JSON line and an overlay for each image file."""
 
 if __name__ == "__main__":  # what is wrong with the flags is said before torch is imported, which takes seconds
+    from pathlib import Path as _Path
+
     from shards.errors import run as _run
     from trainer.command import parse as _parse
     from trainer.command import positionals as _positionals
+    from trainer.command import run_at as _run_at
     from trainer.options import PredictConfig as _Config
 
     def _check() -> None:
-        _parse(_Config, _positionals(None)[0], prog="trainer.predict")
+        run = _Path(_parse(_Config, _positionals(None)[0], prog="trainer.predict").run)
+        if not (run / "export.json").is_file():
+            _run_at(run)
 
     _run(_check)
 

@@ -15,7 +15,7 @@ from shards.errors import InputError, read_json
 from shards.names import known_as
 from trainer.checkpoint import save_weights
 from trainer.classifier import FocusClassifier
-from trainer.command import from_yaml
+from trainer.command import from_yaml, run_at
 from trainer.config import Config, arguments
 from trainer.content import Content
 from trainer.lungs.load import load_segmenter
@@ -81,11 +81,7 @@ class Run:
 
 def open_run(path: Path) -> Run:
     """Read a run folder. InputError: it is none, or has no model yet, or its files do not belong together."""
-    if not (path / "config.yaml").is_file():
-        why = "no config.yaml" if path.is_dir() else "there is no such folder"
-        raise InputError(f"--run {path}: is not a run folder ({why}); name the --out of a trainer.train")
-    if (path / "lung_unet.safetensors").is_file():
-        raise InputError(f"--run {path}: is a run of trainer.train_lungs; name one of trainer.train")
+    run_at(path)
     if not (path / MODEL).is_file():
         raise InputError(
             f"--run {path}: has no {MODEL} yet; train it, or go on with `-m trainer.train --out {path} --resume`"

@@ -2,10 +2,11 @@
 
 if __name__ == "__main__":  # what is wrong with the settings is said before torch is imported, which takes seconds
     from shards.errors import run as _run
+    from shards.store import open_store as _open_store
     from trainer.command import resolve as _resolve
 
     def _check() -> None:
-        _resolve(None)
+        _open_store(_resolve(None).shards).there()
 
     _run(_check)
 

@@ -7,12 +7,15 @@ none), and sources that were left out of training on all their images.
 
 if __name__ == "__main__":  # what is wrong with the settings is said before torch is imported, which takes seconds
     from shards.errors import run as _run
+    from shards.store import open_store as _open_store
     from trainer.command import parse as _parse
     from trainer.command import resumed as _resumed
     from trainer.options import LungsTrainConfig as _Config
 
     def _check() -> None:
-        _parse(_Config, _resumed(None, "trainer.train_lungs"), prog="trainer.train_lungs")
+        asked = _parse(_Config, _resumed(None, "trainer.train_lungs"), prog="trainer.train_lungs")
+        for root in filter(None, map(str.strip, f"{asked.shards},{asked.test}".split(","))):
+            _open_store(root).there()
 
     _run(_check)
 

@@ -1,13 +1,19 @@
 """python -m trainer.export RUN --out DIR: a finished run for others, as an ONNX graph, weights and a card."""
 
 if __name__ == "__main__":  # what is wrong with the flags is said before torch is imported, which takes seconds
+    from pathlib import Path as _Path
+
     from shards.errors import run as _run
     from trainer.command import parse as _parse
     from trainer.command import positionals as _positionals
+    from trainer.command import run_at as _run_at
     from trainer.options import ExportConfig as _Config
 
     def _check() -> None:
-        _parse(_Config, _positionals(None)[0], prog="trainer.export")
+        flags, folders = _positionals(None)
+        _parse(_Config, flags, prog="trainer.export")
+        for folder in folders:
+            _run_at(_Path(folder), "")
 
     _run(_check)
 

@@ -1,13 +1,20 @@
 """python -m trainer.report --out FILE.html RUN [RUN ...]: several finished runs side by side."""
 
 if __name__ == "__main__":  # what is wrong with the flags is said before torch is imported, which takes seconds
+    from pathlib import Path as _Path
+
     from shards.errors import run as _run
     from trainer.command import parse as _parse
     from trainer.command import positionals as _positionals
+    from trainer.command import run_at as _run_at
     from trainer.options import ReportConfig as _Config
 
     def _check() -> None:
-        _parse(_Config, _positionals(None)[0], prog="trainer.report")
+        flags, folders = _positionals(None)
+        _parse(_Config, flags, prog="trainer.report")
+        for folder in map(_Path, folders):
+            if not (folder / "report.json").is_file():  # an evaluation beside a run has one, too
+                _run_at(folder, "")
 
     _run(_check)
 
