@@ -255,7 +255,7 @@ def _made(index: dict[str, Any], out: Path) -> None:
             if name == NO_FINDING and index["unlisted"] != "absent":
                 continue
             stops = (
-                "training on it will stop"
+                "a training whose task names it will be refused"
                 if index["unlisted"] == "absent"
                 else ("it cannot be learnt or measured there")
             )

@@ -268,5 +268,5 @@ def _file_system(url: str) -> tuple[Any, str]:
         return fsspec.core.url_to_fs(url)  # type: ignore[no-any-return]
     except ImportError as error:
         raise InputError(
-            f"{url}: needs another package: pip install 'cxr-focus[{EXTRAS.get(scheme, 'http')}]'"
+            f"{url}: needs another package: pip install '.[{EXTRAS.get(scheme, 'http')}]' in the checkout"
         ) from error

@@ -105,7 +105,8 @@ class Split:
         try:
             table: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
-            raise InputError(f"{path}: cannot be read ({error}); {self.store.remedy}") from error
+            why = error.strerror if isinstance(error, OSError) and error.strerror else "it is no table, or damaged"
+            raise InputError(f"{path}: cannot be read ({why}); {self.store.remedy}") from error
         fits = table.dtype == dtype and table.ndim == 1 and (rows is None or len(table) == rows)
         if not fits or entry["samples"] != self.starts[-1]:
             raise InputError(
@@ -142,7 +143,7 @@ class Split:
         ]  # (No Finding: where nothing is listed)
         if lacking:
             more = f" (nor {listed(map(repr, lacking[1:]))})" if len(lacking) > 1 else ""
-            close = nearest(lacking[0], (*index["findings"], *lists()))
+            close = f"{nearest(lacking[0], known)}; lists of findings are {listed(sorted(lists()), 30)}"
             raise InputError(f"{where}: has no images with finding {lacking[0]!r}{more}; {close}")
         codes, rows = self._codes(index, entry), labels_in(index)
         read = self.labels.reader(known, asked, training, where)

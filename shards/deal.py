@@ -244,7 +244,7 @@ def check(
     for split, rows, share in zip(SPLITS, parts, shares, strict=True):
         missing = [name for k, name in enumerate(classes) if not (label[rows] == k).any()]
         if missing and share > 0:
-            remedy = "give more images, another task, or `--split random` with other --ratios"
             raise InputError(
-                f"{what}: the {split} split gets no image whose one finding is {listed(missing)}; {remedy}"
+                f"{what}: the {split} split gets no image whose one finding is {listed(missing)}; give more images of "
+                "it, of more patients (each is in one split), another task, or `--split random` with other --ratios"
             )

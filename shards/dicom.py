@@ -22,7 +22,7 @@ from shards.gray import SLACK, Extent, kind_of, one_channel, refuse_large, scale
 
 UNREADABLE = "a DICOM file whose header cannot be read"
 MISNAMED = "is named .dcm, but its content is that of a"
-REMEDY = "DICOM needs pydicom: pip install 'cxr-focus[dicom]'"
+REMEDY = "DICOM needs pydicom: pip install '.[dicom]' in the checkout"
 
 
 @dataclass

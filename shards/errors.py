@@ -26,6 +26,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
     the known names closest to it, or all of them if none is close.
     """
     known = sorted(set(known))
+    part, ends = name.lstrip("-"), {flag: flag.lstrip("-").rpartition(".")[2] for flag in known if flag[:2] == "--"}
+    same = [flag for flag, end in ends.items() if part.startswith(end) or end.startswith(part)]
+    if name[:2] == "--" and part and "." not in part and same:  # --lr: --optim.lr; --lambda: --balance.lam
+        return f"did you mean {' or '.join(sorted(same, key=lambda flag: (ends[flag] != part, flag))[:3])}?"
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if close:
         return f"did you mean {' or '.join(close)}?"

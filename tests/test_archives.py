@@ -283,7 +283,8 @@ BROKEN = {
     "files that are not there": (
         "chexpert",
         lambda r: shutil.rmtree(r / "train/patient00002"),
-        r"2 of 48 images that it lists are missing: .*patient00002/study1/view1_frontal.jpg.* \\(in .*train there are "
+        r"2 of 48 images that it lists are missing: .*patient00002/study1/view1_frontal.jpg.* \\(there is no folder "
+        r".*; in .*train there are "
         r"patient00000",
     ),
     "another suffix": (
@@ -335,7 +336,7 @@ BROKEN = {
     "a box outside": (
         "rsna",
         lambda r: changed(r, "stage_2_train_labels.csv", 0, width="900"),
-        "is no box in 00000000.dcm of 64x64",
+        "is no box inside 00000000.dcm, which is 64 wide and 64 high",
     ),
     "a cell that leaves the root": (
         "chexpert",

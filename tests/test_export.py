@@ -121,6 +121,11 @@ def test_an_export_is_whole_or_none(exported, tmp_path, monkeypatch):
     (tmp_path / "mine/notes.txt").write_text("mine")
     with pytest.raises(InputError, match="holds other files"):
         export.main([str(exported / "run"), "--out", str(tmp_path / "mine")])
+    (tmp_path / "alike").mkdir()
+    (tmp_path / "alike/README.md").write_text("mine")  # of a name that an export has, too
+    with pytest.raises(InputError, match="holds files of these names that are of no export"):
+        export.main([str(exported / "run"), "--out", str(tmp_path / "alike")])
+    assert (tmp_path / "alike/README.md").read_text() == "mine"
     with pytest.raises(InputError, match="is an export; name the run"):
         export.main([str(exported / "export"), "--out", str(tmp_path / "y")])
     shutil.copytree(exported / "export", tmp_path / "half")
@@ -153,9 +158,7 @@ def test_an_export_is_whole_or_none(exported, tmp_path, monkeypatch):
 
 def test_without_onnx_the_remedy_is_told(exported, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(
-        InputError, match=r'onnxscript, onnxruntime, which is not installed: pip install "cxr-focus\[onnx\]"'
-    ):
+    with pytest.raises(InputError, match=r"onnxscript, onnxruntime, which is not installed: pip install '\.\[onnx\]'"):
         export.main([str(exported / "run"), "--out", str(tmp_path / "y")])
 
 

@@ -123,7 +123,7 @@ def test_figures_of_studies_are_those_of_their_pooled_images(outcome, how):
         assert of["auprc_95"][0] < of["auprc"] < of["auprc_95"][1]
         if name == "A":
             assert of["sensitivity"] == pytest.approx(recall_score(truth, np.array(p) >= 0.5))
-    with pytest.raises(InputError, match=r"--per stdy: of no test image it is known; did you mean study"):
+    with pytest.raises(InputError, match=r"--per stdy: no test image has it; did you mean study"):
         per_unit(outcome, "stdy", how)
 
 
@@ -144,7 +144,7 @@ def test_units_without_patients(outcome):
     assert list(found["per_finding"]) == ["A"]
     assert "sensitivity" in found["per_finding"]["A"]
     split.ids = lambda: {"patient": np.zeros(300), "key": np.arange(300)}
-    with pytest.raises(InputError, match="--per patient: of no test image it is known"):
+    with pytest.raises(InputError, match="--per patient: no test image has it"):
         units_of(split, "patient")
 
 
@@ -158,3 +158,18 @@ def test_what_a_yes_is_worth_elsewhere():
     one = {"at_threshold": {"sensitivity": 1.0, "specificity": 1.0}}
     assert at_prevalence(one, ("None", "A"), {"": 0.02}) == {"A": {"prevalence": 0.02, "ppv": 1.0, "npv": 1.0}}
     assert at_prevalence({}, ("None", "A"), {"": 0.02}) == {}
+
+
+def test_few_images_give_wide_intervals_or_none(outcome):
+    """Resamples of three images are all alike, which is no certainty."""
+    few = iter(["few"] * 12)
+    for i, meta in enumerate(outcome.metas):
+        known = outcome.target[i, 0] >= 0
+        meta["site"] = next(few, "many") if known and (outcome.target[i, 0] == 0 or i % 4) else "many"
+    entry = by_column(outcome, "site", POINT)["few"]["per_finding"]["A"]
+    assert 0 < min(entry["present"], entry["absent"]) < 12
+    for rate in ("sensitivity", "false_positive_rate"):
+        low, high = entry[f"{rate}_95"]
+        assert low <= entry[rate] <= high
+        assert high - low > 0.2
+    assert (entry["auc_within_95"] is None) == (min(entry["present"], entry["absent"]) < 5)

@@ -21,6 +21,7 @@ from trainer.metrics import (
     measured,
     multiclass_auc,
     otsu,
+    peaks,
     rank_correlation,
     summarize,
     without_dead,
@@ -237,3 +238,20 @@ def test_a_map_that_is_zero_has_no_energy_and_is_counted():
     dead = summarize(rows[1:, : len(LOCALIZATION)])
     assert math.isnan(dead["energy"])
     assert math.isnan(dead["energy_95"][0])
+
+
+def test_the_peak_of_a_plateau_is_its_middle():
+    """An interpolated coarse map is flat at its rim: the first of its largest pixels would be the image's corner."""
+    cam = torch.zeros(3, 9, 12)
+    cam[0, 2:7, 0:5] = 1.0  # its middle is one of them
+    cam[1, 1, 1] = cam[1, 7, 9] = 0.5  # of two apart one is taken
+    cam[2, 4, 3] = 0.7
+    found = [divmod(int(at), 12) for at in peaks(cam)]
+    assert found[0] == (4, 2)
+    assert found[1] in ((1, 1), (7, 9))
+    assert found[2] == (4, 3)
+    coarse = torch.zeros(1, 1, 4, 4)
+    coarse[0, 0, 1, 0] = 1.0
+    full = torch.nn.functional.interpolate(coarse, (64, 64), mode="bilinear", align_corners=False)[0]
+    y, x = divmod(int(peaks(full)[0]), 64)
+    assert (16 < y < 32, 0 < x < 8) == (True, True)  # inside the cell's outer half, not at its edge

@@ -275,3 +275,20 @@ def test_predict_says_that_a_run_has_not_finished(flags, tmp_path, shards, capsy
     Image.fromarray(Split(shards, "test").image(0)).save(tmp_path / "x.png")
     predict.main(["--run", str(tmp_path / "run"), str(tmp_path / "x.png")])
     assert "has not finished: its best model so far is used" in capsys.readouterr().err
+
+
+def test_what_is_drawn_is_what_the_threshold_calls_present(trained, shards, tmp_path, capsys):
+    """Where the most probable class is another one, that is counted and said."""
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    for threshold, drawn in ((0.0, "Effusion"), (1.1, None)):
+        (tmp_path / "run/report.json").write_text(json.dumps(report | {"threshold": threshold}))
+        images = [Image.fromarray(Split(shards, "test").image(i)) for i in range(8)]
+        for i, image in enumerate(images):
+            image.save(tmp_path / f"x{i}.png")
+        predict.main(["--run", str(tmp_path / "run"), "--no-overlay", str(tmp_path / "x*.png")])
+        said = capsys.readouterr()
+        lines = [json.loads(line) for line in said.out.splitlines()]
+        assert {line["positive"]["Effusion"] for line in lines} == {drawn is not None}
+        assert all(line["cam_of"] == (drawn or line["predicted"]) for line in lines)
+        apart = sum((line["predicted"] == "Effusion") != line["positive"]["Effusion"] for line in lines)
+        assert (f"in {apart} of 8 images `predicted`" in said.err) == (apart > 0)

@@ -42,10 +42,12 @@ def test_reports_of_what_is_no_run(trained, flags, tmp_path):
     ):
         with pytest.raises(InputError, match=words):
             main(argv)
-    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder.html").mkdir()
+    with pytest.raises(InputError, match=r"the page is HTML; name a file that ends in \.html"):
+        report_main(["--out", str(tmp_path / "x.pdf"), str(tmp_path / "run")])
     with pytest.raises(InputError, match="is a folder; name the HTML file"):
-        report_main(["--out", str(tmp_path / "folder"), str(tmp_path / "run")])
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "lungs", "run"]
+        report_main(["--out", str(tmp_path / "folder.html"), str(tmp_path / "run")])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder.html", "lungs", "run"]
 
 
 def test_a_report_that_fails_costs_the_report(flags, tmp_path, monkeypatch):

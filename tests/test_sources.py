@@ -672,7 +672,10 @@ def test_boxes_of_what_an_image_is_not_labelled_with_are_left_out(tmp_path, caps
         ("path,finding,x0,y0,x1\n0.png,Mass,1,1,2", "has no column 'y1'"),
         ("file,finding,x,y,w,h\n0.png,Mass,1,1,2,2", "has no column 'path'; its columns are file"),
         ("path,finding,x,y,w,h\n0.png,Mass,1,1,two,2", "row 2: columns x, y, w, h hold no four numbers"),
-        ("path,finding,x,y,w,h\n0.png,Mass,1,1,40,2", r"row 2: 1 1 41 3 is no box in 0\.png of 40x30 pixels"),
+        (
+            "path,finding,x,y,w,h\n0.png,Mass,1,1,40,2",
+            r"row 2: 1 1 41 3 is no box inside 0\.png, which is 40 wide and 30 high",
+        ),
         ("path,finding,x0,y0,x1,y1\n0.png,Mass,5,1,5,2", "is no box"),
         ("path,finding,x,y,w,h\n0.png,Mass,nan,1,1,2", "is no box"),
         (

@@ -96,10 +96,13 @@ def test_wandb_has_the_result_the_model_and_one_run_for_a_run(flags, tmp_path, m
     resumed run goes on in the same one.
     """
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("WANDB_DATA_DIR", raising=False)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "home"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         loop.main([*flags, "--tracker", "wandb", "--epochs", "1"])
         loop.main(["--out", str(tmp_path / "run"), "--resume", "--epochs", "2"])
+    assert not (tmp_path / "home").exists()  # what is put together before it is logged stays in the run, too
     folders = sorted((tmp_path / "run/wandb").glob("offline-run-*"))
     assert len(folders) == 2
     ids = set()

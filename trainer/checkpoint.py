@@ -27,10 +27,12 @@ def claim(accelerator: Accelerator, out: Path, files: dict[str, str], *, resumab
     taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
     accelerator.wait_for_everyone()  # all have looked before anybody writes
     if taken:
+        if not out.is_dir():
+            raise InputError(f"--out {out}: is a file; name a folder")
         what = "another run" if (out / "config.yaml").is_file() else "other files"
         remedy = (
             "choose another folder, remove it, or go on with that run by --resume"
-            if resumable
+            if resumable and (out / "config.yaml").is_file()
             else "choose another folder, or remove it"
         )
         raise InputError(f"--out {out}: already holds {what}; {remedy}")
@@ -71,6 +73,8 @@ def save(path: Path, state: dict[str, Any], *, keep: int = 1) -> None:
     last.pt and so on.
     """
     path.parent.mkdir(exist_ok=True)
+    for left in path.parent.glob(f".{path.name}.*.partial"):  # of a process that was killed: a run has one at a time
+        left.unlink(missing_ok=True)
     with whole(path) as partial:
         try:
             with partial.open("wb") as file:

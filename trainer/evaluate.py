@@ -15,7 +15,8 @@ if __name__ == "__main__":  # what is wrong with the flags is said before torch 
     def _check() -> None:
         asked = _parse(_Config, None, prog="trainer.evaluate")
         _run_at(_Path(asked.run))
-        _open_store(asked.shards).there()
+        if asked.shards:
+            _open_store(asked.shards).there()
 
     _run(_check)
 
@@ -46,7 +47,8 @@ from trainer.maps import refuse_full, write_maps
 from trainer.measure import Evaluator
 from trainer.options import EvaluateConfig
 from trainer.outcome import Outcome
-from trainer.report.words import MEASURED, file_name, table
+from trainer.report.tables import as_text, asked_for
+from trainer.report.words import MEASURED, file_name, shown_split, table
 from trainer.report.write import write_run
 from trainer.rules import Finding, to_yaml
 from trainer.run import evaluator_of, open_run, read_report, task_of
@@ -216,7 +218,7 @@ def tell_overlap(
             "of this run, "
         )
         message += (
-            f"{patients or 'none'} more the ID of a patient"
+            f"{patients or 'none'} of the others are of a patient who is in training"
             if train.ids()["patient"].any()
             else "patients are not known"
         )
@@ -250,9 +252,11 @@ def folder_of(run_folder: Path, dataset: str) -> Path:
 def main(argv: list[str] | None = None) -> None:
     """Evaluate, write the reports, print where they are."""
     options = parse(EvaluateConfig, argv, prog="trainer.evaluate")
-    path, store = Path(options.run), open_store(options.shards)
+    path = Path(options.run)
     set_threads()
     opened = open_run(path)
+    shards = options.shards or opened.config.shards
+    store = open_store(shards)
     config, model, segmenter = opened.config, opened.model, opened.segmenter
     accelerator = start(config.seed, opened.precision, timeout=config.timeout)
     index = store.index()
@@ -265,9 +269,7 @@ def main(argv: list[str] | None = None) -> None:
     if not splits:
         raise InputError(f"--shards {store.name}: has neither val nor test; pack one")
 
-    own = os.path.realpath(options.shards) == os.path.realpath(config.shards) or options.shards.rstrip(
-        "/"
-    ) == config.shards.rstrip("/")
+    own = os.path.realpath(shards) == os.path.realpath(config.shards) or shards.rstrip("/") == config.shards.rstrip("/")
     # The run's own shards, if they are still those that it was trained on.
     own = own and all(
         old.get("images", {}).get(name, split.fingerprint) == split.fingerprint for name, split in splits.items()
@@ -333,6 +335,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     if accelerator.is_main_process:
         print(table({path.resolve().name: content}))
+        for rows in asked_for(content[shown_split(content)]):
+            print(f"\n{as_text(rows)}")
         if options.operating_point:
             before, now = (limits_of(task.findings, c.get("threshold")) for c in (old, content))
             each = (f"{n} {_number(at)} (was {_number(before.get(n))})" for n, at in now.items())

@@ -17,6 +17,7 @@ from shards.errors import InputError, nearest
 from shards.sample import NO_FINDING
 from shards.targets import ABSENT, PRESENT
 from trainer.calibration import ece
+from trainer.intervals import proportion
 from trainer.metrics import LOCALIZATION, measured, summarize
 from trainer.multilabel import RESAMPLES, Cells, Sorted
 from trainer.outcome import Outcome
@@ -25,6 +26,7 @@ from trainer.task import Point
 MOST = 12  # different values of a column; more are no groups
 UNKNOWN = "(empty)"
 AGE, BANDS = "age", (40, 60, 80)  # years at which bands of the column age begin
+FEW = 5  # images with, and without, below which an AUC has no interval
 RATES = ("sensitivity", "false_positive_rate")
 
 
@@ -85,7 +87,8 @@ def by_column(outcome: Outcome, column: str, point: Point = None) -> dict[str, d
                 cells = Sorted.of(taken, present[taken], score[taken, k])
                 area = cells.auc(np.ones(len(values), int))
                 entry[figure] = area
-                between = [cells.auc(often) for often in drawn] if not math.isnan(area) else []
+                few = min(present.sum(), others.sum()) < FEW  # of one image resamples are all alike, which says nothing
+                between = [cells.auc(often) for often in drawn] if not (few or math.isnan(area)) else []
                 entry[f"{figure}_95"] = list(map(float, np.nanpercentile(between, [2.5, 97.5]))) if between else None
             inside = own & (target[:, k] >= ABSENT)
             alike = not (absent & own).any()
@@ -95,7 +98,7 @@ def by_column(outcome: Outcome, column: str, point: Point = None) -> dict[str, d
             if (limit := limits.get(name)) is not None:
                 named = score[:, k] >= limit
                 for rate, of_whom in zip(RATES, (present, absent & own), strict=True):
-                    entry[rate], entry[f"{rate}_95"] = _rate(named, of_whom, drawn)
+                    entry[rate], entry[f"{rate}_95"] = _rate(named, of_whom, patients)
             pairs = own[image] & (finding == k)
             for kind, table in outcome.tables().items():
                 rows = pairs & measured(table).numpy()
@@ -135,9 +138,12 @@ def units_of(split: Split, column: str) -> tuple[np.ndarray, int]:
     if column != "patient":
         values = [str(split.meta(p).get(column, "")).strip() for p in range(len(split))]
     if not any(values):
-        known = [name for name in (*split.meta(0), "patient") if name != column] if len(split) else []
+        first = split.meta(0) if len(split) else {}
+        known = [
+            n for n, value in {**first, "patient": ""}.items() if isinstance(value, str | int | float) and n != column
+        ]
         raise InputError(
-            f"--per {column}: of no {split.split} image it is known; {nearest(column, known)} (shards csv "
+            f"--per {column}: no {split.split} image has it; {nearest(column, known)} (shards csv "
             "--patient-column and --keep-column take columns of a table)"
         )
     own = [f"={who}={value}" if value else f"#{p}" for p, (who, value) in enumerate(zip(whose, values, strict=True))]
@@ -205,13 +211,9 @@ def resamples(patients: np.ndarray | None, images: int) -> list[np.ndarray]:
     ]
 
 
-def _rate(named: np.ndarray, of_whom: np.ndarray, drawn: Sequence[np.ndarray]) -> tuple[float, list[float] | None]:
+def _rate(named: np.ndarray, of_whom: np.ndarray, patients: np.ndarray | None) -> tuple[float, list[float] | None]:
     """The share of some images that are named, and its 95% interval."""
     if not of_whom.any():
         return math.nan, None
-    at, counts = np.flatnonzero(of_whom), []
-    for often in drawn:
-        weight = often[at].astype(float)
-        if weight.sum():
-            counts.append(float((weight * named[at]).sum() / weight.sum()))
-    return float(named[of_whom].mean()), list(map(float, np.percentile(counts, [2.5, 97.5])))
+    values = named[of_whom].astype(float)
+    return float(values.mean()), proportion(values, patients[of_whom] if patients is not None else None)

@@ -145,7 +145,7 @@ def localize(cam: torch.Tensor, region: torch.Tensor, threshold: float) -> torch
     total = cam.sum((1, 2))
     alive = total > 0
     energy = (cam * inside).sum((1, 2)) / total.clamp(min=1e-12)
-    peak = cam.flatten(1).argmax(1, keepdim=True)
+    peak = peaks(cam)[:, None]
     pointing = inside.flatten(1).gather(1, peak)[:, 0] * alive
     at = torch.arange(size, device=cam.device)
     away = (at[None, :, None] - peak[:, :, None] // size).square() + (
@@ -167,6 +167,18 @@ def localize(cam: torch.Tensor, region: torch.Tensor, threshold: float) -> torch
     return torch.cat(
         [torch.stack([energy, energy - inside.mean((1, 2)), pointing, near, coverage, best], 1), iou[:, chosen]], 1
     )
+
+
+def peaks(cams: torch.Tensor) -> torch.Tensor:
+    """Where maps [B,H,W] are largest, as an index into H x W: int64 [B]. Of several places, as a coarse map that was
+    interpolated has them at its rim, the one that is nearest to their middle.
+    """
+    top = cams == cams.amax((1, 2), keepdim=True)
+    rows, columns = (torch.arange(n, device=cams.device, dtype=torch.float32) for n in cams.shape[1:])
+    many = top.sum((1, 2))
+    y, x = (top.sum(2) * rows).sum(1) / many, (top.sum(1) * columns).sum(1) / many
+    away = (rows[None, :, None] - y[:, None, None]).square() + (columns[None, None] - x[:, None, None]).square()
+    return torch.where(top, away, torch.inf).flatten(1).argmin(1)
 
 
 def otsu(histogram: torch.Tensor) -> torch.Tensor:

@@ -102,8 +102,8 @@ class EvaluateConfig:
 
     run: str
     """Run folder of trainer.train."""
-    shards: str
-    """Folder or URL of packed shards with val, or test, or both."""
+    shards: str = ""
+    """Folder or URL of packed shards with val, or test, or both; empty: those that the run was trained on."""
     out: str = ""
     """Folder for the reports; empty: the run folder for its own shards, RUN/evaluate_<dataset> for others."""
     by: str = ""

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from shards.dataset import Split
 from shards.truth import LesionMasks, Lesions
-from trainer.metrics import GRAYS, THRESHOLDS, otsu, summarize
+from trainer.metrics import GRAYS, THRESHOLDS, otsu, peaks, summarize
 from trainer.regions.lesions import LesionRegions
 
 T_IOU = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
@@ -44,7 +44,7 @@ def against(raw: torch.Tensor, truth: np.ndarray, boxes: Sequence[Sequence[float
     hot = gray >= otsu(histogram)[0]
     figures = [
         float((full * inside).sum() / full.sum()),
-        float(inside.flatten()[full.argmax()]),
+        float(inside.flatten()[peaks(full[None])[0]]),
         float((hot & inside).sum() / (hot | inside).sum().clamp(min=1)),
     ]
     of_boxes = _overlaps(((full - low) / (high - low)).numpy(), boxes)

@@ -38,7 +38,7 @@ from shards.dataset import Split
 from shards.errors import InputError, listed, nearest, run
 from shards.files import walk
 from shards.pixels import IMAGE_SUFFIXES, encode_image, is_dicom
-from shards.sample import clean_key
+from shards.sample import NO_FINDING, clean_key
 from shards.store import open_store
 from trainer import load
 from trainer.command import parse, positionals
@@ -74,9 +74,10 @@ def main(argv: list[str] | None = None) -> None:
     """One JSON line on standard output for each image, in order; messages go to standard error.
 
     ``predicted`` are of several findings an image those from their thresholds on, which val chose, of one the most
-    probable class; ``positive`` says of each finding that has a threshold whether it is reached; ``cam_of`` is whose
-    maps are told of and drawn, those that are predicted (of several findings the most probable one where there is
-    none). ``energy_in_region`` is by finding where there are several.
+    probable class; ``positive`` says of each finding that has a threshold whether it is reached, which may be where
+    another class is more probable: how many such images there are is said at the end. ``cam_of`` is whose maps are told
+    of and drawn: those that are positive, else those that are predicted (of several findings the most probable one
+    where there is none). ``energy_in_region`` is by finding where there are several.
 
     ``lung_box`` is x0 y0 x1 y1 in pixels of the image file, ends exclusive; it and ``energy_in_region`` are null where
     no lungs were found, the energy also where the CAM is zero everywhere.
@@ -109,6 +110,7 @@ def main(argv: list[str] | None = None) -> None:
             raise InputError(f"--out {out}: cannot be written ({error.strerror})") from error
 
     bad: list[str] = []
+    apart = 0
     files = Files(out, options, cxr.task.several, frozenset(os.path.realpath(one.name) for one in sources))
     progress = tqdm(total=len(sources), unit="img", smoothing=0.05, file=sys.stderr, disable=None)
     with ThreadPoolExecutor(max(1, options.workers)) as pool, progress:
@@ -116,7 +118,9 @@ def main(argv: list[str] | None = None) -> None:
             squares = torch.from_numpy(np.stack([one.square for one in ready]))
             lines = []
             for one, seen in zip(ready, cxr.look(squares, [one.shape for one in ready]), strict=True):
-                shown = [options.look_at] if options.look_at else seen.predicted or [_likeliest(seen)]
+                positive = [name for name, reached in seen.positive.items() if reached]
+                apart += not cxr.task.several and bool(seen.positive) and positive != _without_healthy(seen.predicted)
+                shown = [options.look_at] if options.look_at else positive or seen.predicted or [_likeliest(seen)]
                 lines.append(line_of(one.source, seen, shown, cxr))
                 tell(one.source.name, seen, shown, cxr)
                 files.write(lines[-1], one, seen, shown, pool)
@@ -125,6 +129,12 @@ def main(argv: list[str] | None = None) -> None:
                 for line in lines:
                     print(json.dumps(line), flush=True)
             progress.update(len(ready))
+    if apart:
+        print(
+            f"in {apart} of {len(sources)} images `predicted`, the most probable class, and `positive`, by the "
+            "threshold that val chose, disagree; the map is that of the positive finding",
+            file=sys.stderr,
+        )
     if bad:
         more = f" and {len(bad) - MOST_BAD} more, each told above" if len(bad) > MOST_BAD else ""
         raise InputError(f"{len(bad)} of {len(sources)} images could not be used: {'; '.join(bad[:MOST_BAD])}{more}")
@@ -190,6 +200,10 @@ def tell(name: str, seen: Prediction, shown: list[str], cxr: Reader) -> None:
     for one in shown:
         if seen.cam and not seen.cam.of[one].any():
             print(f"warning: the CAM of {one} is zero everywhere in {name}: it lies nowhere", file=sys.stderr)
+
+
+def _without_healthy(names: list[str]) -> list[str]:
+    return [name for name in names if name != NO_FINDING]
 
 
 def _likeliest(seen: Prediction) -> str:
@@ -306,7 +320,8 @@ def _listed(path: Path) -> list[str]:
     try:
         names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"@{path}: cannot be read as a list of image files, a name a line ({error})") from error
+        why = getattr(error, "strerror", "") or "it is no text"
+        raise InputError(f"@{path}: cannot be read as a list of image files, a name a line ({why})") from error
     if not names:
         raise InputError(f"@{path}: names no image")
     return [str(path.parent / name) for name in names]

@@ -1,6 +1,5 @@
 """wandb, TensorBoard or nothing, through Accelerate's trackers: best effort, never in the way of the run."""
 
-import html
 import os
 import re
 import secrets
@@ -14,6 +13,7 @@ from accelerate import Accelerator
 
 from shards import atomic
 from trainer.command import flat
+from trainer.report.template import as_words
 
 if TYPE_CHECKING:
     from trainer.report.figures import Tile
@@ -35,6 +35,7 @@ UNSAID: dict[str, Any] = {
     "x_disable_stats": True,
     "x_save_requirements": False,
 }
+_staged: list[str] = []  # folders that were chosen here for what wandb puts together before it is logged
 WANDB_SECONDS = 60.0  # well below the time after which waiting processes give up
 
 
@@ -63,6 +64,7 @@ class Tracking:
         options: dict[str, Any] = {}
         if self.kind == "wandb":
             import wandb
+            from wandb.env import DATA_DIR
 
             mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
             if mode == "online":
@@ -76,6 +78,10 @@ class Tracking:
                     f"wandb: scalars, settings, up to 200 test radiographs with their maps, and the model are logged "
                     f"into {folder} and stay there; `wandb sync {folder}/offline-run-*` sends them"
                 )
+            # Or radiographs of tables, and models, would stay in the user's home: wandb puts them together there
+            if os.environ.get(DATA_DIR, "") in ("", *_staged):
+                _staged.append(str(run.resolve() / "wandb"))
+                os.environ[DATA_DIR] = _staged[-1]
             settings = wandb.Settings(init_timeout=WANDB_SECONDS, silent=True, **UNSAID)
             options = {"wandb": {"mode": mode, "dir": str(run), "name": run.name, "settings": settings}}
             if "WANDB_RUN_ID" not in os.environ:  # which an agent of a sweep sets
@@ -101,7 +107,7 @@ class Tracking:
             import wandb
 
             made = {
-                name: wandb.Table(columns=list(head), data=[[_plain(cell) for cell in row] for row in rows])
+                name: wandb.Table(columns=list(head), data=[[as_words(cell) for cell in row] for row in rows])
                 for name, (head, rows) in tables.items()
             }
             run.log(made, step=step)
@@ -185,10 +191,6 @@ def _section(name: str) -> str:
     if "/" in name:
         return name
     return f"val/{name.removeprefix('val_')}" if name.startswith("val_") else f"train/{name}"
-
-
-def _plain(cell: object) -> str:
-    return html.unescape(re.sub(r"<br>|</?small>", "", str(cell)))
 
 
 def _overlaid(tile: "Tile") -> Any:

@@ -238,8 +238,8 @@ def refuse_missing_class(items: Sequence[Item], declared: Sequence[str] | None, 
             ]
             spelt = f" (is it {listed(map(repr, other))}, spelt otherwise?)" if other else ""
             raise InputError(
-                f"{what}: the {name} split gets no image of {listed(missing)}{spelt}; give more images, other --ratios "
-                "or fewer findings"
+                f"{what}: the {name} split gets no image of {listed(missing)}{spelt}; give more images with it, of "
+                "more patients (each is in one split), other --ratios or fewer findings"
             )
 
 
@@ -251,9 +251,10 @@ def present(paths: Iterable[Path], flag: str, skipped: dict[str, int], skip: boo
     here = [os.path.isfile(path) for path in paths]
     missing = [path for path, there in zip(paths, here, strict=True) if not there]
     if missing and (not skip or len(missing) == len(here)):
+        rest = "" if skip else ", or leave them out with --on-bad skip"
         raise InputError(
             f"{flag}: {len(missing)} of {len(here)} images that it lists are missing: {listed(missing)}"
-            f"{more or _instead_of(missing[0])}; add them, or leave them out with --on-bad skip"
+            f"{more or _instead_of(missing[0])}; add them{rest}"
         )
     if missing:
         skipped["listed but missing"] += len(missing)
@@ -269,4 +270,5 @@ def _instead_of(path: Path) -> str:
         names = []
     if folder == path.parent and (alike := [name for name in names if os.path.splitext(name)[0] == path.stem]):
         return f" (another suffix is there: {alike[0]})"
-    return f" (in {folder} there {'are ' + listed(names[:3]) if names else 'is nothing'})"
+    gone = f"there is no folder {path.parent}; " if folder != path.parent else ""
+    return f" ({gone}in {folder} there {'are ' + listed(names[:3]) if names else 'is nothing'})"

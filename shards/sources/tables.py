@@ -175,7 +175,10 @@ def share_of(
     (x0, y0, x1, y1), (width, height) = box, size
     row = f"{row}: {x0:g} {y0:g} {x1:g} {y1:g}"
     if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
-        raise InputError(f"{row} is no box in {name} of {width}x{height} pixels; correct the row")
+        raise InputError(
+            f"{row} is no box inside {name}, which is {width} wide and {height} high: two corners, the upper left one "
+            "first; correct the row"
+        )
     if min(x1 - x0, y1 - y0) < 1:
         raise InputError(
             f"{row} is less than a pixel of {name} ({width}x{height}): boxes are in pixels of the file, not in shares "

@@ -1,7 +1,5 @@
 """The card of an export: what the model is, what it was trained on, how well it does, what it must not be used for."""
 
-import html
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +10,7 @@ from trainer.lungs.load import load_segmenter
 from trainer.lungs.segmenter import LungSegmenter
 from trainer.report.paper import markdown
 from trainer.report.tables import Cell, data, tables, training
-from trainer.report.template import plain
+from trainer.report.template import as_words, plain
 from trainer.report.verdict import verdict
 from trainer.report.words import chosen_by, shown_split
 
@@ -123,5 +121,4 @@ def table(head: Sequence[Cell], rows: Sequence[Sequence[Cell]]) -> str:
 
 
 def _cell(cell: Cell) -> str:
-    text = re.sub(r"\s*(?:<br>)?<small>(.*?)</small>", r" (\1)", str(cell)).replace("<br>", ", ")
-    return html.unescape(text).replace("|", "\\|")
+    return as_words(cell).replace("|", "\\|")

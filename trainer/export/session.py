@@ -21,7 +21,7 @@ from trainer.run import run_findings
 EXPORTED, GRAPH = "export.json", "model.onnx"
 OPSET = 18
 PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
-EXTRA = 'pip install "cxr-focus[onnx]"'
+EXTRA = "pip install '.[onnx]' in its checkout"
 
 
 class Exported(Reader):

@@ -63,6 +63,8 @@ def export(folder: Path, out: Path) -> list[str]:
         raise InputError(f"--out {out}: is a file; name a folder")
     if out.is_dir() and {one.name for one in out.iterdir() if not one.name.startswith(PARTIAL)} - FILES:
         raise InputError(f"--out {out}: holds other files; name another folder")
+    if out.is_dir() and not (out / GRAPH).exists() and any((out / name).exists() for name in FILES):
+        raise InputError(f"--out {out}: holds files of these names that are of no export; name another folder")
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(f"an export needs {', '.join(missing)}, which is not installed: {EXTRA}")
@@ -122,7 +124,7 @@ def _put(partial: Path, out: Path) -> None:
     for name in sorted(FILES - {EXPORTED}):
         if not (partial / name).is_file():
             (out / name).unlink(missing_ok=True)
-    for name in (*sorted(FILES - {EXPORTED}), EXPORTED):
+    for name in (GRAPH, *sorted(FILES - {GRAPH, EXPORTED}), EXPORTED):  # by the first one an export is known
         if (partial / name).is_file():
             atomic.sync(partial / name)
             (partial / name).replace(out / name)

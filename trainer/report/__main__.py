@@ -63,6 +63,8 @@ def main(argv: list[str] | None = None) -> None:
             if (file := next((one for one in files if one.is_file()), None)) is not None:
                 pictures[name][kind] = file.read_bytes()
     out = Path(options.out)
+    if not options.table and out.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"--out {out}: the page is HTML; name a file that ends in .html")
     if out.is_dir():
         raise InputError(f"--out {out}: is a folder; name the HTML file to write, such as {out / 'report.html'}")
     try:

@@ -10,7 +10,7 @@ from trainer.calibration import TEMPERATURE
 from trainer.content import Content, Figures, Found, Measured, OfLesions
 from trainer.groups import RATES, gaps
 from trainer.multilabel import AT_POINT
-from trainer.report.template import small
+from trainer.report.template import as_words, small
 from trainer.report.words import KINDS, LESION_WORDS, LOCALIZATION_WORDS, NO_INTERVAL, chosen_by, without_map
 
 NOTHING = "\u2013"
@@ -100,12 +100,7 @@ def tables(content: Content, split: Measured) -> list[Rows]:
             every.append(_localization(found, head))
     if found_lesions := figures.get("lesions"):
         every += _lesions(found_lesions, content["findings"])
-    if pooled := figures.get("per"):
-        every.append(_of_units(pooled))
-    if common := figures.get("at_prevalence"):
-        every.append(_at_prevalence(common))
-    for column, groups in figures.get("by", {}).items():
-        every.append(_by_column(column, groups))
+    every += asked_for(figures)
     if not several:
         confusion: list[list[Cell]] = [
             [name, *map(str, line)] for name, line in zip(content["findings"], figures["confusion"], strict=True)
@@ -114,13 +109,33 @@ def tables(content: Content, split: Measured) -> list[Rows]:
     if "binary" in figures:
         names = {"sensitivity": "sensitivity", "specificity": "specificity", "ppv": "PPV", "npv": "NPV"}
         names["youden"] = "Youden's index"
-        points = [("predicted class, 0.5", figures["binary"])]
+        points: list[tuple[str, Mapping[str, Any]]] = [
+            ("predicted class, 0.5", {**figures["per_class"][1], **figures["binary"]})
+        ]
         if at := figures.get("at_threshold"):
             how = {"youden": "the best Youden's index", "f1": "the best F1"}.get(way := chosen_by(content), way)
             points.append((f"{at['threshold']:.3f}, {how} on val", at))
         rows: list[list[Cell]] = [[what, *(_with_interval(of, n) for n in names)] for what, of in points]
         every.append(([f"{content['findings'][1]} from a probability of", *names.values()], rows))
     return every
+
+
+def asked_for(figures: Figures) -> list[Rows]:
+    """What an evaluation was asked for beside: figures of studies or patients, at a prevalence, by a column."""
+    every = [_of_units(pooled)] if (pooled := figures.get("per")) else []
+    every += [_at_prevalence(common)] if (common := figures.get("at_prevalence")) else []
+    return every + [_by_column(column, groups) for column, groups in figures.get("by", {}).items()]
+
+
+def as_text(rows: Rows) -> str:
+    """A table for a console: what stands in small print is in brackets."""
+    head, lines = rows
+    cells = [head, *([as_words(cell) for cell in line] for line in lines)]
+    wide = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(w) if not k else cell.rjust(w) for k, (cell, w) in enumerate(zip(line, wide, strict=True)))
+        for line in cells
+    )
 
 
 def _calibration(content: Content, split: Measured) -> Rows:

@@ -1,6 +1,8 @@
 """HTML pages from the templates beside this file: all text is escaped, a page needs nothing beside it."""
 
 import base64
+import html
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,12 @@ def render(template: str, **content: Any) -> str:
 def plain(template: str, **content: Any) -> str:
     """A text that is no page, such as Markdown: nothing is escaped."""
     return _PAGES.overlay(autoescape=False).get_template(template).render(**content)
+
+
+def as_words(cell: object) -> str:
+    """A cell without marks: what a page has in small print stands in brackets."""
+    text = re.sub(r"\s*(?:<br>)?<small>(.*?)</small>", r" (\1)", str(cell)).replace("<br>", ", ")
+    return html.unescape(text)
 
 
 def small(text: str, aside: str) -> Markup:

@@ -315,7 +315,8 @@ def notes(runs: dict[str, Content]) -> list[str]:
 def table(runs: dict[str, Content]) -> str:
     """Runs side by side as text."""
     first = next(iter(runs.values()))
-    head = f"{shown_split(first)}, {first[shown_split(first)]['images']} images"
+    counts = dict.fromkeys(str(content[shown_split(content)]["images"]) for content in runs.values())
+    head = f"{shown_split(first)}, {' / '.join(counts)} images"
     width = max(len(head), *(len(name) for name in SUMMARY))
     columns = [max(10, len(name)) for name in runs]
     lines = [f"{head:{width}}  " + "  ".join(f"{name:>{c}}" for name, c in zip(runs, columns, strict=True))]
