@@ -409,3 +409,15 @@ def test_weights_that_are_not_finite_after_the_last_step_are_one_line(flags, tmp
     with pytest.raises(InputError, match="or a weight after them"):
         build(resolve([*flags, "--epochs", "1"])).train()
     assert not (tmp_path / "run/model.safetensors").exists()
+
+
+def test_what_a_killed_process_left_of_a_checkpoint_goes(tmp_path):
+    left = tmp_path / "checkpoints/.last.pt.4194305.partial"
+    left.parent.mkdir()
+    left.write_bytes(b"half")
+    other = left.with_name(".model.safetensors.4194305.partial")
+    other.write_bytes(b"of another file")
+    checkpoint.save(tmp_path / "checkpoints/last.pt", {"a": torch.zeros(2)})
+    assert not left.exists()
+    assert other.exists()
+    assert torch.equal(checkpoint.load(tmp_path / "checkpoints/last.pt")["a"], torch.zeros(2))
