@@ -143,6 +143,38 @@ def test_a_page_of_two_runs_says_what_differs(trained, tmp_path, capsys):
     assert "again less run" in capsys.readouterr().out
 
 
+def test_two_configurations_of_several_seeds_are_compared_seed_by_seed(trained, tmp_path, capsys):
+    """And an ensemble is of one configuration's seeds, not of all that is there."""
+    names, rng = ("plain_0", "plain_1", "other_0", "other_1"), np.random.default_rng(0)
+    for name in names:
+        shutil.copytree(tmp_path / "run", tmp_path / name)
+        arm, seed = name.split("_")
+        report = json.loads((tmp_path / name / "report.json").read_text())
+        report["config"] |= {"seed": int(seed), "batch": 4 if arm == "other" else 8}
+        (tmp_path / name / "report.json").write_text(json.dumps(report))
+        lines = [json.loads(line) for line in (tmp_path / name / "predictions_test.jsonl").read_text().splitlines()]
+        for line in lines:
+            p = float(rng.random())
+            line["probability"] = {"No Finding": 1 - p, "Effusion": p}
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / name / "predictions_test.jsonl").write_text(text)
+    folders = [str(tmp_path / name) for name in names]
+    report_main(["--out", str(tmp_path / "all.html"), "--images", "0", *folders])
+    page, said = (tmp_path / "all.html").read_text(), capsys.readouterr().out
+    for head in ("plain_1 less plain_0", "other_0 less plain_0", "other_1 less plain_1"):
+        assert f"<h2>{head}</h2>" in page
+        assert head in said
+    assert "other_1 less plain_0" not in said
+    assert "<h2>other_0, other_1 less plain_0, plain_1</h2>" in page
+    differences = [
+        float(re.search(rf"{head}: AUROC ([+-][.\d]+)", said)[1])
+        for head in ("other_0 less plain_0", "other_1 less plain_1")
+    ]
+    assert f"<td>AUROC</td><td>{np.mean(differences):+.3f}</td>"[:-8] in page
+    assert page.count("<h2>Ensemble</h2>") == 2
+    assert "What plain_0 and plain_1 say together" in page
+
+
 def test_images_of_two_opinions_stand_side_by_side(trained, shards, tmp_path, monkeypatch, capsys):
     """A copy of the run says the opposite of two images; where the images have gone, the page says so."""
     other = tmp_path / "other"

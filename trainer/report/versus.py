@@ -28,15 +28,19 @@ class Versus:
 
 
 def versus(folders: Mapping[str, Path], runs: Mapping[str, Content], images: int = 0) -> tuple[list[Versus], list[str]]:
-    """All parts about runs by name, of which the first is what the others are compared with, and lines of text.
+    """All parts about runs by name, of which the first is what the others are compared with, and lines of text. Where
+    it has several seeds, runs of another configuration are compared with its run of the same seed.
 
     Args:
         images: how many of those where two are of another opinion are shown.
     """
     parts, lines, opened = list[Versus](), list[str](), Runs(dict(folders))
-    for names in seeds_of_one(dict(runs)):
+    seeds = seeds_of_one(dict(runs))
+    for names in seeds:
         parts.append(_seeds(names, runs))
     first, *others = runs
+    group_of = {name: names for names in seeds for name in names}
+    ours = {runs[name].get("config", {}).get("seed"): name for name in group_of.get(first, [first])}
     known = {
         name: of
         for name, content in runs.items()
@@ -44,20 +48,27 @@ def versus(folders: Mapping[str, Path], runs: Mapping[str, Content], images: int
     }
     if first not in known:
         return parts, lines
-    alike = [first]
+    alike, changes = [first], dict[str, Comparison]()
     for name in others:
         if name not in known:
             continue
+        other = first if name in ours.values() else ours.get(runs[name].get("config", {}).get("seed"), first)
+        other = other if other in known else first
         try:
-            found = compare(known[first], known[name])
+            found = compare(known[other], known[name])
         except InputError:
-            lines.append(f"{name} and {first} are of other images, findings or labels: they are not compared")
+            lines.append(f"{name} and {other} are of other images, findings or labels: they are not compared")
             continue
         alike.append(name)
-        parts.append(_changes(first, name, found, _shown(opened, first, name, found, images)))
-        lines.append(f"{name} less {first}: {_in_a_line(found)}")
-    if len(alike) > 1:
-        parts.append(_ensemble(first, alike, known))
+        changes[name] = found
+        parts.append(_changes(other, name, found, _shown(opened, other, name, found, images)))
+        lines.append(f"{name} less {other}: {_in_a_line(found)}")
+    for names in seeds:
+        if first not in names and len(each := [changes[name] for name in names if name in changes]) > 1:
+            parts.append(_over_seeds(f"{', '.join(names)} less {', '.join(ours.values())}", each))
+    for names in seeds or [alike]:
+        if len(together_ := [name for name in names if name in alike]) > 1:
+            parts.append(_ensemble(together_, known))
     return parts, lines
 
 
@@ -105,7 +116,20 @@ def _changes(first: str, name: str, found: Comparison, images: list[Beside] | st
     return Versus(f"{name} less {first}", says, tables, images)
 
 
-def _ensemble(first: str, names: Sequence[str], known: Mapping[str, Predictions]) -> Versus:
+def _over_seeds(heading: str, changes: Sequence[Comparison]) -> Versus:
+    """Differences between two configurations, seed by seed."""
+    rows = []
+    for figure in changes[0].figures:
+        of = [found.figures[figure].change for found in changes if figure in found.figures]
+        if len(of) == len(changes):
+            spread = [f"{np.mean(of):+.3f}", f"{np.std(of, ddof=1):.3f}", f"{min(of):+.3f} to {max(of):+.3f}"]
+            rows.append([figure, *spread])
+    head = ["difference", "mean", "standard deviation", "from, to"]
+    return Versus(heading, [f"Over {len(changes)} seeds, each pair of one seed."], [(head, rows)])
+
+
+def _ensemble(names: Sequence[str], known: Mapping[str, Predictions]) -> Versus:
+    first = names[0]
     found = compare(known[first], together([known[name] for name in names]))
     rows = [[of, *_cells(change)] for of, change in found.figures.items()]
     says = [
