@@ -9,6 +9,7 @@ from trainer.build import build
 from trainer.cam import fused, grad_cam, layer_cam, normalize_cam
 from trainer.classifier import FocusClassifier
 from trainer.command import resolve
+from trainer.losses import attention_term, revival
 from trainer.run import open_run
 
 IMAGES = torch.rand(2, 1, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -114,3 +115,31 @@ def test_settings_reach_the_model(flags, tmp_path):
     assert (job.model.kind, job.model.fuse) == ("layercam", "product")
     job.train()
     assert open_run(tmp_path / "run").model.options == job.model.options
+
+
+def test_a_map_that_is_zero_everywhere_comes_back():
+    """Scores below zero everywhere: value and figures are those of a zero map, and a step raises them in the region."""
+    torch.manual_seed(0)
+    features = torch.rand(3, 4, 6, 6).requires_grad_()
+    weight = torch.stack([-torch.rand(4), torch.rand(4), torch.zeros(4)])  # dead, alive, nothing at all
+    gradient = weight[:, :, None, None].expand(3, 4, 6, 6)
+    region = torch.zeros(3, 24, 24, dtype=torch.bool)
+    region[:, 12:, :8] = True
+    cam = grad_cam(features, gradient)
+    assert torch.allclose(cam, torch.relu((features * weight[:, :, None, None]).sum(1)))
+    assert cam[0].max() == 0
+    term = attention_term(normalize_cam(cam, 24), region, 0.5, "energy") + revival(cam, region)
+    assert term[0] == term[2] == 1
+    assert torch.equal(term, attention_term(normalize_cam(cam, 24), region, 0.5, "energy"))
+    term[[0, 2]].sum().backward()
+    score = (features.grad * weight[:, :, None, None]).sum(1)  # how a step against the gradient moves the scores
+    assert (score[0, 3:, :2] < 0).all()
+    assert (score[0, :3] == 0).all()
+    assert (score[0, :, 2:] == 0).all()
+    assert (features.grad[1:] == 0).all()
+    alive = grad_cam(features[1:2], gradient[1:2])
+    assert revival(alive, region[1:2]).item() == 0
+    (change,) = torch.autograd.grad(revival(alive, region[1:2]).sum(), features)
+    assert (change == 0).all()
+    none = torch.zeros(1, 24, 24)
+    assert revival(grad_cam(features[:1], gradient[:1]), none).item() == 0

@@ -9,11 +9,23 @@ from torch.nn import functional as F
 from trainer.losses import TINY, at_least_float32
 
 
+def _rectified(scores: torch.Tensor) -> torch.Tensor:
+    """ReLU, whose gradient reaches scores [B,h,w] that are negative everywhere, too, in units of their mean size: a map
+    that is zero everywhere could never come back (`trainer.losses.revival`).
+    """
+    cam = F.relu(scores)
+    if not scores.requires_grad:
+        return cam
+    size = scores.detach().abs().mean((1, 2), keepdim=True)
+    dead = (scores.detach().amax((1, 2), keepdim=True) <= 0) & (size > TINY)
+    return cam + torch.where(dead, (scores - scores.detach()) / size.clamp(min=TINY), 0)
+
+
 def grad_cam(features: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """Selvaraju et al. 2017, eq. 1 and 2: the mean of a channel's gradient weighs it; ReLU of the weighted sum."""
     features, gradient = at_least_float32(features), at_least_float32(gradient)
     with torch.autocast(features.device.type, enabled=False):
-        return F.relu((features * gradient.mean((2, 3), keepdim=True)).sum(1))
+        return _rectified((features * gradient.mean((2, 3), keepdim=True)).sum(1))
 
 
 def layer_cam(features: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
@@ -22,7 +34,7 @@ def layer_cam(features: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """
     features, gradient = at_least_float32(features), at_least_float32(gradient)
     with torch.autocast(features.device.type, enabled=False):
-        return F.relu((features * F.relu(gradient)).sum(1))
+        return _rectified((features * F.relu(gradient)).sum(1))
 
 
 def normalize_cam(cam: torch.Tensor, size: int) -> torch.Tensor:

@@ -30,7 +30,7 @@ from trainer.cam import normalize_cam
 from trainer.context import lend_devices, swap_context
 from trainer.launching import loader_of, plan_of, seed_step, share_buffers
 from trainer.look import locate
-from trainer.losses import attention_term, constant
+from trainer.losses import attention_term, constant, revival
 from trainer.measure import validation_figures
 from trainer.regions.lesions import attended_regions
 from trainer.regions.place import Regions, has_region
@@ -188,6 +188,8 @@ class Trainer(Training):
                     per_image = attention_term(
                         normalize_cam(cam, config.size), batch.region, config.attention.threshold, config.attention.form
                     )
+                    if not hard:
+                        per_image = per_image + revival(cam, batch.region)
                     term = (per_image * (batch.weight if hard else batch.has_region)).sum()
                     loss = loss + (1 - lam) * term / (images if hard else positives)
                     if self.balance.follows_gradients:

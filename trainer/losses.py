@@ -7,6 +7,7 @@ Legend: cam float [B,S,S] in [0,1]; region bool, or weights float in [0,1], [B,S
 from functools import lru_cache
 
 import torch
+from torch.nn import functional as F
 
 SHARPNESS = 0.1  # width of the sigmoid that softens "cam > threshold" in `coverage`
 TINY = 1e-6  # a map whose total is below this is no map
@@ -21,6 +22,17 @@ def at_least_float32(x: torch.Tensor) -> torch.Tensor:
 def constant(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
     """Numbers on a device, float32; copied there once, so that no step waits for them."""
     return torch.tensor(values, device=device)
+
+
+def revival(cam: torch.Tensor, region: torch.Tensor) -> torch.Tensor:
+    """Zero, with a gradient that raises a raw CAM [B,h,w] in its region, bool or weights [B,S,S], where the CAM is zero
+    everywhere: `attention_term` has none there, so that such a map would stay as it is. Float [B].
+    """
+    cam = at_least_float32(cam)
+    inside = F.adaptive_avg_pool2d(region.to(cam.dtype), (cam.shape[1], cam.shape[2]))
+    dead = cam.detach().amax((1, 2)) <= 0
+    raised = -(cam * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=TINY)
+    return torch.where(dead & (inside.sum((1, 2)) > TINY), raised, 0)
 
 
 def attention_term(cam: torch.Tensor, region: torch.Tensor, threshold: float, form: str) -> torch.Tensor:
