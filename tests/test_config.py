@@ -202,12 +202,16 @@ def test_settings_that_do_nothing_are_told(flags, capsys):
 @pytest.mark.parametrize(
     ("more", "lam", "ramp"),
     [
-        ([], 0.4, 0.5),
-        (["--labels.kind", "any", "--task", "nih14"], 0.4, 0.5),
+        ([], 0.2, 0.0),
+        (["--labels.kind", "any", "--task", "nih14"], 0.2, 0.0),
+        (["--pretrained", "false"], 0.4, 0.5),  # what a finding looks like has to be learnt first
+        (["--pretrained", "false", "--labels.kind", "any", "--task", "nih14"], 0.4, 0.5),
+        (["--pretrained", "weights.safetensors"], 0.2, 0.0),
         (["--balance.lam", "0.5"], 0.5, 0.0),  # what is said is so throughout
+        (["--pretrained", "false", "--balance.lam", "0.5"], 0.5, 0.0),
         (["--balance.lam", "0.5", "--balance.ramp", "0.2"], 0.5, 0.2),
-        (["--balance.ramp", "0"], 0.4, 0.0),
-        (["--balance.policy", "ratio"], 0.4, 0.0),
+        (["--pretrained", "false", "--balance.ramp", "0"], 0.4, 0.0),
+        (["--balance.policy", "ratio"], 0.2, 0.0),
         (["--attention.form", "published"], 0.5, 0.0),
     ],
 )

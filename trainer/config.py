@@ -29,8 +29,9 @@ from trainer.sections import (
 CLAMPED = ("ratio", "balanced", "constrained")  # policies of lambda that have bounds
 # LibAUC, jfhealthcare and EVA-X agree on it
 CHEXPERT = "Edema: ones, Atelectasis: ones, zeros"
-# With 0.5 from the start attention is learnt first and alone: maps then hardly depend on the image (bench/LOG.md).
-LAMBDA, RAMP = 0.4, 0.5
+LAMBDA = 0.2
+# A network from scratch learns attention first and alone then: its maps hardly depend on the image (bench/LOG.md).
+SCRATCH_LAMBDA, SCRATCH_RAMP = 0.4, 0.5
 PUBLISHED_LAMBDA = 0.5
 LENT = 0.5  # share of the images without a finding that get the devices of others, where these are named
 SWAPPED = 0.75  # share of the images whose surroundings are swapped where attention is trained
@@ -121,7 +122,8 @@ class Config:
         self.balance.policy = self.balance.policy or "fixed"
         if self.balance.ramp is None:
             chosen = self.balance.policy != "fixed" or self.balance.lam is not None
-            self.balance.ramp = 0.0 if chosen or self.attention.form == "published" else RAMP
+            falls = self.scratch and not chosen and self.attention.form != "published"
+            self.balance.ramp = SCRATCH_RAMP if falls else 0.0
         self.balance.lam = self.lam
         self.best = self.best or ("auc" if self.labels.kind == "any" else "accuracy")
 
@@ -348,7 +350,14 @@ class Config:
     @property
     def default_lam(self) -> float:
         """What it is where nothing is said."""
-        return PUBLISHED_LAMBDA if self.attention.form == "published" else LAMBDA
+        if self.attention.form == "published":
+            return PUBLISHED_LAMBDA
+        return SCRATCH_LAMBDA if self.scratch else LAMBDA
+
+    @property
+    def scratch(self) -> bool:
+        """Whether the network begins without any weights."""
+        return self.pretrained == "false"
 
     @property
     def plain(self) -> bool:

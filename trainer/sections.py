@@ -103,11 +103,11 @@ class BalanceConfig:
     """
     lam: float | None = None
     """Lambda of the policy fixed, in [0, 1], throughout (but see ramp); 1 is plain cross-entropy and pays nothing for
-    attention; empty: falling to 0.4, and with the form published 0.5.
+    attention; empty: 0.2, of a network from scratch falling to 0.4, and with the form published 0.5.
     """
     ramp: float | None = None
     """Share of the run in which lambda falls from 1 to lam (policy fixed), so that what a finding looks like is learnt
-    before where it is; empty: 0.5 where lam is empty, too, else 0.
+    before where it is; empty: 0.5 of a network from scratch where lam is empty, too, else 0.
     """
     low: float = 0.2
     """Lower clamp of ratio, balanced and constrained."""
