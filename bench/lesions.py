@@ -65,6 +65,7 @@ ARMS: dict[str, list[str]] = {
     "rectangles": [*BEFORE[:-2], "--findings", str(HERE / "boxed.yaml")],
     "shape of the lungs": BEFORE,
     "default": ["--findings", str(HERE / "declared.yaml")],
+    "falling to 0.4": ["--findings", str(HERE / "declared.yaml"), "--balance.lam", "0.4", "--balance.ramp", "0.5"],
     "default before": ["--findings", str(HERE / "halves.yaml"), "--balance.lam", "0.7", "--balance.ramp", "0.5"],
     "both sides alike": ["--findings", str(HERE / "unsided.yaml")],
     "finer maps": ["--findings", str(HERE / "declared.yaml"), "--attention.stride", "16"],

@@ -249,3 +249,11 @@ def test_what_is_not_there_is_said_before_torch_is_imported(command, words, tmp_
     assert done.returncode == 2
     assert words in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_config_of_another_time_or_place_is_taken(tmp_path):
+    """What nobody said stands in it, too: lambda of a policy that has its own, as the default was, or will be there."""
+    for said in (["--balance.lam", "0.4"], ["--balance.lam", "0.2", "--pretrained", "False"], ["--balance.lam", "0.7"]):
+        assert parse(Config, [*NEEDED, "--balance.policy", "ratio", *said]).idle() == []
+    assert parse(Config, [*NEEDED, "--balance.policy", "ratio", "--balance.lam", "0.3"]).idle()
+    assert parse(Config, [*NEEDED, "--pretrained", "False"]).balance.lam == 0.4

@@ -32,6 +32,7 @@ CHEXPERT = "Edema: ones, Atelectasis: ones, zeros"
 LAMBDA = 0.2
 # A network from scratch learns attention first and alone then: its maps hardly depend on the image (bench/LOG.md).
 SCRATCH_LAMBDA, SCRATCH_RAMP = 0.4, 0.5
+UNSAID = (LAMBDA, SCRATCH_LAMBDA, 0.7)  # what stands in a run's config.yaml where nobody said it, today or once
 PUBLISHED_LAMBDA = 0.5
 LENT = 0.5  # share of the images without a finding that get the devices of others, where these are named
 SWAPPED = 0.75  # share of the images whose surroundings are swapped where attention is trained
@@ -267,7 +268,7 @@ class Config:
     def idle(self) -> list[str]:
         """Settings of a new run that others leave without effect."""
         found = []
-        if self.balance.policy != "fixed" and self.balance.lam != self.default_lam:
+        if self.balance.policy != "fixed" and self.balance.lam not in (self.default_lam, *UNSAID):
             found.append(
                 f"--balance.lam {self.balance.lam}: is of the policy fixed, {self.balance.policy} finds its own; leave "
                 "one of the two out"
@@ -357,7 +358,7 @@ class Config:
     @property
     def scratch(self) -> bool:
         """Whether the network begins without any weights."""
-        return self.pretrained == "false"
+        return self.pretrained.lower() == "false"
 
     @property
     def plain(self) -> bool:

@@ -257,6 +257,12 @@ def main(argv: list[str] | None = None) -> None:
     opened = open_run(path)
     shards = options.shards or opened.config.shards
     store = open_store(shards)
+    try:
+        store.there()
+    except InputError as error:
+        if options.shards:
+            raise
+        raise InputError(f"{path}: its shards are not at {shards} any more; name them with --shards") from error
     config, model, segmenter = opened.config, opened.model, opened.segmenter
     accelerator = start(config.seed, opened.precision, timeout=config.timeout)
     index = store.index()

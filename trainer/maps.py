@@ -28,7 +28,7 @@ from shards.pixels import encode_image
 from shards.rle import Runs
 from trainer.lesion_figures import maps
 from trainer.measure import Evaluator
-from trainer.metrics import GRAYS, otsu
+from trainer.metrics import GRAYS, otsu, peaks
 from trainer.outcome import Outcome
 from trainer.papers import known_pairs
 from trainer.regions.lesions import LesionRegions
@@ -75,7 +75,7 @@ def write_maps(evaluator: Evaluator, name: str, outcome: Outcome, point: Point, 
         }
         atomic.write(theirs / f"{img}_{called}_map.pkl", pickle.dumps(info))
         hot = gray >= otsu(torch.bincount(gray.flatten(), minlength=GRAYS)[None])[0]
-        peak = int(full.argmax())
+        peak = int(peaks(full[None])[0])
         entry: dict[str, Any] = {
             "number": number,
             "line": [key, finding, round(float(probability[image, k]), 6), int(says), peak % width, peak // width],

@@ -38,7 +38,7 @@ from shards.dataset import Split
 from shards.errors import InputError, listed, nearest, run
 from shards.files import walk
 from shards.pixels import IMAGE_SUFFIXES, encode_image, is_dicom
-from shards.sample import NO_FINDING, clean_key
+from shards.sample import clean_key
 from shards.store import open_store
 from trainer import load
 from trainer.command import parse, positionals
@@ -119,7 +119,8 @@ def main(argv: list[str] | None = None) -> None:
             lines = []
             for one, seen in zip(ready, cxr.look(squares, [one.shape for one in ready]), strict=True):
                 positive = [name for name, reached in seen.positive.items() if reached]
-                apart += not cxr.task.several and bool(seen.positive) and positive != _without_healthy(seen.predicted)
+                if not cxr.task.several:
+                    apart += any((name in seen.predicted) != reached for name, reached in seen.positive.items())
                 shown = [options.look_at] if options.look_at else positive or seen.predicted or [_likeliest(seen)]
                 lines.append(line_of(one.source, seen, shown, cxr))
                 tell(one.source.name, seen, shown, cxr)
@@ -132,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
     if apart:
         print(
             f"in {apart} of {len(sources)} images `predicted`, the most probable class, and `positive`, by the "
-            "threshold that val chose, disagree; the map is that of the positive finding",
+            "threshold that val chose, disagree; the map is that of the finding that is positive, if one is",
             file=sys.stderr,
         )
     if bad:
@@ -200,10 +201,6 @@ def tell(name: str, seen: Prediction, shown: list[str], cxr: Reader) -> None:
     for one in shown:
         if seen.cam and not seen.cam.of[one].any():
             print(f"warning: the CAM of {one} is zero everywhere in {name}: it lies nowhere", file=sys.stderr)
-
-
-def _without_healthy(names: list[str]) -> list[str]:
-    return [name for name in names if name != NO_FINDING]
 
 
 def _likeliest(seen: Prediction) -> str:

@@ -154,7 +154,9 @@ def finished(job: Job) -> bool:
     if not (job.out / "config.yaml").is_file():
         return False
     was, wanted = (flat(asdict(config)) for config in (from_yaml(Config, job.out / "config.yaml"), job.config))
-    other = [name for name in wanted if name not in CARRIED_OUT and was[name] != wanted[name]]
+    # Lambda of another policy than fixed is its own
+    idle = {*CARRIED_OUT, *(("balance.lam", "balance.ramp") if job.config.balance.policy != "fixed" else ())}
+    other = [name for name in wanted if name not in idle and was[name] != wanted[name]]
     if other:
         said = ", ".join(f"{name} {was[name]}, in the grid {wanted[name]}" for name in other[:5])
         raise InputError(f"{job.out}: is a run of other settings ({said}); name another --out, or remove it")

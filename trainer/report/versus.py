@@ -40,7 +40,7 @@ def versus(folders: Mapping[str, Path], runs: Mapping[str, Content], images: int
         parts.append(_seeds(names, runs))
     first, *others = runs
     group_of = {name: names for names in seeds for name in names}
-    ours = {runs[name].get("config", {}).get("seed"): name for name in group_of.get(first, [first])}
+    ours = {_seed(runs[name]): name for name in group_of.get(first, [first])}
     known = {
         name: of
         for name, content in runs.items()
@@ -52,7 +52,7 @@ def versus(folders: Mapping[str, Path], runs: Mapping[str, Content], images: int
     for name in others:
         if name not in known:
             continue
-        other = first if name in ours.values() else ours.get(runs[name].get("config", {}).get("seed"), first)
+        other = first if name in ours.values() else ours.get(_seed(runs[name]), first)
         other = other if other in known else first
         try:
             found = compare(known[other], known[name])
@@ -64,12 +64,19 @@ def versus(folders: Mapping[str, Path], runs: Mapping[str, Content], images: int
         parts.append(_changes(other, name, found, _shown(opened, other, name, found, images)))
         lines.append(f"{name} less {other}: {_in_a_line(found)}")
     for names in seeds:
-        if first not in names and len(each := [changes[name] for name in names if name in changes]) > 1:
-            parts.append(_over_seeds(f"{', '.join(names)} less {', '.join(ours.values())}", each))
+        pairs = {name: ours.get(_seed(runs[name])) for name in names if name in changes}
+        pairs = {name: other for name, other in pairs.items() if other in known}
+        if first not in names and len(pairs) > 1:
+            heading = f"{', '.join(pairs)} less {', '.join(map(str, pairs.values()))}"
+            parts.append(_over_seeds(heading, [changes[name] for name in pairs]))
     for names in seeds or [alike]:
         if len(together_ := [name for name in names if name in alike]) > 1:
             parts.append(_ensemble(together_, known))
     return parts, lines
+
+
+def _seed(content: Content) -> object:
+    return content.get("config", {}).get("seed")
 
 
 def _shown(opened: Runs, first: str, name: str, found: Comparison, images: int) -> list[Beside] | str:

@@ -155,7 +155,7 @@ class OneOf:
             for k, (row, of) in enumerate(zip(figures["per_class"], each.values(), strict=True)):
                 named, is_ = self.predicted(logits).numpy() == k, truth[:, k] == 1
                 row |= {name: of[name] for name in ("auc", "auc_95", "auprc", "auprc_95")}
-                row |= at_point(is_, named) | intervals_at(is_, named, patients)
+                row |= at_point(is_, named) | {"f1": row["f1"]} | intervals_at(is_, named, patients)
             if isinstance(point, float):
                 figures["at_threshold"] |= intervals_at(truth[:, 1] == 1, probability[:, 1] >= point, patients)
         return figures
