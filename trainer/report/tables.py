@@ -60,18 +60,19 @@ def training(content: Content) -> str:
     if not t.get("map", True):
         parts.append("no feature map, so nothing is said of where it looks")
     if "epochs" in t:
+        precision = {"no": "float32"}.get(t["precision"], t["precision"])
         parts.append(
             f"last of {t['epochs']} epochs"
             if t["best"] == "last"
             else f"best of {t['epochs']} epochs by {t['best']} on val: epoch {t['best_epoch']}"
         )
-        parts.append(f"{t['minutes']:.1f} minutes on {t['processes']} x {t['device']}, {t['precision']}")
+        parts.append(f"{t['minutes']:.1f} minutes on {t['processes']} x {t['device']}, {precision}")
         parts += [
             f"{change['what']} {change['from']} up to step {change['step']}, then {change['to']}"
             for change in t.get("changes", ())
         ]
     parts.append(
-        f"no lungs found, whole image used: {lost or 'nowhere'}"
+        (f"no lungs found, whole image used: {lost}" if lost else "lungs were found in all images")
         if content["lungs_not_found"]
         else "without a lung segmenter"
     )

@@ -76,7 +76,7 @@ def _lesions(figures: Figures) -> list[str]:
     said += f"the energy lies in them, and the peak hits {percent(model['hit'], model.get('hit_95'))} of them"
     if not constant or unknown(constant.get("energy")):
         return [f"{said}."]
-    said += f"; the mean lesion of other patients, which knows no image, has {percent(constant['energy'])} and hits "
+    said += f"; the mean lesion of val, which knows no image, has {percent(constant['energy'])} and hits "
     said += percent(constant["hit"])
     region = found.get("region")
     if region and not unknown(region.get("hit")):  # of reports from before there is none
@@ -86,14 +86,19 @@ def _lesions(figures: Figures) -> list[str]:
     said += "."
     if constant["images"] != model["images"]:
         return [said]  # of other pairs: no comparison
-    better = [
-        name
-        for name, words in (("energy", "its maps"), ("hit", "its peaks"))
-        if (model.get(f"{name}_95") or [math.nan])[0] > constant[name]
-    ]
-    words = {"energy": "maps are nearer to the lesions", "hit": "peaks hit more of them"}
-    shown = " and its ".join(words[name] for name in better)
-    return [said, f"So its {shown} than that." if shown else "So it is not shown to know more of the place than that."]
+    floors = {"the mean lesion": constant} | ({"the region": region} if region and not unknown(region["hit"]) else {})
+    shown = []
+    for name, words in {"energy": "more of its maps lies in the lesions", "hit": "its peaks hit more of them"}.items():
+        lowest = (model.get(f"{name}_95") or [math.nan])[0]
+        if beaten := [floor for floor, of in floors.items() if lowest > of[name]]:
+            shown.append(
+                f"{words} than of {' and of '.join(beaten)}"
+                if name == "energy"
+                else f"{words} than {' and '.join(beaten)}"
+            )
+    if not shown:
+        return [said, "So it is not shown to know more of the place than these."]
+    return [said, f"So {', and '.join(shown)}."]
 
 
 def _wrong(figures: Figures, findings: list[str]) -> list[str]:

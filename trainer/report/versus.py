@@ -96,7 +96,10 @@ def _changes(first: str, name: str, found: Comparison, images: list[Beside] | st
         "independent."
     ]
     if len(found.auc) > 1:
-        says.append("Holm's p is that of all findings together: below 0.05, it is not one of many chances.")
+        says.append(
+            "Holm's p is that of all findings together: below 0.05, a difference is more than many comparisons bring "
+            "by chance."
+        )
     head = ["AUROC", first, name, "difference", "p", *(["Holm's p"] if len(found.auc) > 1 else [])]
     rows = [
         [of, *_cells(change), _p(p), *([_p(q)] if len(found.auc) > 1 else [])]
@@ -105,12 +108,15 @@ def _changes(first: str, name: str, found: Comparison, images: list[Beside] | st
     figures = [[of, *_cells(change)] for of, change in found.figures.items() if of != "AUROC" or len(found.auc) > 1]
     tables = [
         (head, rows),
-        (["mean over findings" if len(found.auc) > 1 else "others", first, name, "difference"], figures),
+        (
+            ["mean, without No Finding" if len(found.auc) > 1 else "others", first, name, "difference"],
+            figures,
+        ),
     ]
     if found.disagreed:
         more = len(found.disagreed) - SHOWN
         says.append(
-            f"They are of another opinion {len(found.disagreed)} times, an image and a finding each"
+            f"They disagree {len(found.disagreed)} times, an image and a finding each"
             f"{f', of which the {SHOWN} farthest apart are listed' if more > 0 else ''}."
         )
         opinions = [[key, of, f"{p:.2f}", f"{q:.2f}"] for key, of, p, q in found.disagreed[:SHOWN]]

@@ -215,6 +215,8 @@ SUMMARY = (
 NO_INTERVAL = [math.nan, math.nan]
 
 MEANING = {
+    "AUC": "area under the ROC curve; of more than two classes the mean over them, No Finding among them, each against "
+    "the rest; of several findings an image the mean over findings",
     "AUPRC": "area under the precision-recall curve, the mean over the findings of which there are both images with "
     "and "
     "without; what guessing gets is the share of images with the finding",
