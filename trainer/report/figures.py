@@ -109,7 +109,7 @@ def curves(
     axes = axes[-3:]
     axes[0].set_title("ROC, and its area")
     axes[1].set_title("precision and recall, colours as left")
-    axes[2].set_title("calibration, colours as left; dotted: corrected")
+    axes[2].set_title("calibration; dotted: corrected")
     for ax in (axes[0], axes[2]):
         ax.plot([0, 1], [0, 1], ":", color="gray", lw=0.8)
     for split, outcome in outcomes.items():
