@@ -36,7 +36,7 @@ def values_of(split: Split, column: str) -> list[str]:
     """
     metas = [split.meta(p) for p in range(len(split))]
     if not any(column in meta for meta in metas):
-        known = [name for name, value in metas[0].items() if isinstance(value, str | int | float)] if metas else []
+        known = _columns(metas[0]) if metas else []
         raise InputError(
             f"--by {column}: the {split.split} images have no such column; {nearest(column, known)} (shards csv "
             "--keep-column keeps columns of a table)"
@@ -47,6 +47,11 @@ def values_of(split: Split, column: str) -> list[str]:
     if len(set(found)) > MOST:
         raise InputError(f"--by {column}: has {len(set(found))} different values; expected at most {MOST} groups")
     return found
+
+
+def _columns(meta: Mapping[str, Any]) -> list[str]:
+    """What of a sample may be a column of a table."""
+    return [name for name, value in meta.items() if isinstance(value, str | int | float)]
 
 
 def band(age: str) -> str:
@@ -138,10 +143,7 @@ def units_of(split: Split, column: str) -> tuple[np.ndarray, int]:
     if column != "patient":
         values = [str(split.meta(p).get(column, "")).strip() for p in range(len(split))]
     if not any(values):
-        first = split.meta(0) if len(split) else {}
-        known = [
-            n for n, value in {**first, "patient": ""}.items() if isinstance(value, str | int | float) and n != column
-        ]
+        known = [name for name in (*_columns(split.meta(0)), "patient") if name != column] if len(split) else []
         raise InputError(
             f"--per {column}: no {split.split} image has it; {nearest(column, known)} (shards csv "
             "--patient-column and --keep-column take columns of a table)"

@@ -289,11 +289,10 @@ def _number(value: float | None) -> Cell:
 
 def _by_finding(findings: Sequence[str], figures: Figures) -> Rows:
     """A row a class, against the rest; reports from before some figures were measured have none."""
-    at = {"sensitivity": "sensitivity", "specificity": "specificity", "ppv": "PPV", "npv": "NPV", "f1": "F1"}
-    head = ["finding against the rest, at the predicted class", "images", "AUC", "AUPRC", *at.values()]
+    head = ["finding against the rest, at the predicted class", "images", "AUC", "AUPRC", *map(_upper, AT_POINT)]
     rows: list[list[Cell]] = []
     for name, row in zip(findings, figures["per_class"], strict=True):
         known = {"sensitivity": row["recall"], "ppv": row["precision"]} | dict(row)
-        cells = [_with_interval(known, n) for n in ("auc", "auprc", *at)]
+        cells = [_with_interval(known, n) for n in ("auc", "auprc", *AT_POINT)]
         rows.append([name, str(row["support"]), *cells])
     return head, rows

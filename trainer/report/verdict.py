@@ -88,14 +88,10 @@ def _lesions(figures: Figures) -> list[str]:
         return [said]  # of other pairs: no comparison
     floors = {"the mean lesion": constant} | ({"the region": region} if region and not unknown(region["hit"]) else {})
     shown = []
-    for name, words in {"energy": "more of its maps lies in the lesions", "hit": "its peaks hit more of them"}.items():
+    for name, words in {"energy": "its maps have more in the lesions", "hit": "its peaks hit more of them"}.items():
         lowest = (model.get(f"{name}_95") or [math.nan])[0]
         if beaten := [floor for floor, of in floors.items() if lowest > of[name]]:
-            shown.append(
-                f"{words} than of {' and of '.join(beaten)}"
-                if name == "energy"
-                else f"{words} than {' and '.join(beaten)}"
-            )
+            shown.append(f"{words} than {' and '.join(beaten)}")
     if not shown:
         return [said, "So it is not shown to know more of the place than these."]
     return [said, f"So {', and '.join(shown)}."]

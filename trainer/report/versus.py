@@ -39,8 +39,7 @@ def versus(folders: Mapping[str, Path], runs: Mapping[str, Content], images: int
     for names in seeds:
         parts.append(_seeds(names, runs))
     first, *others = runs
-    group_of = {name: names for names in seeds for name in names}
-    ours = {_seed(runs[name]): name for name in group_of.get(first, [first])}
+    ours = {_seed(runs[name]): name for name in next((names for names in seeds if first in names), [first])}
     known = {
         name: of
         for name, content in runs.items()
@@ -48,7 +47,7 @@ def versus(folders: Mapping[str, Path], runs: Mapping[str, Content], images: int
     }
     if first not in known:
         return parts, lines
-    alike, changes = [first], dict[str, Comparison]()
+    changes = dict[str, Comparison]()
     for name in others:
         if name not in known:
             continue
@@ -59,7 +58,6 @@ def versus(folders: Mapping[str, Path], runs: Mapping[str, Content], images: int
         except InputError:
             lines.append(f"{name} and {other} are of other images, findings or labels: they are not compared")
             continue
-        alike.append(name)
         changes[name] = found
         parts.append(_changes(other, name, found, _shown(opened, other, name, found, images)))
         lines.append(f"{name} less {other}: {_in_a_line(found)}")
@@ -69,9 +67,10 @@ def versus(folders: Mapping[str, Path], runs: Mapping[str, Content], images: int
         if first not in names and len(pairs) > 1:
             heading = f"{', '.join(pairs)} less {', '.join(map(str, pairs.values()))}"
             parts.append(_over_seeds(heading, [changes[name] for name in pairs]))
+    alike = [first, *changes]
     for names in seeds or [alike]:
-        if len(together_ := [name for name in names if name in alike]) > 1:
-            parts.append(_ensemble(together_, known))
+        if len(members := [name for name in names if name in alike]) > 1:
+            parts.append(_ensemble(members, known))
     return parts, lines
 
 

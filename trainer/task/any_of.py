@@ -277,9 +277,12 @@ class AnyOf:
         tallies = {what: split.tally(what).tolist() for what in (PRESENT, ABSENT, UNCERTAIN, UNKNOWN)}
         each, lacking, training = [], [], split.split == "train"
         for name, present, absent, uncertain, unknown in zip(self.names, *tallies.values(), strict=True):
-            if training and (how := self.uncertain.get(name, "ignore")) in KNOWN:
-                present, absent = (n + uncertain * (KNOWN[how] == side) for n, side in ((present, 1), (absent, 0)))
-            doubt = f"uncertain, {TAKEN[self.uncertain.get(name, 'ignore')]}" if training else "uncertain"
+            how = self.uncertain.get(name, "ignore")
+            if training and how == "ones":
+                present += uncertain
+            elif training and how == "zeros":
+                absent += uncertain
+            doubt = f"uncertain, {TAKEN[how]}" if training else "uncertain"
             open_ = [f"{n} {word}" for n, word in ((uncertain, doubt), (unknown, "unknown")) if n]
             each.append(f"{name} {present} of {present + absent}{f' ({listed(open_)})' if open_ else ''}")
             if not present or not absent:

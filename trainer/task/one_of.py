@@ -152,8 +152,9 @@ class OneOf:
             probability, truth = self.probabilities(logits).numpy(), target.numpy()
             figures |= Cells(self.findings[1:], probability[:, 1:], truth[:, 1:]).areas(patients)
             each = Cells(self.findings, probability, truth).figures({}, groups=patients, intervals=True)["per_finding"]
+            predicted = self.predicted(logits).numpy()
             for k, (row, of) in enumerate(zip(figures["per_class"], each.values(), strict=True)):
-                named, is_ = self.predicted(logits).numpy() == k, truth[:, k] == 1
+                named, is_ = predicted == k, truth[:, k] == 1
                 row |= {name: of[name] for name in ("auc", "auc_95", "auprc", "auprc_95")}
                 row |= at_point(is_, named) | {"f1": row["f1"]} | intervals_at(is_, named, patients)
             if isinstance(point, float):
