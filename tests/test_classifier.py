@@ -14,6 +14,7 @@ from shards.dataset import Split
 from shards.errors import InputError
 from trainer import evaluate, predict
 from trainer import train as loop
+from trainer.backbone import Covering
 from trainer.build import build
 from trainer.classifier import FocusClassifier, normalize_cam
 from trainer.command import resolve
@@ -75,6 +76,23 @@ def test_vggs_map_is_the_last_convolution_before_its_relu():
     again = model.net.features[19](kept[0].clone())
     assert (again >= 0).all()
     assert cam.shape[1:] == kept[0].shape[2:]
+
+
+@pytest.mark.parametrize("size", [224, 256])
+def test_vggs_head_is_a_matrix_product_where_its_kernel_covers_the_map_and_gives_what_the_convolution_does(size):
+    model, images = make("vgg11", size).eval(), torch.rand(2, 1, size, size)
+    convolutions = (model.net.pre_logits.fc1, model.net.pre_logits.fc2)
+    assert [type(conv) for conv in convolutions] == [Covering] * 2
+    plain, found = timm.create_model("vgg11", num_classes=3), []
+    assert list(model.net.state_dict()) == list(plain.state_dict())
+    for kind in (Covering, torch.nn.Conv2d):
+        for conv in convolutions:
+            conv.__class__ = kind
+        model.zero_grad()
+        logits, cam = model(images, torch.tensor([2, 0]), cam=True)
+        (logits.square().sum() + cam.square().sum() / cam.detach().square().sum()).backward()
+        found.append([logits, cam, *(p.grad for p in model.parameters())])
+    assert max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*found, strict=True)) < 1e-4
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "vgg11"])
