@@ -135,6 +135,54 @@ def test_a_process_that_is_frozen_or_killed_ends_the_others(flags, tmp_path, wha
     assert "Traceback" not in said
 
 
+FAILING = DRIVER.replace(
+    "from trainer import train\n",
+    """
+import os
+from trainer import train
+from shards.errors import InputError
+from trainer.loop import Trainer
+step = Trainer.step
+def failing(self, *rest):
+    if self.state.step == 3 and os.environ["RANK"] == FAILS:
+        raise PROBLEM
+    return step(self, *rest)
+Trainer.step = failing
+""",
+)
+
+
+@TOGETHER
+@pytest.mark.parametrize(
+    ("problem", "told"),
+    [("InputError('train-000001.tar: is damaged; restore it')", "train-000001.tar: is damaged; restore it"),
+     ("MemoryError('no room')", "MemoryError: no room")],
+)  # fmt: skip
+@pytest.mark.parametrize("fails", [0, 1])
+def test_what_one_process_fails_by_ends_the_others_with_its_words(flags, fails, problem, told):
+    port = free_port()
+    driver = FAILING.replace("FAILS", repr(str(fails))).replace("PROBLEM", problem)
+    both = [*flags, "--batch", "4", "--epochs", "200", "--timeout", "60"]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", driver, *both], cwd=ROOT, env=ranks(2, k, port), stderr=subprocess.PIPE, text=True
+        )
+        for k in (0, 1)
+    ]
+    try:
+        said = [process.communicate(timeout=60)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    other = 1 - fails
+    assert processes[other].returncode == 1
+    assert f"[process {other}] error: process {fails} on {socket.gethostname()}: {told}" in said[other]
+    assert "Traceback" not in said[other]
+    if "InputError" in problem:
+        assert processes[fails].returncode == 2
+        assert f"error: {told}" in said[fails]
+
+
 def test_a_ring_of_three_sees_who_is_silent_and_where_all_are(monkeypatch):
     """In one process, over a store of its own."""
     port = free_port()

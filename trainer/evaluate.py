@@ -34,7 +34,7 @@ from shards.errors import InputError, nearest, run
 from shards.sample import SPLITS
 from shards.store import open_store
 from shards.targets import ABSENT, PRESENT
-from trainer import __version__
+from trainer import __version__, presence
 from trainer.command import parse
 from trainer.config import Config
 from trainer.content import Content, Measured, Training
@@ -352,4 +352,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(lambda: presence.explained(main))

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from shards.errors import InputError
 from trainer import stopping
 
 EVERY = 1.0  # seconds between two looks
@@ -94,14 +95,23 @@ class Presence(threading.Thread):
             with suppress(Exception):
                 self.store.set(self._key(f"done/{self.rank}"), "")
 
-    def end(self) -> None:
-        """All is done: nobody is watched any more. The first process, which may hold the store, goes last."""
+    def failed(self, why: str) -> None:
+        """Tell the others that this process ends, and why: they would wait for it."""
+        if self.used:
+            with suppress(Exception):
+                self.store.set(self._key("failed"), f"process {self.rank} on {socket.gethostname()}: {why}")
+        self.end(2.5 * EVERY)
+
+    def end(self, patience: float = LOST) -> None:
+        """All is done: nobody is watched any more. The first process, which may hold the store, goes last, or after so
+        many seconds.
+        """
         self.done()
         self.rest()
         if self.rank or not self.used:
             return
         with suppress(Exception):
-            until = time.monotonic() + LOST
+            until = time.monotonic() + patience
             names = [self._key(f"done/{rank}") for rank in range(self.world)]
             while not self.store.check(names) and time.monotonic() < until:
                 time.sleep(0.02)
@@ -200,6 +210,8 @@ class Presence(threading.Thread):
         """A sign of this process, and a look at the next one's."""
         self.beats += 1
         self.store.set(self._key(f"beat/{self.rank}"), f"{self.beats} {self.place}")
+        if (failed := self._failed()) and not self.over.wait(3 * EVERY):  # nor does this one fail by the same
+            self._leave(failed)
         other = (self.rank + 1) % self.world
         sign = self._sign(other)
         gone = self.store.check([self._key(f"done/{other}")])
@@ -220,6 +232,11 @@ class Presence(threading.Thread):
         name = self._key(f"beat/{rank}")
         return self.store.get(name).decode() if self.store.check([name]) else ""
 
+    def _failed(self) -> str:
+        """Which process has said that it ends, and why; empty if none has."""
+        name = self._key("failed")
+        return self.store.get(name).decode() if self.store.check([name]) else ""
+
     def signs(self) -> list[tuple[int, str]]:
         """Of each process its last sign: how many there were, and what it was at."""
         found = []
@@ -235,6 +252,9 @@ class Presence(threading.Thread):
         """Why a collective failed, as far as the processes' signs tell: takes some seconds."""
         before = self.signs()
         time.sleep(2.5 * EVERY)
+        with suppress(Exception):
+            if failed := self._failed():
+                return failed
         after = self.signs()
         silent = [rank for rank in range(self.world) if before[rank][0] == after[rank][0] and rank != self.rank]
         if silent:
@@ -332,18 +352,25 @@ def meeting(first: bool) -> None:
 
 
 def explained(action: Callable[[], None]) -> None:
-    """Run something; where the others fail it, leave in one line that says where they stand."""
+    """Run something. Where it fails because of the others, leave in one line that says where they stand; where by
+    itself, tell them.
+    """
     try:
         action()
-    except RuntimeError as error:
-        if here is None or not here.used or not _of_connection(error):
+    except Exception as error:
+        if here is None or not here.used:
             raise
-        first = str(error).strip().splitlines()[0][:200]
-        here._leave(f"{here.explanation()} ({first})")
+        first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        if _of_connection(error):
+            here._leave(f"{here.explanation()} ({first})")
+        here.failed(str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {first}")
+        raise
 
 
-def _of_connection(error: RuntimeError) -> bool:
+def _of_connection(error: Exception) -> bool:
     """Whether it is torch's word for a process that does not answer."""
+    if not isinstance(error, RuntimeError):
+        return False
     if isinstance(error, torch.distributed.DistError):
         return True
     words = ("gloo", "NCCL", "Connection closed by peer", "Timed out waiting", "Socket", "recv")
