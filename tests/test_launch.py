@@ -96,7 +96,7 @@ def test_a_job_that_fails_is_not_queued_again(flags, tmp_path, cluster):
 def test_two_machines(flags, tmp_path, cluster, launcher):
     """Both on this one, each with one process, at an address and a port."""
     port = 20000 + os.getpid() % 20000
-    flags = [*flags, "--batch", "4", "--resume", "auto"]
+    flags = [*flags, "--batch", "4", "--epochs", "2", "--resume", "auto"]
     machines = [
         subprocess.Popen(
             ["bash", LAUNCH / "machines.sh", str(k), "2", f"127.0.0.1:{port}", "1", "trainer.train", *flags],

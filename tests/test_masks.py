@@ -22,6 +22,7 @@ from trainer.augment import augment, draw, unpacked
 from trainer.build import build
 from trainer.command import resolve
 from trainer.look import locate
+from trainer.metrics import pointed
 from trainer.regions.lesions import LesionRegions, masks_to_regions, touched
 from trainer.sections import Strength
 
@@ -306,7 +307,10 @@ def test_maps_are_written_for_whoever_measures_them(masked, trained, tmp_path):
         raw = torch.from_numpy(np.load(tmp_path / "maps" / line["map"]))
         height, width = int(line["height"]), int(line["width"])
         full = torch.nn.functional.interpolate(raw[None, None], (height, width), mode="bilinear")[0, 0]
-        assert middle(full) == (int(line["y"]), int(line["x"]))
+        at = pointed(raw[None])[0] * torch.tensor([height, width])
+        assert [int(line["y"]), int(line["x"])] == [
+            min(int(a), n - 1) for a, n in zip(at, (height, width), strict=True)
+        ]
         assert np.asarray(Image.open(tmp_path / "maps" / line["picture"])).shape == (height, width)
         if line["finding"] != "Mass":
             continue

@@ -22,6 +22,7 @@ from trainer.metrics import (
     multiclass_auc,
     otsu,
     peaks,
+    pointed,
     rank_correlation,
     summarize,
     without_dead,
@@ -125,6 +126,25 @@ def test_iou_and_tolerance_by_hand():
         localize(torch.zeros(1, 8, 8), torch.ones(1, 8, 8, dtype=torch.bool), 0.5)[0, [0, 2, 3, 4, 5]].tolist()
         == [0] * 5
     )
+
+
+def test_what_a_coarse_map_points_to_is_finer_than_its_cells_and_no_tie_draws_it_into_a_corner():
+    cams = torch.zeros(5, 4, 8)
+    cams[0, 1, 2] = 3.0
+    cams[1, 1, 2], cams[1, 1, 3], cams[1, 3, 7] = 2.0, 1.0, 1.9  # what is far away does not matter
+    cams[2] = 0.5  # the same everywhere
+    cams[3] = cams[1] * 1e-20
+    cams[4, 0, 7], cams[4, 1, 7] = 1.0, 0.5  # at the rim
+    at = pointed(cams) * torch.tensor([4, 8])
+    wanted = [[1.5, 2.5], [1.5, 2.5 + 1 / 3], [1.5, 3.5], [1.5, 2.5 + 1 / 3], [0.5 + 1 / 3, 7.5]]
+    assert at[[0, 1, 3, 4]].tolist() == [pytest.approx(wanted[k], abs=1e-4) for k in (0, 1, 3, 4)]
+    assert ((at[2] - torch.tensor([2.0, 4.0])).abs() <= 0.5).all()
+    # In the units of the drawn map: between the middles of two cells, where no interpolated map is largest
+    drawn = torch.nn.functional.interpolate(cams[:2, None, :, :4], (64, 64), mode="bilinear")[:, 0]
+    region = torch.zeros(2, 64, 64, dtype=torch.bool)
+    region[:, 16:32, 42:48] = True
+    assert localize(drawn, region, 0.5, cams[:2, :, :4])[:, LOCALIZATION.index("pointing")].tolist() == [0, 1]
+    assert localize(drawn, region, 0.5)[:, LOCALIZATION.index("pointing")].tolist() == [0, 0]
 
 
 def test_otsu_is_the_best_of_all_cuts():

@@ -51,12 +51,17 @@ def test_figures_of_one_map_by_hand():
     truth = np.zeros((64, 96), bool)  # not square
     truth[16:24, 36:48] = True  # the cell of row 2, column 3
     row = dict(zip(NAMES, against(bump(2, 3), truth, [[36 / 96, 16 / 64, 48 / 96, 24 / 64]]).tolist(), strict=False))
-    assert row["hit"] == 1
+    assert row["hit"] == row["pointing"] == 1
     assert 0.3 < row["energy"] < 1  # bilinear: a tent wider than its cell
     assert 0.3 < row["iou_otsu"] <= 1
     miss = against(bump(6, 6), truth, [[36 / 96, 16 / 64, 48 / 96, 24 / 64]])
     assert miss[NAMES.index("hit")] == 0
     assert not miss[len(NAMES) :].any()
+    between = bump(2, 3) + 0.9 * bump(2, 4)  # of two cells' seam, which no cell's middle lies in
+    seam = np.zeros((64, 96), bool)
+    seam[16:24, 45:51] = True
+    row = dict(zip(NAMES, against(between, seam, [[45 / 96, 16 / 64, 51 / 96, 24 / 64]]).tolist(), strict=False))
+    assert (row["hit"], row["pointing"]) == (0, 1)
 
 
 def test_a_perfect_box_has_an_iou_of_one():
@@ -64,7 +69,7 @@ def test_a_perfect_box_has_an_iou_of_one():
     raw[10:30, 20:50] = 1
     truth = raw.numpy() > 0
     row = against(raw, truth, [[20 / 64, 10 / 64, 50 / 64, 30 / 64]])
-    assert row[: len(NAMES)].tolist() == pytest.approx([1, 1, 1])
+    assert row[: len(NAMES)].tolist() == pytest.approx([1, 1, 1, 1])
     assert row[len(NAMES) :].tolist() == pytest.approx([1.0] * 2 * len(THRESHOLDS))
     two = against(raw, truth, [[0, 0, 0.1, 0.1], [20 / 64, 10 / 64, 50 / 64, 30 / 64]])
     assert torch.allclose(row, two), "of several boxes the one that it overlaps most"
@@ -131,11 +136,12 @@ def test_a_report_has_them_beside_their_floors(one_epoch, shards, tmp_path):
     assert set(test) == {"all", "Effusion"}
     for kind in ("model", "constant", "region", "random"):
         assert 0 <= test["all"][kind]["hit"] <= 1
+        assert 0 <= test["all"][kind]["pointing"] <= 1
         assert list(test["all"][kind]["t_iou"]) == ["0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7"]
     assert report["val"]["lesions"]["all"]["constant"] is None, "a constant chosen on val is too good there"
     # The maps of figures are those of the report: peaks in lesions, at another size.
     pointing = report["test"]["localization"]["lesion"]["all"]["pointing"]
-    assert abs(test["all"]["model"]["hit"] - pointing) < 0.35
+    assert abs(test["all"]["model"]["pointing"] - pointing) < 0.35
     assert "lesions, " in (one_epoch / "report.html").read_text()
     out = tmp_path / "again"
     evaluate.main(["--run", str(one_epoch), "--shards", str(shards), "--workers", "0", "--out", str(out)])

@@ -59,7 +59,7 @@ def rows_of(
     evaluator: Evaluator, name: str, outcome: Outcome, chosen: np.ndarray, kinds: Sequence[str]
 ) -> dict[str, torch.Tensor]:
     """Figures of the chosen pairs' maps (``model``), and of their expected regions (``region``), by those of ``kinds``:
-    float64 [n,33] each, see `papers.against`, NaN where there is none; the same on all processes.
+    float64 [n,34] each, see `papers.against`, NaN where there is none; the same on all processes.
     """
     lesions = LesionRegions(evaluator.splits[name])
     table = Table(len(chosen), dict.fromkeys(kinds, COLUMNS))
@@ -132,7 +132,7 @@ def lesion_figures(
 
 
 def constant(outcome: Outcome, chosen: np.ndarray, floors: dict[int, Floor]) -> torch.Tensor:
-    """Figures of the constant maps on the chosen pairs: [n,33], NaN where there is none of the finding."""
+    """Figures of the constant maps on the chosen pairs: [n,34], NaN where there is none of the finding."""
     lesions = LesionRegions(outcome.split)
     rows = torch.full((len(chosen), COLUMNS), torch.nan, dtype=torch.float64)
     for i, number in enumerate(chosen.tolist()):

@@ -1,12 +1,11 @@
 """``evaluate --maps OUT``: the map of every pair of an image and a finding, for whoever measures them elsewhere.
 
-OUT/maps.csv                   a line each: image, finding, probability, whether it is said to be there, the peak,
-                               the files
+OUT/maps.csv                   a line each: image, finding, probability, whether it is said to be there, where
+                               it points to, the files
 OUT/000012_<key>_<finding>.npy the map as the model gives it, float32 [h,w], not normalised
 OUT/000012_<key>_<finding>.png at stored size, in 256 grays from its least to its largest value
 OUT/chexlocalize/              <image>_<finding>_map.pkl, segmentations.json (above Otsu's threshold, empty where
-the
-                               model does not say that the finding is there) and truth.json, as CheXlocalize's
+                               the model does not say that the finding is there) and truth.json, as CheXlocalize's
                                evaluation reads them (rajpurkarlab/cheXlocalize: eval.py)
 """
 
@@ -28,9 +27,9 @@ from shards.pixels import encode_image
 from shards.rle import Runs
 from trainer.lesion_figures import maps
 from trainer.measure import Evaluator
-from trainer.metrics import GRAYS, otsu, peaks
+from trainer.metrics import GRAYS, otsu
 from trainer.outcome import Outcome
-from trainer.papers import known_pairs
+from trainer.papers import known_pairs, pixel
 from trainer.regions.lesions import LesionRegions
 from trainer.report.words import file_name
 from trainer.task import Point
@@ -75,10 +74,10 @@ def write_maps(evaluator: Evaluator, name: str, outcome: Outcome, point: Point, 
         }
         atomic.write(theirs / f"{img}_{called}_map.pkl", pickle.dumps(info))
         hot = gray >= otsu(torch.bincount(gray.flatten(), minlength=GRAYS)[None])[0]
-        peak = int(peaks(full[None])[0])
+        row, column = pixel(raw, (height, width))
         entry: dict[str, Any] = {
             "number": number,
-            "line": [key, finding, round(float(probability[image, k]), 6), int(says), peak % width, peak // width],
+            "line": [key, finding, round(float(probability[image, k]), 6), int(says), column, row],
             "image": img,
             "task": called,
             "hot": _runs((hot & says & bool(high > low)).numpy()),

@@ -215,7 +215,7 @@ class Evaluator:
         figures, known = {}, {}
         kinds = {"expected": seen.region, "lesion": lesions} | ({"expected_box": boxed} if boxed is not None else {})
         for kind, region in kinds.items():
-            figures[kind] = without_dead(localize(seen.cam, region, self.attention.threshold), seen.cam)
+            figures[kind] = without_dead(localize(seen.cam, region, self.attention.threshold, seen.raw_cam), seen.cam)
             known[kind] = has_region(region)
         if seen.expected is not None:
             known["replaced"] = seen.expected.replaced

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from scipy import stats
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, roc_auc_score, roc_curve
+from torch.nn import functional as F
 
 from trainer.intervals import proportion, spread
 from trainer.multilabel import Sorted
@@ -130,22 +131,30 @@ def _log_odds(p: float) -> float:
     return math.log10(p / (1 - p))
 
 
-def localize(cam: torch.Tensor, region: torch.Tensor, threshold: float) -> torch.Tensor:
+def localize(
+    cam: torch.Tensor, region: torch.Tensor, threshold: float, raw: torch.Tensor | None = None
+) -> torch.Tensor:
     """How a CAM lies to a region, per image: float [B,6 + 15], columns `LOCALIZATION`, then the IoU at each of
     `THRESHOLDS`.
 
     energy: share of the CAM's sum inside the region, 0 for an all-zero CAM (Wang et al. 2020, Score-CAM, section 4.2);
-    lift: energy minus the region's share of the image; pointing: 1 where the CAM's peak lies inside (Zhang et al. 2018;
-    a CAM without a peak misses); pointing_near: 1 where it lies within 15/224 of the image's side of the region, the 15
-    pixels of Zhang et al. 2018, section 4.1; coverage: share of the region with cam > threshold; iou_otsu: intersection
-    over union of the region and the CAM above its own Otsu threshold. A CAM is cut into 256 grays for Otsu and IoU.
+    lift: energy minus the region's share of the image; pointing: 1 where what the CAM points to (`pointed`) lies inside
+    (Zhang et al. 2018; a CAM without a peak misses); pointing_near: 1 where it lies within 15/224 of the image's side
+    of the region, the 15 pixels of Zhang et al. 2018, section 4.1; coverage: share of the region with cam > threshold;
+    iou_otsu: intersection over union of the region and the CAM above its own Otsu threshold. A CAM is cut into 256
+    grays for Otsu and IoU.
+
+    Args:
+        cam: [B,S,S] in [0,1]; region: bool [B,S,S].
+        raw: the CAM before it was drawn at that size, [B,h,w]; None: ``cam`` itself.
     """
     cam, inside = cam.float(), region.float()
     size = cam.shape[-1]
     total = cam.sum((1, 2))
     alive = total > 0
     energy = (cam * inside).sum((1, 2)) / total.clamp(min=1e-12)
-    peak = peaks(cam)[:, None]
+    row, column = (pointed(cam if raw is None else raw) * size).long().clamp(max=size - 1).unbind(1)
+    peak = (row * size + column)[:, None]
     pointing = inside.flatten(1).gather(1, peak)[:, 0] * alive
     at = torch.arange(size, device=cam.device)
     away = (at[None, :, None] - peak[:, :, None] // size).square() + (
@@ -167,6 +176,26 @@ def localize(cam: torch.Tensor, region: torch.Tensor, threshold: float) -> torch
     return torch.cat(
         [torch.stack([energy, energy - inside.mean((1, 2)), pointing, near, coverage, best], 1), iou[:, chosen]], 1
     )
+
+
+def pointed(cams: torch.Tensor) -> torch.Tensor:
+    """Where maps [B,h,w], not negative, before they are drawn large, point to: the centre of mass of the largest
+    cell and its eight neighbours, less the map's minimum; in shares of height and width, float [B,2].
+
+    What is interpolated is largest in the middle of a cell, a seventh of the image wide, though the cells beside it say
+    on which side the most lies. Heat maps of joints are read finer than their cells, too (Zhang et al., CVPR 2020).
+    """
+    height, width = cams.shape[1:]
+    cams, at = cams.double() if cams.dtype == torch.float64 else cams.float(), peaks(cams)
+    mass = cams - cams.amin((1, 2), keepdim=True)
+    mass = F.pad(mass / mass.amax((1, 2), keepdim=True).clamp(min=1e-30), (1, 1, 1, 1))
+    row, column = at // width, at % width
+    step = torch.arange(-1, 2, device=cams.device)
+    each = torch.arange(len(cams), device=cams.device)[:, None, None]
+    window = mass[each, (row[:, None] + step + 1)[:, :, None], (column[:, None] + step + 1)[:, None]]
+    total = window.sum((1, 2)).clamp(min=1e-30)
+    down, right = (window.sum(2) * step).sum(1) / total, (window.sum(1) * step).sum(1) / total
+    return torch.stack([(row + 0.5 + down) / height, (column + 0.5 + right) / width], 1)
 
 
 def peaks(cams: torch.Tensor) -> torch.Tensor:

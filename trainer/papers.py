@@ -6,6 +6,7 @@ lesion; boxes x0 y0 x1 y1, ends exclusive, in shares of the image's sides.
 - ``hit``, ``iou_otsu``: CheXlocalize (Saporta et al., Nature Machine Intelligence 2022): the map is resampled to the
   image's size; whether its peak lies in the lesion, with no tolerance; intersection over union with it above Otsu's
   threshold.
+- ``pointing``: the same of what the map points to, finer than its cells (`metrics.pointed`).
 - T(IoU), T(IoBB): Wang et al. (CVPR 2017, "ChestX-ray8"): the share of pairs in which the box that is drawn around the
   map overlaps a lesion's box by so much, in shares of their union (IoU) or of the drawn box (IoBB). The drawn box is
   the rectangle around the largest connected part of the map above a threshold, which val chooses.
@@ -21,18 +22,19 @@ from torch.nn import functional as F
 
 from shards.dataset import Split
 from shards.truth import LesionMasks, Lesions
-from trainer.metrics import GRAYS, THRESHOLDS, otsu, peaks, summarize
+from trainer.metrics import GRAYS, THRESHOLDS, otsu, peaks, pointed, summarize
 from trainer.regions.lesions import LesionRegions
 
 T_IOU = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 T_IOBB = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-NAMES = ("energy", "hit", "iou_otsu")  # columns of `against`; then IoU and IoBB of the box at each of `THRESHOLDS`
+# Columns of `against`; then IoU and IoBB of the box at each of `THRESHOLDS`
+NAMES = ("energy", "hit", "pointing", "iou_otsu")
 COLUMNS = len(NAMES) + 2 * len(THRESHOLDS)
 SIDE = 128  # pixels of a side of the mean lesion map
 
 
 def against(raw: torch.Tensor, truth: np.ndarray, boxes: Sequence[Sequence[float]]) -> torch.Tensor:
-    """Figures of one map [h,w], as the model gives it, against a lesion and its boxes: float64 [33]."""
+    """Figures of one map [h,w], as the model gives it, against a lesion and its boxes: float64 [34]."""
     height, width = truth.shape
     full = F.interpolate(raw[None, None].float(), (height, width), mode="bilinear", align_corners=False)[0, 0]
     low, high = full.min(), full.max()
@@ -42,13 +44,21 @@ def against(raw: torch.Tensor, truth: np.ndarray, boxes: Sequence[Sequence[float
     gray = ((full - low) / (high - low) * (GRAYS - 1)).long()
     histogram = torch.bincount(gray.flatten(), minlength=GRAYS)[None]
     hot = gray >= otsu(histogram)[0]
+    row, column = pixel(raw, truth.shape)
     figures = [
         float((full * inside).sum() / full.sum()),
         float(inside.flatten()[peaks(full[None])[0]]),
+        float(inside[row, column]),
         float((hot & inside).sum() / (hot | inside).sum().clamp(min=1)),
     ]
     of_boxes = _overlaps(((full - low) / (high - low)).numpy(), boxes)
     return torch.cat([torch.tensor(figures, dtype=torch.float64), torch.from_numpy(of_boxes).flatten()])
+
+
+def pixel(raw: torch.Tensor, size: tuple[int, ...]) -> tuple[int, int]:
+    """Row and column of what a map [h,w] points to, in an image of that height and width."""
+    row, column = (min(n - 1, int(at * n)) for at, n in zip(pointed(raw[None])[0].tolist(), size, strict=True))
+    return row, column
 
 
 def _overlaps(cam: np.ndarray, boxes: Sequence[Sequence[float]]) -> np.ndarray:
@@ -86,13 +96,13 @@ def overlap(drawn: Sequence[float], box: Sequence[float]) -> tuple[float, float]
 
 
 def box_threshold(rows: torch.Tensor) -> int | None:
-    """Which of `THRESHOLDS` has the largest mean IoU of boxes over rows [n,33] of `against`; None for n = 0."""
+    """Which of `THRESHOLDS` has the largest mean IoU of boxes over rows [n,34] of `against`; None for n = 0."""
     start = len(NAMES)
     return int(rows[:, start : start + len(THRESHOLDS)].mean(0).argmax()) if len(rows) else None
 
 
 def figures(rows: torch.Tensor, threshold: int | None, patients: np.ndarray | None = None) -> dict[str, Any] | None:
-    """Means of rows [n,33] of `against` with their 95% intervals, over ``patients``, int [n], where they are known;
+    """Means of rows [n,34] of `against` with their 95% intervals, over ``patients``, int [n], where they are known;
     t_iou, t_iobb at ``threshold``. None for n = 0.
     """
     if not len(rows):
@@ -159,7 +169,7 @@ def by_finding(
     """Figures of all pairs, and of each finding, of several kinds of maps.
 
     Args:
-        rows: by kind (model, constant, region, random) [n,33] of `against`, NaN where there is no such map.
+        rows: by kind (model, constant, region, random) [n,34] of `against`, NaN where there is no such map.
         finding: int64 [n]; named: bool [n], whether the model says that the finding is there.
         names: of the findings.
         threshold: of boxes, by kind.

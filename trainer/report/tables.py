@@ -175,7 +175,7 @@ def _lesions(of: dict[str, OfLesions], findings: Sequence[str]) -> list[Rows]:
     tables: list[Rows] = [(head, rows)]
     names = [name for name in findings if name in of]
     if len(names) > 1:
-        figures = ("hit", "energy", "miou", "t_iou 0.1", "t_iou 0.3", "t_iou 0.5")
+        figures = ("pointing", "hit", "energy", "miou", "t_iou 0.1", "t_iou 0.3", "t_iou 0.5")
         whose = {"model": "", "constant": "; mean lesion", "region": "; expected region"}
         lines: list[list[Cell]] = [
             [f"{name}{words}", str(of[name]["images"]), *(_of_lesion(found, n) for n in figures)]

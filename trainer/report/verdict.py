@@ -72,23 +72,23 @@ def _lesions(figures: Figures) -> list[str]:
             return []  # of a report from before there were such figures, or of maps that are all zero
         return ["Lesions are not known here, so whether it looks at them is open."]
     what = "pairs of an image and a finding" if "per_finding" in figures else "images"
-    said = f"On the {found['images']} {what} with known lesions {percent(model['energy'], model.get('energy_95'))} of "
-    said += f"the energy lies in them, and the peak hits {percent(model['hit'], model.get('hit_95'))} of them"
+    at = "pointing" if "pointing" in model else "hit"  # of reports from before
+    said = f"On the {found['images']} {what} with known lesions the maps have "
+    said += f"{percent(model['energy'], model.get('energy_95'))} of their energy in these and point to "
+    said += percent(model[at], model.get(f"{at}_95"))
     if not constant or unknown(constant.get("energy")):
         return [f"{said}."]
-    said += f"; the mean lesion of val, which knows no image, has {percent(constant['energy'])} and hits "
-    said += percent(constant["hit"])
+    said += f"; the mean lesion of val, which knows no image, has {percent(constant['energy'])} and points to "
+    said += percent(constant[at])
     region = found.get("region")
-    if region and not unknown(region.get("hit")):  # of reports from before there is none
-        said += (
-            f"; the expected region itself, drawn as a map, {percent(region['energy'])} and {percent(region['hit'])}"
-        )
+    if region and not unknown(region.get(at)):  # of reports from before there is none
+        said += f"; the expected region itself, drawn as a map, {percent(region['energy'])} and {percent(region[at])}"
     said += "."
     if constant["images"] != model["images"]:
         return [said]  # of other pairs: no comparison
-    floors = {"the mean lesion": constant} | ({"the region": region} if region and not unknown(region["hit"]) else {})
+    floors = {"the mean lesion": constant} | ({"the region": region} if region and not unknown(region.get(at)) else {})
     shown = []
-    for name, words in {"energy": "its maps have more in the lesions", "hit": "its peaks hit more of them"}.items():
+    for name, words in {"energy": "its maps have more in the lesions", at: "they point to more of them"}.items():
         lowest = (model.get(f"{name}_95") or [math.nan])[0]
         if beaten := [floor for floor, of in floors.items() if lowest > of[name]]:
             shown.append(f"{words} than {' and '.join(beaten)}")

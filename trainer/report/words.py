@@ -147,7 +147,8 @@ LOCALIZATION_WORDS = {
 
 
 LESION_WORDS = {
-    "hit": "hit rate",
+    "pointing": "pointing",
+    "hit": "hit rate of the largest pixel",
     "energy": "energy in lesion",
     "miou": "mIoU, Otsu",
     "t_iou 0.1": "T(IoU) 0.1",
@@ -226,7 +227,8 @@ MEANING = {
     "mean over the images of a finding",
     "lift over area": "that share minus the region's share of the image: 0 is no better than a map that is the same "
     "everywhere",
-    "pointing hit": "share of those images whose CAM has its peak in the region",
+    "pointing hit": "share of those images whose CAM points into the region: the middle of its largest cell "
+    "and those beside it lies there",
     "energy in lesion": "as above, in the lesions (red) of the image's own finding, on images that have some",
     "pointing at lesion": "as above",
     PROBES[
