@@ -17,7 +17,7 @@ FORMS = ("energy", "coverage", "published", "lift")
 
 SMALL = [
     "--backbone",
-    "resnet18",
+    "test_resnet",
     "--pretrained",
     "false",
     "--size",

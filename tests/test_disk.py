@@ -44,7 +44,8 @@ def test_a_run_on_a_full_disk_is_one_line(flags, tmp_path, size):
     (tmp_path / "disk").mkdir()
     flags[flags.index("--out") + 1] = str(tmp_path / "disk/run")
     inside = f'mount -t tmpfs -o size={size} tmpfs {tmp_path}/disk && exec "$0" "$@"'
-    command = ["unshare", "--mount", "sh", "-c", inside, sys.executable, "-m", "trainer.train", *flags, "--epochs", "1"]
+    flags += ["--backbone", "resnet18", "--epochs", "1"]
+    command = ["unshare", "--mount", "sh", "-c", inside, sys.executable, "-m", "trainer.train", *flags]
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"PYTHONWARNINGS": "ignore"}, capture_output=True, text=True, timeout=300
     )

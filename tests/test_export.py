@@ -148,10 +148,8 @@ def test_an_export_is_whole_or_none(exported, tmp_path, monkeypatch):
             checked({name: LIMITS[name] * 1.01 + 1e-9}, tmp_path / "far")
         checked({name: LIMITS[name]}, tmp_path / "far")
     monkeypatch.setitem(LIMITS, "region", -1.0)
-    for name in ("far", "there"):
-        with pytest.raises(InputError, match="the graph comes out otherwise than the run"):
-            export.main([str(exported / "run"), "--out", str(tmp_path / name)])
-    assert not (tmp_path / "far").exists()
+    with pytest.raises(InputError, match="the graph comes out otherwise than the run"):
+        export.main([str(exported / "run"), "--out", str(tmp_path / "there")])
     assert (tmp_path / "there" / EXPORTED).read_bytes() == (exported / "export" / EXPORTED).read_bytes()
     assert not [one for one in tmp_path.iterdir() if one.name.startswith(".")]
 

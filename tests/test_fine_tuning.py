@@ -23,7 +23,7 @@ def rates(job):
 
 
 def test_rates_fall_with_the_depth(flags):
-    job = build(resolve([*flags, *COSINE, "--optim.layer_decay", "0.5"]))
+    job = build(resolve([*flags, *COSINE, "--backbone", "resnet18", "--optim.layer_decay", "0.5"]))
     job.schedule.before_step(0, 8, 100, 0)
     rate = rates(job)
     assert len(rate) == len(list(job.model.parameters())), "every weight is trained"
@@ -34,7 +34,8 @@ def test_rates_fall_with_the_depth(flags):
 
 
 def test_the_head_is_trained_first(flags):
-    job = build(resolve([*flags, *COSINE, "--optim.frozen", "1", "--epochs", "2", "--swap.probability", "0"]))
+    own = ["--backbone", "resnet18", "--optim.frozen", "1", "--epochs", "2", "--swap.probability", "0"]
+    job = build(resolve([*flags, *COSINE, *own]))
     before = {name: p.detach().clone() for name, p in job.model.net.named_parameters()}
     seen = {}
     save = job.save

@@ -32,7 +32,7 @@ def test_processes_that_are_not_alike_are_told_apart():
 def test_a_disk_without_room_is_told_before_anything_is_written(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(guards.shutil, "disk_usage", lambda _: SimpleNamespace(free=50_000_000))
     with pytest.raises(InputError, match=r"needs some \d+ MB there \(the model, and --keep 2 checkpoints\), and 50 MB"):
-        build(resolve(flags))
+        build(resolve([*flags, "--backbone", "resnet18"]))
     assert not (tmp_path / "run").exists()
     config = resolve(flags)
     model = torch.nn.Linear(1000, 1000)  # 4 MB: 3 x 3 + 2 times that

@@ -103,7 +103,7 @@ def test_the_whole_job(flags, shards, tmp_path, capsys):
     assert f"report: {out / 'report.html'}" in printed
 
     names = {path.name for path in out.iterdir()}
-    text_name = "resnet18_phantom_nep_la0.25_t0.1.txt"
+    text_name = "test_resnet_phantom_nep_la0.25_t0.1.txt"
     assert names >= {
         "config.yaml",
         "metrics.jsonl",
@@ -294,7 +294,7 @@ def test_where_no_lungs_are_found_the_box_stands_in_and_is_counted(flags, tmp_pa
     assert report["regions_replaced"]["test"] == positives > 0
     place = report["test"]["localization"]
     assert place["expected_box"]["all"]["images"] == positives
-    (text,) = (tmp_path / "run").glob("resnet18_*.txt")
+    (text,) = (tmp_path / "run").glob("test_resnet_*.txt")
     assert f"Expected regions replaced by their part of the lung box (test): {positives}" in text.read_text()
     assert (
         f"its part of the lung box stands in: {report['regions_replaced']['val']} in val, {positives} in test"
@@ -337,7 +337,7 @@ def test_patience_is_reset_by_a_better_model_and_ends_the_run(flags, monkeypatch
         ),
         (["--batch", "10", "--accumulate", "9"], r"--batch 10 x 1 processes x --accumulate 9 = 90"),
         (["--backbone", "resnett"], r"--backbone resnett: unknown; did you mean resnet"),
-        (["--attention.layer", "layer7"], r"layer7: resnet18 has no such module"),
+        (["--attention.layer", "layer7"], r"layer7: test_resnet has no such module"),
         (["--lungs.weights", "nowhere.safetensors"], r"nowhere\.safetensors: no such file"),
         (["--task", "No Finding,Nodule"], "has no images with finding 'Nodule'"),
         (["--shards", "nowhere"], r"--shards \S*nowhere: no such folder"),

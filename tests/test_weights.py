@@ -192,7 +192,7 @@ def test_normalisation_and_arguments_are_the_runs_own(flags, tmp_path):
         (["--std", "0.5"], "--std 0.5: needs --mean beside it"),
         (["--mean", "123", "--std", "60"], "expected shares of the full range"),
         (["--backbone_args", "depth"], "expected NAME=VALUE"),
-        (["--backbone_args", "wings=2"], "--backbone_args wings: resnet18 has no such argument"),
+        (["--backbone_args", "wings=2"], "--backbone_args wings: test_resnet has no such argument"),
     ],
 )
 def test_settings_that_cannot_be(flags, given, words):
