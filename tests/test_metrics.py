@@ -139,6 +139,8 @@ def test_what_a_coarse_map_points_to_is_finer_than_its_cells_and_no_tie_draws_it
     wanted = [[1.5, 2.5], [1.5, 2.5 + 1 / 3], [1.5, 3.5], [1.5, 2.5 + 1 / 3], [0.5 + 1 / 3, 7.5]]
     assert at[[0, 1, 3, 4]].tolist() == [pytest.approx(wanted[k], abs=1e-4) for k in (0, 1, 3, 4)]
     assert ((at[2] - torch.tensor([2.0, 4.0])).abs() <= 0.5).all()
+    broken = torch.full((1, 4, 8), torch.nan)  # of an overflow: it points nowhere, and ends nothing
+    assert localize(torch.zeros(1, 64, 64), torch.ones(1, 64, 64) > 0, 0.5, broken)[0, 2] == 0
     # In the units of the drawn map: between the middles of two cells, where no interpolated map is largest
     drawn = torch.nn.functional.interpolate(cams[:2, None, :, :4], (64, 64), mode="bilinear")[:, 0]
     region = torch.zeros(2, 64, 64, dtype=torch.bool)

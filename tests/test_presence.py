@@ -170,7 +170,7 @@ def test_what_one_process_fails_by_ends_the_others_with_its_words(flags, fails, 
         for k in (0, 1)
     ]
     try:
-        said = [process.communicate(timeout=60)[1] for process in processes]
+        said = [process.communicate(timeout=150)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -21,6 +21,7 @@ from scipy.stats import norm, rankdata
 from shards.errors import InputError
 from trainer.content import Content
 from trainer.groups import limits_of
+from trainer.metrics import POINTING
 from trainer.multilabel import Sorted
 
 RESAMPLES = 1000
@@ -82,6 +83,9 @@ def read_predictions(folder: Path, split: str, content: Content) -> Predictions 
                 place[word, figure] = {
                     name: np.array([_placed(line, kind, name, figure) for line in lines]) for name in findings
                 }
+        if content["test" if split == "test" else "val"].get("pointing") != POINTING:  # it was of the largest pixel
+            for word in ("region", "lesion"):
+                place[word, "pointing"] = {name: np.full(len(lines), math.nan) for name in findings}
         keys = [str(line["key"]) for line in lines]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: is damaged ({error}); `python -m trainer.evaluate` writes it again") from error

@@ -99,6 +99,7 @@ class Figures(TypedDict, total=False):
     binary: dict[str, float]
     at_threshold: dict[str, float]
     localization: dict[str, dict[str, Found | None]]
+    pointing: str  # what a map points to, `metrics.POINTING`; before, unsaid, it was its largest pixel
     lesions: dict[str, OfLesions]
     by: dict[str, dict[str, dict[str, Any]]]  # column, value: `trainer.groups.by_column`
     probe: Probe | None

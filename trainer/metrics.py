@@ -17,6 +17,7 @@ from trainer.multilabel import Sorted
 
 LOCALIZATION = ("energy", "lift", "pointing", "pointing_near", "coverage", "iou_otsu")
 THRESHOLDS = tuple(k / 16 for k in range(1, 16))  # at which IoU is measured, so that validation can choose one
+POINTING = "centre of mass"  # what `pointed` is, as reports say it
 NEAR = 15 / 224  # tolerance of pointing_near, in shares of the image's side
 GRAYS = 256
 
@@ -153,7 +154,7 @@ def localize(
     total = cam.sum((1, 2))
     alive = total > 0
     energy = (cam * inside).sum((1, 2)) / total.clamp(min=1e-12)
-    row, column = (pointed(cam if raw is None else raw) * size).long().clamp(max=size - 1).unbind(1)
+    row, column = (pointed(cam if raw is None else raw) * size).nan_to_num().long().clamp(max=size - 1).unbind(1)
     peak = (row * size + column)[:, None]
     pointing = inside.flatten(1).gather(1, peak)[:, 0] * alive
     at = torch.arange(size, device=cam.device)

@@ -10,7 +10,7 @@ from shards.dataset import Split
 from trainer.calibration import Calibration
 from trainer.calibration import figures as calibration_figures
 from trainer.content import Figures
-from trainer.metrics import LOCALIZATION, THRESHOLDS, best_threshold, measured, summarize
+from trainer.metrics import LOCALIZATION, POINTING, THRESHOLDS, best_threshold, measured, summarize
 from trainer.task import Pairs, Point, Task
 
 
@@ -86,7 +86,7 @@ class Outcome:
         )
         figures = cast(Figures, of_labels)
         figures["calibration"] = self._calibrated(calibration)
-        figures["localization"] = {}
+        figures["localization"], figures["pointing"] = {}, POINTING
         patients = self.patients() if intervals else None
         whose = patients[self.pairs.image.numpy()] if patients is not None else None
         for kind, table in self.tables().items():

@@ -57,7 +57,8 @@ def against(raw: torch.Tensor, truth: np.ndarray, boxes: Sequence[Sequence[float
 
 def pixel(raw: torch.Tensor, size: tuple[int, ...]) -> tuple[int, int]:
     """Row and column of what a map [h,w] points to, in an image of that height and width."""
-    row, column = (min(n - 1, int(at * n)) for at, n in zip(pointed(raw[None])[0].tolist(), size, strict=True))
+    at = pointed(raw[None])[0].nan_to_num().tolist()
+    row, column = (min(n - 1, int(share * n)) for share, n in zip(at, size, strict=True))
     return row, column
 
 

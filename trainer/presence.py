@@ -95,14 +95,13 @@ class Presence(threading.Thread):
             with suppress(Exception):
                 self.store.set(self._key(f"done/{self.rank}"), "")
 
-    def failed(self, why: str) -> None:
-        """Tell the others that this process ends, and why: they would wait for it."""
-        if self.used:
-            with suppress(Exception):
-                self.store.set(self._key("failed"), f"process {self.rank} on {socket.gethostname()}: {why}")
-        self.end(2.5 * EVERY)
+    def tell(self, error: Exception) -> None:
+        """Tell the others that this process fails, and by what: they would wait for it."""
+        why = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {_first_line(error)}"
+        with suppress(Exception):
+            self.store.set(self._key("failed"), f"process {self.rank} on {socket.gethostname()}: {why}")
 
-    def end(self, patience: float = LOST) -> None:
+    def end(self, patience: float | None = None) -> None:
         """All is done: nobody is watched any more. The first process, which may hold the store, goes last, or after so
         many seconds.
         """
@@ -111,7 +110,7 @@ class Presence(threading.Thread):
         if self.rank or not self.used:
             return
         with suppress(Exception):
-            until = time.monotonic() + patience
+            until = time.monotonic() + (LOST if patience is None else patience)
             names = [self._key(f"done/{rank}") for rank in range(self.world)]
             while not self.store.check(names) and time.monotonic() < until:
                 time.sleep(0.02)
@@ -360,11 +359,21 @@ def explained(action: Callable[[], None]) -> None:
     except Exception as error:
         if here is None or not here.used:
             raise
-        first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         if _of_connection(error):
-            here._leave(f"{here.explanation()} ({first})")
-        here.failed(str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {first}")
+            here._leave(f"{here.explanation()} ({_first_line(error)})")
+        here.tell(error)
+        here.end(2.5 * EVERY)
         raise
+
+
+def tell(error: Exception) -> None:
+    """Tell the others at once what this process fails by, before it tidies up."""
+    if here is not None and here.used and not _of_connection(error):
+        here.tell(error)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _of_connection(error: Exception) -> bool:

@@ -1,12 +1,16 @@
 """python -m trainer.train: train a classifier that looks where the finding is."""
 
 if __name__ == "__main__":  # what is wrong with the settings is said before torch is imported, which takes seconds
+    from os import environ as _environ
+
     from shards.errors import run as _run
     from shards.store import open_store as _open_store
     from trainer.command import resolve as _resolve
 
     def _check() -> None:
-        _open_store(_resolve(None).shards).there()
+        config = _resolve(None)
+        if _environ.get("LOCAL_WORLD_SIZE", "1") == _environ.get("WORLD_SIZE", "1"):  # else once all have met
+            _open_store(config.shards).there()
 
     _run(_check)
 
@@ -52,10 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     """Parse, build, train, evaluate the best model, close."""
     set_threads()
     config = resolve(argv)
-    if config.dry_run:
-        dry_run(config)
-        return
-    presence.explained(lambda: train(config))
+    presence.explained(lambda: dry_run(config) if config.dry_run else train(config))
 
 
 def train(config: Config) -> None:
@@ -79,6 +80,9 @@ def train(config: Config) -> None:
         kept = checkpoint.there(Path(trainer.config.out) / "checkpoints")
         went = "its last checkpoint" if kept else "the beginning, there is no checkpoint yet"
         trainer.accelerator.print(f"\n{trainer.config.out}: stopped; --resume goes on from {went}", file=sys.stderr)
+        raise
+    except Exception as error:
+        presence.tell(error)  # a tracker may take minutes to close
         raise
     finally:
         trainer.close()
@@ -120,17 +124,23 @@ def dry_run(config: Config) -> None:
             f"seconds, so that they take {duration(config.epochs * images / taken * seconds)}, and validation beside "
             f"them. Nothing was kept; leave out --dry_run to train"
         )
-    finally:
+    except BaseException as error:
+        if isinstance(error, Exception):
+            presence.tell(error)
         trainer.close()
-        acc.wait_for_everyone()
-        on_main(acc, lambda: _remove(out, new))
+        _remove(out, new)  # whoever fails: the others may not come to it
+        raise
+    trainer.close()
+    acc.wait_for_everyone()
+    on_main(acc, lambda: _remove(out, new))
     close(acc)
 
 
 def _remove(out: Path, new: list[Path]) -> None:
     """What a run has written into its folder, and the folders that it has made."""
-    for path in out.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in out.iterdir() if out.is_dir() else ():
+        with contextlib.suppress(OSError):  # another process may do the same
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     for folder in new:
         with contextlib.suppress(OSError):
             folder.rmdir()

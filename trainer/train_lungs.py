@@ -39,7 +39,7 @@ from shards.joined import Joined, Samples
 from shards.loader import Loader
 from shards.plan import EpochPlan
 from shards.store import open_store
-from trainer import checkpoint, lung_report
+from trainer import checkpoint, lung_report, presence
 from trainer.augment import augment, draw, resize
 from trainer.command import flat, parse, resumed, to_yaml
 from trainer.launching import (
@@ -335,4 +335,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(lambda: presence.explained(main))

@@ -74,11 +74,11 @@ def _lesions(figures: Figures) -> list[str]:
     what = "pairs of an image and a finding" if "per_finding" in figures else "images"
     at = "pointing" if "pointing" in model else "hit"  # of reports from before
     said = f"On the {found['images']} {what} with known lesions the maps have "
-    said += f"{percent(model['energy'], model.get('energy_95'))} of their energy in these and point to "
-    said += percent(model[at], model.get(f"{at}_95"))
+    said += f"{percent(model['energy'], model.get('energy_95'))} of their energy in these and point into "
+    said += f"{percent(model[at], model.get(f'{at}_95'))} of them"
     if not constant or unknown(constant.get("energy")):
         return [f"{said}."]
-    said += f"; the mean lesion of val, which knows no image, has {percent(constant['energy'])} and points to "
+    said += f"; the mean lesion of val, which knows no image, has {percent(constant['energy'])} and points into "
     said += percent(constant[at])
     region = found.get("region")
     if region and not unknown(region.get(at)):  # of reports from before there is none
@@ -88,7 +88,7 @@ def _lesions(figures: Figures) -> list[str]:
         return [said]  # of other pairs: no comparison
     floors = {"the mean lesion": constant} | ({"the region": region} if region and not unknown(region.get(at)) else {})
     shown = []
-    for name, words in {"energy": "its maps have more in the lesions", at: "they point to more of them"}.items():
+    for name, words in {"energy": "its maps have more in the lesions", at: "its maps point into more of them"}.items():
         lowest = (model.get(f"{name}_95") or [math.nan])[0]
         if beaten := [floor for floor, of in floors.items() if lowest > of[name]]:
             shown.append(f"{words} than {' and '.join(beaten)}")

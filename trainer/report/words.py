@@ -227,8 +227,8 @@ MEANING = {
     "mean over the images of a finding",
     "lift over area": "that share minus the region's share of the image: 0 is no better than a map that is the same "
     "everywhere",
-    "pointing hit": "share of those images whose CAM points into the region: the middle of its largest cell "
-    "and those beside it lies there",
+    "pointing hit": "share of those images whose CAM points into the region, with the centre of mass of its "
+    "largest cell and those beside it",
     "energy in lesion": "as above, in the lesions (red) of the image's own finding, on images that have some",
     "pointing at lesion": "as above",
     PROBES[
@@ -311,6 +311,17 @@ def notes(runs: dict[str, Content]) -> list[str]:
                 f"{name}: in {lost} of {images} images no lungs were found, and regions are those of the whole image: "
                 "are they frontal chest radiographs?"
             )
+    before = [
+        name
+        for name, content in runs.items()
+        if "pointing" not in content[shown_split(content)]
+        and (content[shown_split(content)].get("localization") or {}).get("expected", {}).get("all")
+    ]
+    if before:
+        parts.append(
+            f"{listed(before)}: measured when a map pointed to its largest pixel, and not to the centre of mass there; "
+            "`python -m trainer.evaluate --run RUN` measures it anew"
+        )
     if len({content.get("regions") for content in runs.values()}) > 1:
         parts.append("these runs differ in their expected regions: figures of the region cannot be compared")
     return parts
