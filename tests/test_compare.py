@@ -143,6 +143,22 @@ def test_a_page_of_two_runs_says_what_differs(trained, tmp_path, capsys):
     assert "again less run" in capsys.readouterr().out
 
 
+def test_pointing_of_a_report_from_before_is_named_and_not_compared(trained, tmp_path, capsys):
+    """It was that of the largest pixel."""
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    both = ["--out", str(tmp_path / "both.html"), str(tmp_path / "run"), str(tmp_path / "again")]
+    report_main(both)
+    assert "pointing at region" in (tmp_path / "both.html").read_text()
+    assert "largest pixel, and not" not in capsys.readouterr().out
+    report = json.loads((tmp_path / "again/report.json").read_text())
+    for split in ("val", "test"):
+        del report[split]["pointing"]
+    (tmp_path / "again/report.json").write_text(json.dumps(report))
+    report_main(both)
+    assert "pointing at region" not in (tmp_path / "both.html").read_text()
+    assert "note: again: measured when a map pointed to its largest pixel" in capsys.readouterr().out
+
+
 def test_two_configurations_of_several_seeds_are_compared_seed_by_seed(trained, tmp_path, capsys):
     """And an ensemble is of one configuration's seeds, not of all that is there."""
     names, rng = ("plain_0", "plain_1", "other_0", "other_1"), np.random.default_rng(0)
