@@ -224,6 +224,9 @@ def measure(backbone: str, pairs: int, batch_size: int, root: Path) -> str:
     share = np.array(times["published procedure"]) / np.array(times["default, remembered lungs"])
     text += f"\nPublished procedure / default, remembered lungs: {np.median(share):.1f}.\n"
     model = ways.fresh.eval()  # steps on 40 images may leave a map that is zero everywhere
+    for module in model.net.modules():
+        if isinstance(module, nn.ReLU):  # grad-cam keeps the layer's output, which VGG's next ReLU changes in place
+            module.inplace = False
     x, classes = (ways.images - model.mean) / model.std, ways.target
     listed = classes.tolist()
 
