@@ -12,7 +12,7 @@ from scipy.stats import norm
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from shards.errors import InputError
-from trainer.compare import Predictions, compare, delong, holm, seeds_of_one, together
+from trainer.compare import Predictions, compare, delong, holm, read_predictions, seeds_of_one, together
 from trainer.report.__main__ import main as report_main
 
 
@@ -145,18 +145,19 @@ def test_a_page_of_two_runs_says_what_differs(trained, tmp_path, capsys):
 
 def test_pointing_of_a_report_from_before_is_named_and_not_compared(trained, tmp_path, capsys):
     """It was that of the largest pixel."""
-    shutil.copytree(tmp_path / "run", tmp_path / "again")
-    both = ["--out", str(tmp_path / "both.html"), str(tmp_path / "run"), str(tmp_path / "again")]
-    report_main(both)
-    assert "pointing at region" in (tmp_path / "both.html").read_text()
-    assert "largest pixel, and not" not in capsys.readouterr().out
-    report = json.loads((tmp_path / "again/report.json").read_text())
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    now = read_predictions(tmp_path / "run", "test", report).place
+    assert not np.isnan(now["region", "pointing"]["Effusion"]).all()
     for split in ("val", "test"):
         del report[split]["pointing"]
-    (tmp_path / "again/report.json").write_text(json.dumps(report))
-    report_main(both)
-    assert "pointing at region" not in (tmp_path / "both.html").read_text()
-    assert "note: again: measured when a map pointed to its largest pixel" in capsys.readouterr().out
+    before = read_predictions(tmp_path / "run", "test", report).place
+    assert np.isnan(before["region", "pointing"]["Effusion"]).all()
+    assert np.array_equal(before["region", "energy"]["Effusion"], now["region", "energy"]["Effusion"], equal_nan=True)
+    report_main(["--out", str(tmp_path / "x.html"), str(tmp_path / "run")])
+    assert "largest pixel, and not" not in capsys.readouterr().out
+    (tmp_path / "run/report.json").write_text(json.dumps(report))
+    report_main(["--out", str(tmp_path / "x.html"), str(tmp_path / "run")])
+    assert "note: run: measured when a map pointed to its largest pixel" in capsys.readouterr().out
 
 
 def test_two_configurations_of_several_seeds_are_compared_seed_by_seed(trained, tmp_path, capsys):
