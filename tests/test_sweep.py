@@ -222,13 +222,14 @@ def test_a_grid_twice_interrupted_gives_the_same_table(shards, tmp_path):
     lams = {"1": {"balance.lam": 1}, "adaptive": {"balance.policy": "published"}}
     file = grid_file(tmp_path, {"base": base, "grid": {"lambda": lams, "task": ["ne", "np"]}})
     tables = []
-    for name, stops in (("calm", ()), ("rough", (8, 15))):
+    for name, stops in (("calm", ()), ("rough", (1, 3))):  # while so many runs have begun
         command = [sys.executable, "-m", "trainer.sweep", str(file), "--out", str(tmp_path / name)]
-        for seconds in stops:
+        for begun in stops:
             process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
-            time.sleep(seconds)
+            while process.poll() is None and len(list((tmp_path / name).glob("*/metrics.jsonl"))) < begun:
+                time.sleep(0.05)
             process.send_signal(signal.SIGTERM)
-            assert process.wait(60) != 0
+            assert process.wait(60) == 0  # as a scheduler wants it of what can go on
         subprocess.run(command, cwd=ROOT, check=True)
         runs = sorted(str(run) for run in (tmp_path / name).iterdir() if run.is_dir())
         report.main(["--table", "paper", "--out", str(tmp_path / f"{name}.csv"), *runs])
