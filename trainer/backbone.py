@@ -21,10 +21,12 @@ PUBLISHED = {"pvt": "pvt_v2_b2_li", "vgg": "vgg16", "resnet": "resnet50"}
 
 HUB_SECONDS = 5.0
 
+LOCAL, HUB = "local-dir:", ("hf-hub:", "hf_hub:")
+
 
 class Covering(nn.Conv2d):
     """A convolution that is a matrix product where its kernel covers all of its input, as in VGG's head of 120 million
-    weights: the same numbers, and what a CAM differentiates twice there takes a quarter of the time.
+    weights: the same numbers, and what a CAM differentiates twice there takes a third of the time.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -33,9 +35,6 @@ class Covering(nn.Conv2d):
             return super().forward(x)
         rows, weight = (t.permute(0, 2, 3, 1).flatten(1) for t in (x, self.weight))  # views where channels come last
         return F.linear(rows, weight, self.bias)[:, :, None, None]
-
-
-LOCAL, HUB = "local-dir:", ("hf-hub:", "hf_hub:")
 
 
 def create(

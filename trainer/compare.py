@@ -19,9 +19,8 @@ import numpy as np
 from scipy.stats import norm, rankdata
 
 from shards.errors import InputError
-from trainer.content import Content
+from trainer.content import POINTING, Content
 from trainer.groups import limits_of
-from trainer.metrics import POINTING
 from trainer.multilabel import Sorted
 
 RESAMPLES = 1000
@@ -71,7 +70,9 @@ def read_predictions(folder: Path, split: str, content: Content) -> Predictions 
     if not path.is_file():
         return None
     names = [str(name) for name in content["findings"]]
-    several = "per_finding" in content["test" if split == "test" else "val"]
+    figures = content["test" if split == "test" else "val"]
+    several = "per_finding" in figures
+    comparable = {"energy": True, "pointing": figures.get("pointing") == POINTING}
     findings = names if several else names[1:]
     try:
         lines: list[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines()]
@@ -79,13 +80,11 @@ def read_predictions(folder: Path, split: str, content: Content) -> Predictions 
         probability = {name: np.array([float(line["probability"][name]) for line in lines]) for name in findings}
         place: dict[tuple[str, str], dict[str, np.ndarray]] = {}
         for kind, word in (("expected", "region"), ("lesion", "lesion")):
-            for figure in ("energy", "pointing"):
+            for figure, known in comparable.items():
                 place[word, figure] = {
-                    name: np.array([_placed(line, kind, name, figure) for line in lines]) for name in findings
+                    name: np.array([_placed(line, kind, name, figure) if known else math.nan for line in lines])
+                    for name in findings
                 }
-        if content["test" if split == "test" else "val"].get("pointing") != POINTING:  # it was of the largest pixel
-            for word in ("region", "lesion"):
-                place[word, "pointing"] = {name: np.full(len(lines), math.nan) for name in findings}
         keys = [str(line["key"]) for line in lines]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: is damaged ({error}); `python -m trainer.evaluate` writes it again") from error

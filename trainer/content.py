@@ -5,6 +5,7 @@ from typing import Any, Literal, TypedDict
 from trainer.calibration import Calibration
 
 Measured = Literal["val", "test"]
+POINTING = "centre of mass"  # what a map points to, `metrics.pointed`
 Interval = list[float]  # the two ends of a 95% interval
 # Localization of some pairs: images, without_map, iou_threshold, and for each name of `metrics.LOCALIZATION` its mean
 # and, under ``<name>_95``, its interval.
@@ -99,7 +100,7 @@ class Figures(TypedDict, total=False):
     binary: dict[str, float]
     at_threshold: dict[str, float]
     localization: dict[str, dict[str, Found | None]]
-    pointing: str  # what a map points to, `metrics.POINTING`; before, unsaid, it was its largest pixel
+    pointing: str  # `POINTING`; before, unsaid, it was of the largest pixel
     lesions: dict[str, OfLesions]
     by: dict[str, dict[str, dict[str, Any]]]  # column, value: `trainer.groups.by_column`
     probe: Probe | None

@@ -27,9 +27,9 @@ from shards.pixels import encode_image
 from shards.rle import Runs
 from trainer.lesion_figures import maps
 from trainer.measure import Evaluator
-from trainer.metrics import GRAYS, otsu
+from trainer.metrics import GRAYS, otsu, pointed_pixels
 from trainer.outcome import Outcome
-from trainer.papers import known_pairs, pixel
+from trainer.papers import known_pairs
 from trainer.regions.lesions import LesionRegions
 from trainer.report.words import file_name
 from trainer.task import Point
@@ -74,7 +74,7 @@ def write_maps(evaluator: Evaluator, name: str, outcome: Outcome, point: Point, 
         }
         atomic.write(theirs / f"{img}_{called}_map.pkl", pickle.dumps(info))
         hot = gray >= otsu(torch.bincount(gray.flatten(), minlength=GRAYS)[None])[0]
-        row, column = pixel(raw, (height, width))
+        row, column = divmod(int(pointed_pixels(raw[None], (height, width))[0]), width)
         entry: dict[str, Any] = {
             "number": number,
             "line": [key, finding, round(float(probability[image, k]), 6), int(says), column, row],

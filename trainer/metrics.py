@@ -4,6 +4,7 @@ Legend: N images; logits float [N,K]; labels int [N]; cam float [B,S,S] in [0,1]
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,6 @@ from trainer.multilabel import Sorted
 
 LOCALIZATION = ("energy", "lift", "pointing", "pointing_near", "coverage", "iou_otsu")
 THRESHOLDS = tuple(k / 16 for k in range(1, 16))  # at which IoU is measured, so that validation can choose one
-POINTING = "centre of mass"  # what `pointed` is, as reports say it
 NEAR = 15 / 224  # tolerance of pointing_near, in shares of the image's side
 GRAYS = 256
 
@@ -154,8 +154,7 @@ def localize(
     total = cam.sum((1, 2))
     alive = total > 0
     energy = (cam * inside).sum((1, 2)) / total.clamp(min=1e-12)
-    row, column = (pointed(cam if raw is None else raw) * size).nan_to_num().long().clamp(max=size - 1).unbind(1)
-    peak = (row * size + column)[:, None]
+    peak = pointed_pixels(cam if raw is None else raw, (size, size))[:, None]
     pointing = inside.flatten(1).gather(1, peak)[:, 0] * alive
     at = torch.arange(size, device=cam.device)
     away = (at[None, :, None] - peak[:, :, None] // size).square() + (
@@ -197,6 +196,14 @@ def pointed(cams: torch.Tensor) -> torch.Tensor:
     total = window.sum((1, 2)).clamp(min=1e-30)
     down, right = (window.sum(2) * step).sum(1) / total, (window.sum(1) * step).sum(1) / total
     return torch.stack([(row + 0.5 + down) / height, (column + 0.5 + right) / width], 1)
+
+
+def pointed_pixels(cams: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """What maps [B,h,w] point to in images of that height and width, as an index into H x W: int64 [B]; 0 for NaN."""
+    most = torch.tensor(size, device=cams.device) - 1
+    at = pointed(cams)
+    row, column = torch.minimum((at * (most + 1)).nan_to_num().long(), most).unbind(1)
+    return row * size[1] + column
 
 
 def peaks(cams: torch.Tensor) -> torch.Tensor:

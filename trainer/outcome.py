@@ -9,8 +9,8 @@ import torch
 from shards.dataset import Split
 from trainer.calibration import Calibration
 from trainer.calibration import figures as calibration_figures
-from trainer.content import Figures
-from trainer.metrics import LOCALIZATION, POINTING, THRESHOLDS, best_threshold, measured, summarize
+from trainer.content import POINTING, Figures
+from trainer.metrics import LOCALIZATION, THRESHOLDS, best_threshold, measured, summarize
 from trainer.task import Pairs, Point, Task
 
 

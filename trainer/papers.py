@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from shards.dataset import Split
 from shards.truth import LesionMasks, Lesions
-from trainer.metrics import GRAYS, THRESHOLDS, otsu, peaks, pointed, summarize
+from trainer.metrics import GRAYS, THRESHOLDS, otsu, peaks, pointed_pixels, summarize
 from trainer.regions.lesions import LesionRegions
 
 T_IOU = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
@@ -44,22 +44,14 @@ def against(raw: torch.Tensor, truth: np.ndarray, boxes: Sequence[Sequence[float
     gray = ((full - low) / (high - low) * (GRAYS - 1)).long()
     histogram = torch.bincount(gray.flatten(), minlength=GRAYS)[None]
     hot = gray >= otsu(histogram)[0]
-    row, column = pixel(raw, truth.shape)
     figures = [
         float((full * inside).sum() / full.sum()),
         float(inside.flatten()[peaks(full[None])[0]]),
-        float(inside[row, column]),
+        float(inside.flatten()[pointed_pixels(raw[None], truth.shape)[0]]),
         float((hot & inside).sum() / (hot | inside).sum().clamp(min=1)),
     ]
     of_boxes = _overlaps(((full - low) / (high - low)).numpy(), boxes)
     return torch.cat([torch.tensor(figures, dtype=torch.float64), torch.from_numpy(of_boxes).flatten()])
-
-
-def pixel(raw: torch.Tensor, size: tuple[int, ...]) -> tuple[int, int]:
-    """Row and column of what a map [h,w] points to, in an image of that height and width."""
-    at = pointed(raw[None])[0].nan_to_num().tolist()
-    row, column = (min(n - 1, int(share * n)) for share, n in zip(at, size, strict=True))
-    return row, column
 
 
 def _overlaps(cam: np.ndarray, boxes: Sequence[Sequence[float]]) -> np.ndarray:

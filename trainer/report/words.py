@@ -10,7 +10,7 @@ from typing import Any, Literal
 from shards.errors import listed
 from shards.sample import NO_FINDING
 from trainer.config import Config
-from trainer.content import Content, Figures, Found, Measured, Probe
+from trainer.content import POINTING, Content, Figures, Found, Measured, Probe
 
 MEASURED: tuple[Measured, ...] = ("val", "test")
 LONGEST = 200  # bytes of a file name that is made of others' names; file systems take 255
@@ -314,7 +314,7 @@ def notes(runs: dict[str, Content]) -> list[str]:
     before = [
         name
         for name, content in runs.items()
-        if "pointing" not in content[shown_split(content)]
+        if content[shown_split(content)].get("pointing") != POINTING
         and (content[shown_split(content)].get("localization") or {}).get("expected", {}).get("all")
     ]
     if before:
