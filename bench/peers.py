@@ -26,7 +26,8 @@ from step import processor, quartiles
 from torch import nn
 from torch.nn import functional as F
 
-from shards.loader import Batch, Loader
+from shards.batch import Batch
+from shards.loader import Loader
 from shards.pack import pack
 from shards.phantom import Phantoms
 from shards.plan import EpochPlan

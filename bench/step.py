@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from shards.loader import Batch, Loader
+from shards.batch import Batch
+from shards.loader import Loader
 from shards.names import lists
 from shards.pack import pack
 from shards.phantom import Phantoms, SeveralPhantoms

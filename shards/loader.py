@@ -5,19 +5,17 @@ Legend: W processes that train, B images a process and batch; positions are thos
 
 import multiprocessing
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Sampler
 
+from shards.batch import Batch, Reader
 from shards.dataset import Split
 from shards.errors import WORKER_LOST, InputError
 from shards.joined import Samples
@@ -29,90 +27,6 @@ FETCHERS = 4  # shards of a URL that are fetched ahead at a time
 PREFETCH = 2
 GRACE = 5  # seconds that a loader process lives on after a SIGTERM
 STALLED = 600.0  # seconds without a batch after which the loader's processes count as stuck, if nothing else is said
-SHM_REMEDY = "use fewer --workers (0: none) or a smaller --batch, or give the container more (docker run --shm-size 1g)"
-
-
-@dataclass
-class Batch:
-    """What one process gets. A process whose share is empty gets others' images with weight 0.
-
-    image: uint8 [B,1,H,W]; target: int8 [B,K] (`shards.targets`); index: int64 [B], position in the split; weight:
-    float32 [B], 1 or 0;
-    times: int64 [B], how often each came before in the epoch;
-    mask: bool [B,H,W] or None (only a Split opened with ``masks=True``); total: images of the global batch, of all
-    processes.
-    """
-
-    image: torch.Tensor
-    target: torch.Tensor
-    index: torch.Tensor
-    weight: torch.Tensor
-    times: torch.Tensor
-    mask: torch.Tensor | None = None
-    total: int = 0
-
-    def pin_memory(self) -> "Batch":
-        """For the loader: in page-locked memory, from which copies to a GPU do not wait."""
-        pinned = replace(self)
-        for name, tensor in self.tensors().items():
-            setattr(pinned, name, tensor.pin_memory())
-        return pinned
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Those that there are, by name."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-
-
-class _Reader(Dataset["Batch | InputError"]):
-    """Share -> batch, in the loader's processes."""
-
-    def __init__(self, samples: Samples) -> None:
-        self.samples, self.buffers = samples, _Buffers()
-
-    def __getitem__(self, share: Share) -> "Batch | InputError":
-        try:
-            batch = self._batch(share)
-            if get_worker_info() is not None:
-                for tensor in batch.tensors().values():
-                    # Here, where a full /dev/shm is an error: the queue's thread would lose the batch.
-                    tensor.share_memory_()
-            return batch
-        except InputError as error:
-            return error  # raised by `Loader.batches`: a process of the loader would wrap it in its traceback
-        except RuntimeError as error:
-            if "shared memory" not in str(error) and "/torch_" not in str(error):
-                raise
-            return InputError(f"the loader's processes have no room left in /dev/shm; {SHM_REMEDY}")
-
-    def _batch(self, share: Share) -> Batch:
-        images = np.empty((0, 0, 0), np.uint8)
-        for i, position in enumerate(share.positions):
-            image = self.samples.image(position)
-            if not i:
-                images = self.buffers.get((len(share.positions), *image.shape))
-            elif image.shape != images.shape[1:]:
-                sizes = " and ".join(f"{shape[1]}x{shape[0]}" for shape in (images.shape[1:], image.shape))
-                raise InputError(
-                    f"{self.samples.where}: images of different sizes in one batch ({sizes}); pack them to one --size"
-                )
-            images[i] = image
-        masks = None
-        if self.samples.masks:
-            known = [self.samples.mask(p) for p in share.positions]
-            # All are there: checked when opened
-            masks = torch.from_numpy(np.stack([m for m in known if m is not None]))
-        return Batch(
-            image=torch.from_numpy(images)[:, None],
-            target=torch.from_numpy(self.samples.targets(share.positions)),
-            index=torch.from_numpy(share.positions),
-            weight=torch.full((len(images),), float(share.counts)),
-            times=torch.from_numpy(share.times),
-            mask=masks,
-            total=share.total,
-        )
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"buffers": _Buffers()}
 
 
 class Loader:
@@ -150,7 +64,7 @@ class Loader:
         if workers:
             options |= {"persistent_workers": True, "prefetch_factor": PREFETCH}
         self.loader: Any = DataLoader(
-            _Reader(samples), batch_size=None, sampler=self.sampler, collate_fn=None, **options
+            Reader(samples), batch_size=None, sampler=self.sampler, collate_fn=None, **options
         )
         self.processes: list[Any] = []
 
@@ -305,37 +219,6 @@ def _leave_interrupts(_: int) -> None:
     # A SIGTERM to all is followed by the parent's last checkpoint; one by the parent means this process, whose end it
     # waits for. Which it is cannot be told, so that after the first one there is a little time.
     signal.signal(signal.SIGTERM, lambda *_: (signal.signal(signal.SIGTERM, signal.SIG_DFL), signal.alarm(GRACE)))
-
-
-class _Buffers:
-    """Memory of batches that nobody holds any more: asking the system for new pages costs as much as a tenth of
-    decoding.
-    """
-
-    def __init__(self) -> None:
-        self.known: list[np.ndarray] = []
-        self.idle = self._idle([np.empty(1, np.uint8)])
-
-    @staticmethod
-    def _idle(known: list[np.ndarray]) -> int:
-        """References that Python counts for an array that only the list holds, asked as `get` asks: 3, from Python 3.14
-        on 2.
-        """
-        for array in known:
-            if array.shape == (1,) and (count := sys.getrefcount(array)):
-                return count
-        raise AssertionError
-
-    def get(self, shape: tuple[int, ...]) -> np.ndarray:
-        """An uninitialised uint8 array. It is handed out again when the tensors made from it are gone: they hold a
-        reference to it.
-        """
-        for array in self.known:
-            if array.shape == shape and sys.getrefcount(array) == self.idle:
-                return array
-        array = np.empty(shape, np.uint8)
-        self.known = [*self.known[-3:], array]
-        return array
 
 
 class _Ahead(Sampler[Share]):

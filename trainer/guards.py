@@ -17,9 +17,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 import trainer
+from shards.batch import SHM_REMEDY
 from shards.dataset import Split
 from shards.errors import InputError, listed
-from shards.loader import PREFETCH, SHM_REMEDY
+from shards.loader import PREFETCH
 from trainer.command import flat
 from trainer.config import Config
 

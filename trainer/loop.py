@@ -20,8 +20,8 @@ import torch
 from tqdm import tqdm
 
 from shards import atomic
+from shards.batch import Batch
 from shards.errors import InputError, finite
-from shards.loader import Batch
 from shards.sample import NO_FINDING
 from trainer import presence
 from trainer.augment import LABELS, LENDS, PAIR, SWAPS, augment, draw

@@ -8,8 +8,9 @@ import torch
 from accelerate import Accelerator
 from torch.nn import functional as F
 
+from shards.batch import Batch
 from shards.dataset import Split
-from shards.loader import Batch, Loader
+from shards.loader import Loader
 from shards.plan import EpochPlan
 from trainer.cam import normalize_cam
 from trainer.classifier import FocusClassifier, evaluating

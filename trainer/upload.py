@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from shards.loader import Batch
+from shards.batch import Batch
 
 
 def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
