@@ -3,7 +3,8 @@
 In under eight minutes: images a second of a step, alternating, in bf16, fp16 and float32 (TF32): cross-entropy, the
 default with remembered and with new lungs, the default with `--compile`; its peak memory; whether a step makes the host
 wait for the GPU (torch's own check, which raises there); the share of a training loop from shards in which it waits for
-images; the rate of evaluation and of the forward alone. Writes bench/gpu.md, with the card's name. Without a GPU it
+images, decoded by its loader's processes and by the GPU, and how far their grays differ; the rate of evaluation and of
+the forward alone. Writes bench/gpu.md, with the card's name. Without a GPU it
 says so, and with --cpu it runs all the same, to see that it works.
 """
 
@@ -100,11 +101,8 @@ def sync(trainer: Trainer, batch: object) -> str:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def loop(backbone: str, batch: int, workers: int, root: Path) -> list[str]:
-    """From shards: images a second, and the share of the time that the loop waits for them; evaluation, and bare
-    inference.
-    """
-    trainer = trainer_of(root, backbone, batch, "--workers", str(workers))
+def from_shards(trainer: Trainer) -> str:
+    """A training loop: images a second, and the share of the time that it waits for them."""
     device = trainer.accelerator.device
     waited, seen, began = 0.0, 0, 0.0
     for epoch in range(3):
@@ -122,6 +120,27 @@ def loop(backbone: str, batch: int, workers: int, root: Path) -> list[str]:
         if not epoch:
             began = time.perf_counter()
     seconds = time.perf_counter() - began
+    return f"{seen / seconds:.0f} images/s, waiting {100 * waited / seconds:.1f}%"
+
+
+def grays(trainer: Trainer) -> str:
+    """How far what the device decodes lies from what the reader does."""
+    split, device = trainer.splits["train"], trainer.accelerator.device
+    plan = EpochPlan(split.shard_sizes())
+    both = [next(iter(Loader(split, plan, batch=16, decoder=by).batches(0))).image.cpu() for by in (None, device)]
+    apart = (both[0].int() - both[1].int()).abs()
+    return f"{int(apart.max())} of 255 at most, {apart.double().mean():.3f} in the mean"
+
+
+def loop(backbone: str, batch: int, workers: int, root: Path) -> list[str]:
+    """From shards, decoded by either; evaluation, and bare inference."""
+    lines = []
+    for count, decode in ((workers, "loader"), (workers, "device"), (1, "loader"), (1, "device")):
+        trainer = trainer_of(root, backbone, batch, "--workers", str(count), "--decode", decode)
+        lines.append(f"from shards, {count} loader processes, decoded by the {decode}: {from_shards(trainer)}")
+        trainer.loader.close()
+    lines.append(f"grays by the device and by the loader differ by {grays(trainer)}")
+    device = trainer.accelerator.device
     trainer.evaluator.measure("val")
     wait()
     before = time.perf_counter()
@@ -138,11 +157,7 @@ def loop(backbone: str, batch: int, workers: int, root: Path) -> list[str]:
             trainer.model(images)
     wait()
     bare = 5 * batch / (time.perf_counter() - before)
-    share = 100 * waited / seconds
-    return [
-        f"from shards, {workers} loader processes: {seen / seconds:.0f} images/s, waiting {share:.1f}%",
-        f"evaluation {evaluated:.0f} images/s, bare inference {bare:.0f}",
-    ]
+    return [*lines, f"evaluation {evaluated:.0f} images/s, bare inference {bare:.0f}"]
 
 
 def main() -> None:

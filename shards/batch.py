@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from shards.errors import InputError
 from shards.joined import Samples
+from shards.jpeg import decode_on, gray_jpeg_shape, is_gray_jpeg
 from shards.plan import Share
 
 SHM_REMEDY = "use fewer --workers (0: none) or a smaller --batch, or give the container more (docker run --shm-size 1g)"
@@ -27,6 +28,8 @@ class Batch:
     times: int64 [B], how often each came before in the epoch;
     mask: bool [B,H,W] or None (only a Split opened with ``masks=True``); total: images of the global batch, of all
     processes.
+    jpegs: uint8, the radiographs as stored, one after the other, which `decoded` turns into ``image`` (empty until
+    then), or None; lengths: int64 [B], the bytes of each.
     """
 
     image: torch.Tensor
@@ -36,6 +39,8 @@ class Batch:
     times: torch.Tensor
     mask: torch.Tensor | None = None
     total: int = 0
+    jpegs: torch.Tensor | None = None
+    lengths: torch.Tensor | None = None
 
     def pin_memory(self) -> "Batch":
         """For the loader: in page-locked memory, from which copies to a GPU do not wait."""
@@ -52,8 +57,8 @@ class Batch:
 class Reader(Dataset["Batch | InputError"]):
     """Share -> batch, in the loader's processes."""
 
-    def __init__(self, samples: Samples) -> None:
-        self.samples, self.buffers = samples, _Buffers()
+    def __init__(self, samples: Samples, *, encoded: bool = False) -> None:
+        self.samples, self.encoded, self.buffers = samples, encoded, _Buffers()
 
     def __getitem__(self, share: Share) -> "Batch | InputError":
         try:
@@ -71,17 +76,9 @@ class Reader(Dataset["Batch | InputError"]):
             return InputError(f"the loader's processes have no room left in /dev/shm; {SHM_REMEDY}")
 
     def _batch(self, share: Share) -> Batch:
-        images = np.empty((0, 0, 0), np.uint8)
-        for i, position in enumerate(share.positions):
-            image = self.samples.image(position)
-            if not i:
-                images = self.buffers.get((len(share.positions), *image.shape))
-            elif image.shape != images.shape[1:]:
-                sizes = " and ".join(f"{shape[1]}x{shape[0]}" for shape in (images.shape[1:], image.shape))
-                raise InputError(
-                    f"{self.samples.where}: images of different sizes in one batch ({sizes}); pack them to one --size"
-                )
-            images[i] = image
+        positions = share.positions.tolist()
+        jpegs = self._jpegs(positions) if self.encoded else []
+        images = self._images(positions) if not jpegs else np.empty((len(positions), 0, 0), np.uint8)
         masks = None
         if self.samples.masks:
             known = [self.samples.mask(p) for p in share.positions]
@@ -95,10 +92,55 @@ class Reader(Dataset["Batch | InputError"]):
             times=torch.from_numpy(share.times),
             mask=masks,
             total=share.total,
+            jpegs=torch.frombuffer(bytearray().join(jpegs), dtype=torch.uint8) if jpegs else None,
+            lengths=torch.tensor([len(jpeg) for jpeg in jpegs]) if jpegs else None,
         )
+
+    def _images(self, positions: list[int]) -> np.ndarray:
+        """uint8 [B,H,W]."""
+        images = np.empty((0, 0, 0), np.uint8)
+        for i, position in enumerate(positions):
+            image = self.samples.image(position)
+            if not i:
+                images = self.buffers.get((len(positions), *image.shape))
+            self._same(images.shape[1:], image.shape)
+            images[i] = image
+        return images
+
+    def _jpegs(self, positions: list[int]) -> list[bytes]:
+        """As stored; none if among them is one that is no gray JPEG, which this process alone can decode."""
+        jpegs = [self.samples.image_bytes(p) for p in positions]
+        shapes = [gray_jpeg_shape(jpeg) for jpeg in jpegs]
+        if not all(map(is_gray_jpeg, jpegs)):
+            return []
+        for shape in shapes:
+            self._same(shapes[0], shape)
+        return jpegs
+
+    def _same(self, first: tuple[int, ...], other: tuple[int, ...]) -> None:
+        if first != other:
+            sizes = " and ".join(f"{width}x{height}" for height, width in (first, other))
+            raise InputError(
+                f"{self.samples.where}: images of different sizes in one batch ({sizes}); pack them to one --size"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"buffers": _Buffers()}
+
+
+def decoded(batch: Batch, samples: Samples, device: torch.device) -> Batch:
+    """A batch of ``samples`` with its image: on the device where it brought JPEGs.
+
+    Raises:
+        InputError: one of them is damaged.
+    """
+    if batch.jpegs is None or batch.lengths is None:
+        return batch
+    try:
+        image = decode_on(device, batch.jpegs.split(batch.lengths.tolist()))
+    except RuntimeError:  # damaged, or of a kind that the device does not know: as if nothing had been asked of it
+        image = torch.from_numpy(np.stack([samples.image(p) for p in batch.index.tolist()]))[:, None]
+    return replace(batch, image=image, jpegs=None, lengths=None)
 
 
 class _Buffers:

@@ -55,6 +55,11 @@ class Joined:
         part, at = self._part(position)
         return part.image(at)
 
+    def image_bytes(self, position: int) -> bytes:
+        """See Split."""
+        part, at = self._part(position)
+        return part.image_bytes(at)
+
     def mask(self, position: int) -> np.ndarray | None:
         """See Split."""
         part, at = self._part(position)

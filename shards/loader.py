@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from shards.batch import Batch, Reader
+from shards.batch import Batch, Reader, decoded
 from shards.dataset import Split
 from shards.errors import WORKER_LOST, InputError
 from shards.joined import Samples
@@ -42,6 +42,7 @@ class Loader:
             a tracker. 0: this process reads.
         pinned: batches in page-locked memory, for a GPU.
         timeout: seconds without a batch after which the loader's processes count as stuck; None: `STALLED`.
+        decoder: the device that decodes gray JPEGs, whose batches then lie on it; None: whoever reads decodes.
     """
 
     def __init__(
@@ -55,16 +56,21 @@ class Loader:
         workers: int = 0,
         pinned: bool = False,
         timeout: float | None = None,
+        decoder: torch.device | None = None,
     ) -> None:
         self.timeout = STALLED if timeout is None else timeout
-        self.samples, self.plan = samples, plan
+        self.samples, self.plan, self.decoder = samples, plan, decoder
         self.batch, self.rank, self.world, self.workers = batch, rank, world, workers
         self.sampler = _Armed()
         options: dict[str, Any] = {"num_workers": workers, "pin_memory": pinned, "worker_init_fn": _leave_interrupts}
         if workers:
             options |= {"persistent_workers": True, "prefetch_factor": PREFETCH}
         self.loader: Any = DataLoader(
-            Reader(samples), batch_size=None, sampler=self.sampler, collate_fn=None, **options
+            Reader(samples, encoded=decoder is not None),
+            batch_size=None,
+            sampler=self.sampler,
+            collate_fn=None,
+            **options,
         )
         self.processes: list[Any] = []
 
@@ -121,7 +127,7 @@ class Loader:
                     return
                 if isinstance(got, InputError):
                     raise got
-                yield got
+                yield got if self.decoder is None else decoded(got, self.samples, self.decoder)
         finally:
             watch.end()  # before the error is told: what torch's signal handler still raises would take its place
 

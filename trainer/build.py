@@ -49,6 +49,7 @@ MAY_CHANGE = {
     "batch",
     "accumulate",
     "workers",
+    "decode",
     "log_every",
     "save_every",
     "keep",
@@ -248,6 +249,8 @@ def announce(config: Config, parts: Parts) -> None:
             f"note: {config.backbone}'s feature map is 1 x 1 at --size {config.size} and cannot say where it looks; "
             "raise --size"
         )
+    if config.decode == "device" and accelerator.device.type != "cuda":
+        say("note: --decode device: there is no GPU that could decode; the training process does, which takes longer")
     for name, split in parts.splits.items():
         say(f"{name}: {parts.task.told(split)}")
     if parts.attends and config.balance.ramp and not config.resume:  # of the run as it began

@@ -101,6 +101,10 @@ class Config:
     """
     workers: int = 2
     """Loader processes per process; 0: read in the training process."""
+    decode: Literal["loader", "device"] = "loader"
+    """Who decodes the radiographs that are trained on: whoever reads them, or the GPU (by nvJPEG; a gray may differ by
+    one or two), for machines with fewer than three cores to a GPU. Figures are always of what the reader decodes.
+    """
     log_every: int = 10
     """Steps between lines of metrics.jsonl and of the tracker."""
     save_every: int = 500
@@ -163,19 +167,8 @@ class Config:
             found.append(str(error))
         if self.balance.low > self.balance.high:
             found.append(f"--balance.low {self.balance.low}: is above --balance.high {self.balance.high}")
-        least = {
-            "size": 32,
-            "batch": 1,
-            "accumulate": 1,
-            "epochs": 1,
-            "patience": 1,
-            "workers": 0,
-            "log_every": 1,
-            "save_every": 1,
-            "keep": 1,
-            "timeout": 5,
-            "seed": 0,
-        }
+        least = dict.fromkeys(("batch", "accumulate", "epochs", "patience", "log_every", "save_every", "keep"), 1)
+        least |= {"size": 32, "workers": 0, "timeout": 5, "seed": 0}
         if self.dry_run and self.resume:
             found.append("--dry_run: is of a new run; leave --resume out")
         found += [

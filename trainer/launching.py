@@ -243,10 +243,16 @@ def plan_of(sampler: str, split: Split, seed: int) -> EpochPlan:
 
 
 def loader_of(
-    accelerator: Accelerator, samples: Samples, plan: EpochPlan, *, batch: int, workers: int, timeout: float = TIMEOUT
+    accelerator: Accelerator,
+    samples: Samples,
+    plan: EpochPlan,
+    *,
+    batch: int,
+    workers: int,
+    timeout: float = TIMEOUT,
+    decode: str = "loader",
 ) -> Loader:
     """The loader of this process's share of a split; see `Loader`."""
-    pinned = accelerator.device.type == "cuda"
     return Loader(
         samples,
         plan,
@@ -254,8 +260,9 @@ def loader_of(
         rank=accelerator.process_index,
         world=accelerator.num_processes,
         workers=workers,
-        pinned=pinned,
+        pinned=accelerator.device.type == "cuda",
         timeout=timeout,
+        decoder=accelerator.device if decode == "device" else None,
     )
 
 

@@ -66,7 +66,13 @@ class Trainer(Training):
         split = self.splits["train"]
         self.plan = plan_of(config.sampler, split, config.seed)
         self.loader = loader_of(
-            self.accelerator, split, self.plan, batch=config.batch, workers=config.workers, timeout=config.timeout
+            self.accelerator,
+            split,
+            self.plan,
+            batch=config.batch,
+            workers=config.workers,
+            timeout=config.timeout,
+            decode=config.decode,
         )
         self.rules: dict[str, Rule] = rules_of(self.findings)
         self.regions = Regions(split.classes, self.rules, config.size, device)
@@ -236,18 +242,10 @@ class Trainer(Training):
         images, boxes, lesions, lungs = augment(
             located.images, draws, config.augment, boxes=located.boxes, masks=lesions, outlines=outlines
         )
+        swapped = torch.zeros(2, device=device)
         if boxes is None:
             nothing = torch.zeros(len(images), 1, 1, device=device)
-            return Prepared(
-                images,
-                target,
-                attended,
-                nothing,
-                weight,
-                chance,
-                torch.zeros_like(weight),
-                torch.zeros(2, device=device),
-            )
+            return Prepared(images, target, attended, nothing, weight, chance, 0 * weight, swapped)
         region = self.regions(attended, boxes, lungs).weight
         if self.swaps or self.lends:
             found = upload(located.found, device)
@@ -259,7 +257,6 @@ class Trainer(Training):
                 images = lend_devices(images, boxes, avoided, healthy, draws[:, LENDS], config.swap).images
         if self.annotations and lesions is not None:
             region = attended_regions(region, lesions, config.attention.region)
-        swapped = torch.zeros(2, device=device)
         if self.swaps:
             inside = found & ~(self.task.may_show(target) & self.shows_outside).any(1)
             if not (self.annotations and self.swap.lesions):
