@@ -17,6 +17,7 @@ from shards.jpeg import decode_on, gray_jpeg_shape, is_gray_jpeg
 from shards.plan import Share
 
 SHM_REMEDY = "use fewer --workers (0: none) or a smaller --batch, or give the container more (docker run --shm-size 1g)"
+LARGE = ("image", "mask", "jpegs")  # of a batch
 
 
 @dataclass
@@ -42,6 +43,15 @@ class Batch:
     jpegs: torch.Tensor | None = None
     lengths: torch.Tensor | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """From a loader's process to its parent: what is small by value. A tensor goes by a file of its own, which the
+        parent has to ask for, one by one, while the step waits.
+        """
+        return {n: v.numpy() if isinstance(v, torch.Tensor) and n not in LARGE else v for n, v in vars(self).items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update({n: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for n, v in state.items()})
+
     def pin_memory(self) -> "Batch":
         """For the loader: in page-locked memory, from which copies to a GPU do not wait."""
         pinned = replace(self)
@@ -64,9 +74,10 @@ class Reader(Dataset["Batch | InputError"]):
         try:
             batch = self._batch(share)
             if get_worker_info() is not None:
-                for tensor in batch.tensors().values():
+                for name, tensor in batch.tensors().items():
                     # Here, where a full /dev/shm is an error: the queue's thread would lose the batch.
-                    tensor.share_memory_()
+                    if name in LARGE:
+                        tensor.share_memory_()
             return batch
         except InputError as error:
             return error  # raised by `Loader.batches`: a process of the loader would wrap it in its traceback

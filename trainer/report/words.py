@@ -308,8 +308,8 @@ def notes(runs: dict[str, Content]) -> list[str]:
         )
         if lost > images / 10:
             parts.append(
-                f"{name}: in {lost} of {images} images no lungs were found, and regions are those of the whole image: "
-                "are they frontal chest radiographs?"
+                f"{name}: in {lost} of {images} images no lungs were found, and regions are those of the whole image; "
+                "they may be no frontal chest radiographs"
             )
     before = [
         name
