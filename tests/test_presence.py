@@ -154,11 +154,11 @@ Trainer.step = failing
 
 @TOGETHER
 @pytest.mark.parametrize(
-    ("problem", "told"),
-    [("InputError('train-000001.tar: is damaged; restore it')", "train-000001.tar: is damaged; restore it"),
-     ("MemoryError('no room')", "MemoryError: no room")],
+    ("fails", "problem", "told"),
+    [(0, "InputError('train-000001.tar: is damaged; restore it')", "train-000001.tar: is damaged; restore it"),
+     (1, "InputError('train-000001.tar: is damaged; restore it')", "train-000001.tar: is damaged; restore it"),
+     (1, "MemoryError('no room')", "MemoryError: no room")],
 )  # fmt: skip
-@pytest.mark.parametrize("fails", [0, 1])
 def test_what_one_process_fails_by_ends_the_others_with_its_words(flags, fails, problem, told):
     port = free_port()
     driver = FAILING.replace("FAILS", repr(str(fails))).replace("PROBLEM", problem)
@@ -181,6 +181,33 @@ def test_what_one_process_fails_by_ends_the_others_with_its_words(flags, fails, 
     if "InputError" in problem:
         assert processes[fails].returncode == 2
         assert f"error: {told}" in said[fails]
+
+
+@TOGETHER
+def test_a_machine_that_lacks_the_shards_says_so_to_the_others(trained, shards):
+    """Of an evaluation, too; there is nothing to resume."""
+    port = free_port()
+    command = [sys.executable, "-m", "trainer.evaluate", "--run", str(trained), "--shards"]
+    processes = [
+        subprocess.Popen(
+            [*command, str(where)],
+            cwd=ROOT,
+            env=ranks(2, rank, port) | {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, where in enumerate((shards, shards / "none"))
+    ]
+    try:
+        said = [process.communicate(timeout=150)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    lacks = f"error: --shards {shards / 'none'}: no such folder; make one with"
+    assert lacks in said[1]
+    assert f"process 1 on {socket.gethostname()}: {lacks[7:]}" in said[0]
+    assert [process.returncode for process in processes] == [1, 2]
+    assert not [line for line in said if "--resume" in line or "Traceback" in line]
 
 
 def test_a_ring_of_three_sees_who_is_silent_and_where_all_are(monkeypatch):

@@ -20,6 +20,7 @@ import jsonargparse
 import yaml
 
 from shards.errors import InputError, nearest, read_yaml
+from shards.store import open_store
 from trainer.config import Config
 
 T = TypeVar("T")
@@ -280,6 +281,15 @@ def run_at(path: Path, flag: str = "--run ") -> None:
         raise InputError(f"{flag}{path}: is not a run folder ({why}); name the --out of a trainer.train")
     if (path / "lung_unet.safetensors").is_file():
         raise InputError(f"{flag}{path}: is a run of trainer.train_lungs; name one of trainer.train")
+
+
+def there(*roots: str) -> None:
+    """InputError: of these shards some are not there. Of a job on several machines nothing is asked yet: one that lacks
+    them says so when all have met, or the others would wait for it.
+    """
+    if os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1"):
+        for root in roots:
+            open_store(root).there()
 
 
 def to_yaml(config: Any) -> str:

@@ -7,16 +7,16 @@ if __name__ == "__main__":  # what is wrong with the flags is said before torch 
     from pathlib import Path as _Path
 
     from shards.errors import run as _run
-    from shards.store import open_store as _open_store
     from trainer.command import parse as _parse
     from trainer.command import run_at as _run_at
+    from trainer.command import there as _there
     from trainer.options import EvaluateConfig as _Config
 
     def _check() -> None:
         asked = _parse(_Config, None, prog="trainer.evaluate")
         _run_at(_Path(asked.run))
         if asked.shards:
-            _open_store(asked.shards).there()
+            _there(asked.shards)
 
     _run(_check)
 
@@ -257,6 +257,7 @@ def main(argv: list[str] | None = None) -> None:
     opened = open_run(path)
     shards = options.shards or opened.config.shards
     store = open_store(shards)
+    accelerator = start(opened.config.seed, opened.precision, timeout=opened.config.timeout)
     try:
         store.there()
     except InputError as error:
@@ -264,7 +265,6 @@ def main(argv: list[str] | None = None) -> None:
             raise
         raise InputError(f"{path}: its shards are not at {shards} any more; name them with --shards") from error
     config, model, segmenter = opened.config, opened.model, opened.segmenter
-    accelerator = start(config.seed, opened.precision, timeout=config.timeout)
     index = store.index()
     # As the report last chose, unless it is said anew
     old = read_report(path)

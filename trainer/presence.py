@@ -24,7 +24,7 @@ from trainer import stopping
 EVERY = 1.0  # seconds between two looks
 LATE = 20.0  # seconds after which a process says for whom it waits
 LAST = 10.0  # seconds that a process whose launcher is gone has for its checkpoint
-SAVING, LONGEST = "a checkpoint", 120.0  # and so many more while it writes it
+START, SAVING, LONGEST = "the start", "a checkpoint", 120.0  # and so many more while it writes it
 LOST = 10.0  # seconds without the store after which its process counts as gone
 
 
@@ -48,7 +48,7 @@ class Presence(threading.Thread):
 
     def __init__(self, timeout: float) -> None:
         super().__init__(daemon=True)
-        self.timeout, self.place = timeout, "the start"
+        self.timeout, self.place = timeout, START
         self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self.parent = os.getppid() if launched() else 0
         self.at = (os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT") or 0))
@@ -244,7 +244,7 @@ class Presence(threading.Thread):
             with suppress(Exception):
                 sign = self._sign(rank)
             beats, _, place = sign.partition(" ")
-            found.append((int(beats or 0), place or "the start"))
+            found.append((int(beats or 0), place or START))
         return found
 
     def whose_fault(self) -> str:
@@ -293,7 +293,8 @@ class Presence(threading.Thread):
         print(f"[process {self.rank}] {message}", file=sys.stderr, flush=True)
 
     def _leave(self, why: str) -> None:
-        self._say(f"error: {why}; --resume goes on from the last checkpoint")
+        trained = self.place != START  # before the first step, and where nothing is trained, nothing is gone on with
+        self._say(f"error: {why}{'; --resume goes on from the last checkpoint' if trained else ''}")
         os._exit(1)
 
 

@@ -1,18 +1,11 @@
 """python -m trainer.train: train a classifier that looks where the finding is."""
 
 if __name__ == "__main__":  # what is wrong with the settings is said before torch is imported, which takes seconds
-    from os import environ as _environ
-
     from shards.errors import run as _run
-    from shards.store import open_store as _open_store
     from trainer.command import resolve as _resolve
+    from trainer.command import there as _there
 
-    def _check() -> None:
-        config = _resolve(None)
-        if _environ.get("LOCAL_WORLD_SIZE", "1") == _environ.get("WORLD_SIZE", "1"):  # else once all have met
-            _open_store(config.shards).there()
-
-    _run(_check)
+    _run(lambda: _there(_resolve(None).shards))
 
 
 import contextlib

@@ -7,15 +7,14 @@ none), and sources that were left out of training on all their images.
 
 if __name__ == "__main__":  # what is wrong with the settings is said before torch is imported, which takes seconds
     from shards.errors import run as _run
-    from shards.store import open_store as _open_store
     from trainer.command import parse as _parse
     from trainer.command import resumed as _resumed
+    from trainer.command import there as _there
     from trainer.options import LungsTrainConfig as _Config
 
     def _check() -> None:
         asked = _parse(_Config, _resumed(None, "trainer.train_lungs"), prog="trainer.train_lungs")
-        for root in filter(None, map(str.strip, f"{asked.shards},{asked.test}".split(","))):
-            _open_store(root).there()
+        _there(*filter(None, map(str.strip, f"{asked.shards},{asked.test}".split(","))))
 
     _run(_check)
 
@@ -144,6 +143,7 @@ class Trainer:
                     self.optimizer.zero_grad()
                     total += loss.detach()
                     seen, self.step = seen + got.total, self.step + 1
+                    presence.at(f"step {self.step}")
                     bar.update(got.total)
                 self.seconds += time.monotonic() - clock
                 self.end_epoch(acc.reduce(total, "sum").item() / len(plan), bar)
