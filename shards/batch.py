@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
-from shards.errors import InputError
+from shards.errors import InputError, first_line
 from shards.joined import Samples
-from shards.jpeg import decode_on, gray_jpeg_shape, is_gray_jpeg
+from shards.jpeg import decode_on, gray_jpeg_shape
 from shards.plan import Share
 
 SHM_REMEDY = "use fewer --workers (0: none) or a smaller --batch, or give the container more (docker run --shm-size 1g)"
+NOT_DECODED = "--decode device: the {device} does not decode images of {where} ({why}); train with --decode loader"
+END = b"\xff\xd9"  # of a JPEG
 LARGE = ("image", "mask", "jpegs")  # of a batch
 
 
@@ -119,10 +121,10 @@ class Reader(Dataset["Batch | InputError"]):
         return images
 
     def _jpegs(self, positions: list[int]) -> list[bytes]:
-        """As stored; none if among them is one that is no gray JPEG, which this process alone can decode."""
+        """As stored; none if among them is one that is no whole gray JPEG, which this process alone can decode."""
         jpegs = [self.samples.image_bytes(p) for p in positions]
         shapes = [gray_jpeg_shape(jpeg) for jpeg in jpegs]
-        if not all(map(is_gray_jpeg, jpegs)):
+        if not all(any(shape) and jpeg.endswith(END) for shape, jpeg in zip(shapes, jpegs, strict=True)):
             return []
         for shape in shapes:
             self._same(shapes[0], shape)
@@ -143,14 +145,18 @@ def decoded(batch: Batch, samples: Samples, device: torch.device) -> Batch:
     """A batch of ``samples`` with its image: on the device where it brought JPEGs.
 
     Raises:
-        InputError: one of them is damaged.
+        InputError: one of them is damaged, or the device does not decode them.
     """
     if batch.jpegs is None or batch.lengths is None:
         return batch
     try:
         image = decode_on(device, batch.jpegs.split(batch.lengths.tolist()))
-    except RuntimeError:  # damaged, or of a kind that the device does not know: as if nothing had been asked of it
-        image = torch.from_numpy(np.stack([samples.image(p) for p in batch.index.tolist()]))[:, None]
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        for position in batch.index.tolist():
+            samples.image(position)  # one that is damaged is named
+        raise InputError(NOT_DECODED.format(device=device.type, where=samples.where, why=first_line(error))) from error
     return replace(batch, image=image, jpegs=None, lengths=None)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from shards.errors import InputError
+from shards.errors import InputError, first_line
 from shards.gray import SLACK, Extent, kind_of, one_channel, refuse_large, scale_of, to_gray
 
 UNREADABLE = "a DICOM file whose header cannot be read"
@@ -82,7 +82,7 @@ def read_header(path: Path) -> Header | str:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     except Exception as error:
-        return f"{UNREADABLE}: {_first_line(error)}"
+        return f"{UNREADABLE}: {first_line(error)}"
 
 
 def decode_dicom(data: bytes, where: str) -> np.ndarray:
@@ -105,7 +105,7 @@ def decode_dicom(data: bytes, where: str) -> np.ndarray:
         raise
     except Exception as error:
         raise InputError(
-            f"{where}: cannot be decoded as a DICOM image ({_first_line(error)}); replace or remove it"
+            f"{where}: cannot be decoded as a DICOM image ({first_line(error)}); replace or remove it"
         ) from error
 
 
@@ -359,10 +359,6 @@ def _luminance(pixels: np.ndarray, bits: int) -> np.ndarray:
         return gray
     said = bits < 8 * pixels.dtype.itemsize and pixels.max(initial=0) < 2**bits
     return to_gray(gray, (0.0, 2.0**bits - 1) if said else scale_of(Extent.of(gray), ()))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _pydicom() -> Any:

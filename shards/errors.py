@@ -39,6 +39,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"known are: {shown}{', ...' if len(known) > 24 else ''}"
 
 
+def first_line(error: Exception) -> str:
+    """What an error says first, or what kind it is."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 def listed(items: Iterable[object], most: int = 5) -> str:
     """``a, b, c, d, e and 7 more``."""
     names = [str(item) for item in items]

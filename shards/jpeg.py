@@ -1,6 +1,5 @@
 """Decoding stored radiographs quickly."""
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
@@ -21,7 +20,7 @@ def decode(data: bytearray, name: Callable[[], str], scales: Sequence[Scale] = (
     """uint8 [H, W]. A gray JPEG by torchvision, which is faster and gives the same grays; the rest, and what fails, by
     Pillow.
     """
-    if is_gray_jpeg(data):
+    if decode_jpeg is not None and any(gray_jpeg_shape(data)):
         with suppress(RuntimeError):
             image: np.ndarray = decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), ImageReadMode.GRAY)[0].numpy()
             return image
@@ -33,17 +32,20 @@ def decode_on(device: torch.device, encoded: Sequence[torch.Tensor]) -> torch.Te
     while this thread waits, a CPU as `decode` does.
 
     Raises:
-        RuntimeError: one of them cannot be decoded there, or they differ in size.
+        RuntimeError: one of them cannot be decoded there, or torchvision has no decoder any more.
     """
+    if decode_jpeg is None:
+        raise RuntimeError("this torchvision has no JPEG decoder")
     if device.type != "cuda":
         return torch.stack(decode_jpeg(list(encoded), ImageReadMode.GRAY))
-    stream = _stream(device)
-    with torch.cuda.stream(stream):
+    reading, own = torch.cuda.current_stream(device), _stream(device)
+    with torch.cuda.stream(own):
         # nvJPEG's engine writes before what is queued on a stream has read (github.com/pytorch/vision/pull/9606):
         # memory that it is given belongs to this stream, on which nothing is left to be done
-        stream.synchronize()
+        own.synchronize()
         images = torch.stack(decode_jpeg(list(encoded), ImageReadMode.GRAY, device))
-        stream.synchronize()  # so that any other stream may read them
+        own.synchronize()  # so that any other stream may read them
+    images.record_stream(reading)
     return images
 
 
@@ -52,22 +54,19 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def is_gray_jpeg(data: bytes | bytearray) -> bool:
-    """Whether it is a JPEG of one component that `decode_on` takes."""
-    return data[:2] == b"\xff\xd8" and 0 < math.prod(gray_jpeg_shape(data)) <= MAX_PIXELS and decode_jpeg is not None
-
-
 def gray_jpeg_shape(data: bytes | bytearray) -> tuple[int, int]:
-    """Height and width as the frame header says (ITU-T T.81, B.2.2); 0, 0 where there is none, more than one component,
-    or EXIF data that may turn it.
+    """Height and width of a JPEG of one component of 8 bits, coded by Huffman's DCT, as the frame header says (ITU-T
+    T.81, B.2.2); 0, 0 of anything else, of one that is too large, and where there is EXIF data that may turn it.
     """
+    if data[:2] != b"\xff\xd8":
+        return 0, 0
     at = 2
     while at + 10 <= len(data) and data[at] == 0xFF:
         marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4])
         if marker == 0xE1 and data[at + 4 : at + 8] == b"Exif":
             return 0, 0
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            gray = data[at + 9] == 1
-            return int.from_bytes(data[at + 5 : at + 7]) * gray, int.from_bytes(data[at + 7 : at + 9]) * gray
+        if marker in (0xC0, 0xC1, 0xC2) and data[at + 4] == 8 and data[at + 9] == 1:
+            height, width = int.from_bytes(data[at + 5 : at + 7]), int.from_bytes(data[at + 7 : at + 9])
+            return (height, width) if 0 < height * width <= MAX_PIXELS else (0, 0)
         at += 2 + length
     return 0, 0

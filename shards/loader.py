@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -60,6 +61,10 @@ class Loader:
     ) -> None:
         self.timeout = STALLED if timeout is None else timeout
         self.samples, self.plan, self.decoder = samples, plan, decoder
+        if (
+            decoder is not None and decoder.type == "cuda" and decoder.index is None
+        ):  # of the thread that decodes, not here
+            self.decoder = torch.device("cuda", torch.cuda.current_device())
         self.batch, self.rank, self.world, self.workers = batch, rank, world, workers
         self.sampler = _Armed()
         options: dict[str, Any] = {"num_workers": workers, "pin_memory": pinned, "worker_init_fn": _leave_interrupts}
@@ -91,7 +96,7 @@ class Loader:
         self.sampler.shares = ahead or shares
         watch = _Watch(self.timeout)
         try:
-            yield from self._watched(watch)
+            yield from self._watched(watch) if self.decoder is None else self._decoded(watch, self.decoder)
         except (RuntimeError, OSError, EOFError) as error:
             if watch.stalled:
                 what = (
@@ -127,9 +132,20 @@ class Loader:
                     return
                 if isinstance(got, InputError):
                     raise got
-                yield got if self.decoder is None else decoded(got, self.samples, self.decoder)
+                yield got
         finally:
             watch.end()  # before the error is told: what torch's signal handler still raises would take its place
+
+    def _decoded(self, watch: "_Watch", device: torch.device) -> Iterator[Batch]:
+        """Those, decoded by the device: one ahead, in a thread, which waits for it while this one trains."""
+        with ThreadPoolExecutor(1) as pool:
+            ahead: Future[Batch] | None = None
+            for batch in self._watched(watch):
+                ready, ahead = ahead, pool.submit(decoded, batch, self.samples, device)
+                if ready is not None:
+                    yield ready.result()
+            if ahead is not None:
+                yield ahead.result()
 
     def close(self) -> None:
         """End the loader's processes at once. Otherwise this one waits some seconds for each at its end, and for one

@@ -169,12 +169,18 @@ def check(config: Config) -> Parts:
         **model_options(config),
     )
 
+    notes: list[str] = []
+
     def fits() -> None:
+        if config.decode == "device":
+            notes.append(guards.decoder(splits["train"], accelerator.device))
         guards.shared_memory(config, splits["train"].image(0).shape, guards.on_this_machine())
         if not (config.resume and (out / "report.json").is_file()):  # it may have nothing left to write
             guards.room(out, model, config)
 
     guards.all_of(accelerator, fits)
+    for note in filter(None, notes):
+        accelerator.print(note)
     annotations = annotated(config, splits["train"])
     attends = not config.plain and bool(rules_of(findings) or annotations)
     plan = EpochPlan(splits["train"].shard_sizes())
@@ -249,8 +255,6 @@ def announce(config: Config, parts: Parts) -> None:
             f"note: {config.backbone}'s feature map is 1 x 1 at --size {config.size} and cannot say where it looks; "
             "raise --size"
         )
-    if config.decode == "device" and accelerator.device.type != "cuda":
-        say("note: --decode device: there is no GPU that could decode; the training process does, which takes longer")
     for name, split in parts.splits.items():
         say(f"{name}: {parts.task.told(split)}")
     if parts.attends and config.balance.ramp and not config.resume:  # of the run as it began

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from shards.errors import InputError
+from shards.errors import InputError, first_line
 from trainer.backbone import create, head_names
 from trainer.cam import fused, grad_cam, layer_cam, normalize_cam
 from trainer.layers import INPUT, INSIDE, default_layer, evaluating, halves, is_square, split_names, to_maps, top_layers
@@ -275,7 +275,7 @@ class FocusClassifier(nn.Module):
         except InputError:
             raise
         except Exception as error:  # timm's models raise many kinds
-            why = (str(error).strip() or type(error).__name__).splitlines()[0]
+            why = first_line(error)
             raise InputError(f"--backbone {self.backbone} does not work {where}: {why}") from error
 
     def forward(

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from shards.errors import InputError
+from shards.errors import InputError, first_line
 from trainer import stopping
 
 EVERY = 1.0  # seconds between two looks
@@ -97,7 +97,7 @@ class Presence(threading.Thread):
 
     def tell(self, error: Exception) -> None:
         """Tell the others that this process fails, and by what: they would wait for it."""
-        why = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {_first_line(error)}"
+        why = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {first_line(error)}"
         with suppress(Exception):
             self.store.set(self._key("failed"), f"process {self.rank} on {socket.gethostname()}: {why}")
 
@@ -361,7 +361,7 @@ def explained(action: Callable[[], None]) -> None:
         if here is None or not here.used:
             raise
         if _of_connection(error):
-            here._leave(f"{here.explanation()} ({_first_line(error)})")
+            here._leave(f"{here.explanation()} ({first_line(error)})")
         here.tell(error)
         here.end(2.5 * EVERY)
         raise
@@ -371,10 +371,6 @@ def tell(error: Exception) -> None:
     """Tell the others at once what this process fails by, before it tidies up."""
     if here is not None and here.used and not _of_connection(error):
         here.tell(error)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _of_connection(error: Exception) -> bool:

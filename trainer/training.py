@@ -289,6 +289,7 @@ class Training:
             "precision": acc.mixed_precision,
             "optim.lr": c.optim.lr,
             "optim.clip": c.optim.clip,
+            "decode": c.decode,
         } | ({"epochs": c.epochs} if c.optim.schedule == "cosine" else {})
 
     def restore(self) -> None:
@@ -324,6 +325,7 @@ class Training:
                 tell(checkpoint.DAMAGED.format(one, checkpoint.put_aside(one).name))
         self.state = State(**content["state"])
         self.saved_at = self.state.step
+        presence.at(f"step {self.state.step}")
         was = content["launch"]
         for name, value in self.launch().items():
             if was.get(name, value) != value:
