@@ -102,8 +102,8 @@ class Config:
     workers: int = 2
     """Loader processes per process; 0: read in the training process."""
     decode: Literal["loader", "device"] = "loader"
-    """Who decodes the radiographs that are trained on: whoever reads them, or the GPU, where fewer than three cores come
-    to it (by nvJPEG, whose grays may differ a little; not tried on one yet).
+    """Who decodes the radiographs that are trained on: whoever reads them, or the GPU, where fewer than three cores
+    come to it (by nvJPEG, whose grays may differ a little; not tried on one yet).
     """
     log_every: int = 10
     """Steps between lines of metrics.jsonl and of the tracker."""
