@@ -273,8 +273,8 @@ def section(question: str, runs: dict[str, list[Path]], shards: list[Path], data
     ]
     boxed = sum(map(bool, first.place["lesion"]))
     lines = [
-        f"{len(shards)} seeds, about {len(first.keys)} test images each, {boxed} of them with boxes. Floor: the "
-        "constant "
+        f"{len(shards)} seed{'s' * (len(shards) > 1)}, about {len(first.keys)} test images each, {boxed} of them with "
+        "boxes. Floor: the constant "
         f"point hits {np.mean([f[0] for f in floors]):.3f}, the mean map has {np.mean([f[1] for f in floors]):.3f} of "
         "its energy in the lesions.\n",
         f"| figure | {' | '.join(arms)} |",
