@@ -243,6 +243,7 @@ def parser() -> tuple[CommandParser, dict[str, CommandParser]]:
     )
     verify.add_argument("dir", metavar="DIR", help="folder or URL")
     verify.add_argument("--workers", type=int, help="processes (without it: one for each core)")
+    commands.metavar = "|".join(commands.choices)  # what is asked for where none is given
     return main, commands.choices
 
 

@@ -7,10 +7,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from jobs import Stopped, content_of
+from jobs import SMALL, Stopped, content_of
 from PIL import Image
 from sklearn.metrics import average_precision_score, confusion_matrix, roc_auc_score
 
+from shards.__main__ import main as shards_main
 from shards.dataset import Split
 from shards.errors import InputError
 from shards.pack import pack
@@ -21,7 +22,8 @@ from trainer.build import build
 from trainer.classifier import FocusClassifier, Prediction
 from trainer.command import resolve
 from trainer.report.__main__ import main as report_main
-from trainer.report.words import PROBES
+from trainer.report.verdict import verdict
+from trainer.report.words import PROBES, notes
 
 
 def test_images_without_lungs_are_listed_and_shown(flags, tmp_path, monkeypatch, capsys):
@@ -48,6 +50,8 @@ def test_the_probes_of_a_run_are_reported(flags, tmp_path):
         assert -1 <= found[name] <= 1
     assert 0 <= found["random"]["energy"] <= 1
     assert -1 <= found["random"]["similarity"] <= 1
+    place = content["test"]["localization"]["expected"]["all"]
+    assert found["random"]["images"] + found["random"]["without_map"] == place["images"]
     assert content["iou_threshold"]["expected"] in range(15)
     place = content["test"]["localization"]["expected"]["all"]
     assert 0 <= place["iou"] <= 1
@@ -57,6 +61,32 @@ def test_the_probes_of_a_run_are_reported(flags, tmp_path):
     for figure in PROBES:
         assert figure in text
         assert figure in page
+
+
+def test_what_cannot_be_told_is_said(trained):
+    """Of random weights how many maps there are, and a finding whose probability on val says nothing of who has it."""
+    content = json.loads((trained / "report.json").read_text())
+    content["calibration"] = {"Effusion": [0.0, -0.4], "Mass": [0.0, 1.0], "Edema": [0.5, 0.0]}
+    (said,) = [note for note in notes({"run": content}) if "says nothing, or the opposite" in note]
+    assert said.startswith("run: on val the probability of Effusion says nothing")
+    content["calibration"]["Effusion"] = [0.1, -0.4]
+    assert not [note for note in notes({"run": content}) if "says nothing" in note]
+    figures = content["test"]
+    figures["probe"]["random"] = {"energy": 0.02, "without_map": 8}
+    assert any("random weights has 2% (8 of its maps are zero everywhere)." in line for line in verdict(content))
+
+
+def test_predictions_name_the_files_that_were_packed(tmp_path, segmenter):
+    for name in ("No Finding", "Effusion"):
+        (tmp_path / "files" / name).mkdir(parents=True)
+        for i in range(12):
+            Image.fromarray(np.full((20, 30), 20 * i, np.uint8)).save(tmp_path / "files" / name / f"größe {i} 'x'.png")
+    shards_main(["folder", "--path", str(tmp_path / "files"), "--out", str(tmp_path / "shards"), "--size", "64"])
+    flags = ["--shards", str(tmp_path / "shards"), "--out", str(tmp_path / "run"), "--lungs.weights", str(segmenter)]
+    loop.main([*flags, *SMALL, "--epochs", "1", "--batch", "2"])
+    lines = [json.loads(line) for line in (tmp_path / "run/predictions_test.jsonl").read_text().splitlines()]
+    assert lines
+    assert {line["source"] for line in lines} <= {f"größe {i} 'x'.png" for i in range(12)}
 
 
 def test_images_that_the_run_was_trained_on_are_counted(trained, flags, tmp_path, shards, capsys):

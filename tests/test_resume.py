@@ -222,6 +222,17 @@ def test_a_finished_run_is_left_as_it_is(trained, flags, tmp_path, capsys):
     assert json.loads((tmp_path / "run/report.json").read_text())["training"]["epochs"] == 2
 
 
+def test_fewer_epochs_than_are_done_are_told(flags, tmp_path, capsys, monkeypatch):
+    out = str(tmp_path / "run")
+    stop_at(monkeypatch, 10)
+    with pytest.raises(Stopped):
+        loop.main([*flags, "--epochs", "5", "--save_every", "5"])
+    monkeypatch.undo()
+    loop.main(["--resume", "--out", out, "--epochs", "1"])
+    assert "note: --epochs 1: more are done already; nothing is trained, and the report is" in capsys.readouterr().out
+    assert (tmp_path / "run/report.json").exists()
+
+
 def test_a_run_of_an_earlier_version_keeps_its_rules(flags, tmp_path, monkeypatch, capsys):
     """What is ready-made may change; a run that was begun with it goes on with what it was begun with."""
     flags = seeing(flags)

@@ -239,7 +239,8 @@ def announce(config: Config, parts: Parts) -> None:
     say(
         f"{config.batch} images x {accelerator.num_processes} processes x {config.accumulate} accumulated = "
         f"{parts.per_step} a step at most; {total} training images, {-(-total // parts.per_step)} steps an epoch; "
-        f"{accelerator.device.type}, {accelerator.mixed_precision}"
+        f"{accelerator.device.type}, "
+        f"{'float32' if accelerator.mixed_precision == 'no' else accelerator.mixed_precision}"
     )
     for line in (*([model.loaded] if model.loaded else ()), *(f"note: {unused}" for unused in config.unused())):
         say(line)

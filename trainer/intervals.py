@@ -18,8 +18,8 @@ def spread(values: np.ndarray, patients: np.ndarray | None = None) -> float:
     """Standard error of the mean of float [n]; with ``patients``, int [n], the one that is robust to clusters (Cameron
     & Miller, Journal of Human Resources 2015, section II): the deviations of a patient's values count together.
     """
-    if patients is None:
-        return float(values.std(ddof=1 if len(values) > 1 else 0)) / math.sqrt(len(values))
+    if patients is None:  # one value says nothing of others
+        return float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     whose = np.unique(patients, return_inverse=True)[1]
     together = np.bincount(whose, values - values.mean())
     if len(together) < 2:

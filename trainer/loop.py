@@ -143,7 +143,7 @@ class Trainer(Training):
         images = len(self.plan)
         return tqdm(
             total=self.config.epochs * images,
-            initial=self.state.epoch * images + self.state.position,
+            initial=min(self.config.epochs * images, self.state.epoch * images + self.state.position),
             unit="img",
             disable=not self.accelerator.is_main_process,
             mininterval=1.0 if sys.stderr.isatty() else 15.0,

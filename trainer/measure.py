@@ -273,13 +273,13 @@ class Evaluator:
             )
         with evaluating(self.model):
             chance = self.random().measure(name, twin=self.model)
-        # A map that is zero everywhere, which some networks have before they are trained, is no map to compare with:
-        # nothing is in the region.
-        known = chance.expected[:, 0] > 0  # NaN is not
+        # A map that is zero everywhere, which some networks have before they are trained, is no map to compare with
+        known = ~chance.expected[:, 0].isnan()
         figures = summarize(chance.expected[known][:, : len(LOCALIZATION)])
         similarity = summarize(chance.similarity[known][:, None], ("similarity",))
         names = ("images", "energy", "energy_95", "lift", "lift_95", "similarity", "similarity_95")
         compared = {name: value for name, value in {**(figures or {}), **(similarity or {})}.items() if name in names}
+        compared["without_map"] = int(measured(chance.expected).sum() - known.sum())
         (outside, outside_95), (inside, inside_95) = drops
         return {
             "auc": auc,

@@ -16,6 +16,7 @@ if __name__ == "__main__":  # what is wrong with the flags is said before torch 
 
     _run(_check)
 
+import contextlib
 import glob
 import io
 import itertools
@@ -103,6 +104,7 @@ def main(argv: list[str] | None = None) -> None:
             f"{options.run} has no thresholds yet, which its report chooses: nothing is called present", file=sys.stderr
         )
     out = Path(options.out) if options.out else Path(options.run) / "predictions"
+    new = not out.exists()
     if options.overlay or options.cam:
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -136,6 +138,9 @@ def main(argv: list[str] | None = None) -> None:
             "threshold that val chose, disagree; the map is that of the finding that is positive, if one is",
             file=sys.stderr,
         )
+    if new:
+        with contextlib.suppress(OSError):
+            out.rmdir()  # if no image could be used
     if bad:
         more = f" and {len(bad) - MOST_BAD} more, each told above" if len(bad) > MOST_BAD else ""
         raise InputError(f"{len(bad)} of {len(sources)} images could not be used: {'; '.join(bad[:MOST_BAD])}{more}")

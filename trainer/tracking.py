@@ -86,6 +86,8 @@ class Tracking:
             options = {"wandb": {"mode": mode, "dir": str(run), "name": run.name, "settings": settings}}
             if "WANDB_RUN_ID" not in os.environ:  # which an agent of a sweep sets
                 options["wandb"] |= {"id": _id_of(run), "resume": "allow"}
+        if self.kind == "tensorboard":
+            print(f"tensorboard: scalars and settings are logged into {run}; `tensorboard --logdir {run}` shows them")
         self.accelerator.init_trackers(PROJECT, config=without_paths(flat(config)), init_kwargs=options)
         if not self.accelerator.trackers:
             raise ModuleNotFoundError(f"{self.kind} is not installed")

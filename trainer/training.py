@@ -346,9 +346,15 @@ class Training:
             checkpoint.rewind(out / "metrics.jsonl", self.state.step)
         after = f" of {path.name}, the last one that is sound" if damaged else ""
         self.accelerator.print(
-            f"resumed after step {self.state.step}{after}: {self.state.epoch} epochs and {self.state.position} images "
-            "of the next are done"
+            f"resumed after step {self.state.step}{after}: {self.state.epoch} epoch{'s' * (self.state.epoch != 1)} and "
+            f"{self.state.position} images of the next are done"
         )
+        done = self.state.epoch + self.state.position / len(self.splits["train"])
+        if done > self.config.epochs:
+            self.accelerator.print(
+                f"note: --epochs {self.config.epochs}: more are done already; nothing is trained, and the report is "
+                "that of the best of them"
+            )
 
     @property
     def finished(self) -> bool:

@@ -147,17 +147,18 @@ def _of_training(axes: Any, history: list[dict[str, Any]]) -> None:
     axes[2].set_title("validation")
     for ax in axes:
         ax.set_xlabel("epoch")
-    axes[0].plot([line["position"] for line in steps], [line["ce"] for line in steps], lw=0.8, label="train")
+    drawn: dict[str, Any] = {"lw": 0.8, "ms": 3, "marker": "o" if len(steps) == 1 else ""}  # of one point is no line
+    axes[0].plot([line["position"] for line in steps], [line["ce"] for line in steps], label="train", **drawn)
     axes[0].plot([line["epoch"] + 1 for line in epochs], [line["val_loss"] for line in epochs], "o-", ms=3, label="val")
     attended = [line for line in steps if line.get("attention") is not None]
     if attended:
         axes[1].plot(
             [line["position"] for line in attended],
             [line["attention"] for line in attended],
-            lw=0.8,
             label="attention, train",
+            **drawn,
         )
-        axes[1].plot([line["position"] for line in steps], [line["lambda"] for line in steps], lw=0.8, label="lambda")
+        axes[1].plot([line["position"] for line in steps], [line["lambda"] for line in steps], label="lambda", **drawn)
     else:
         axes[1].text(0.5, 0.5, "none: plain cross-entropy", ha="center", va="center", transform=axes[1].transAxes)
     for name in ("val_accuracy", "val_auc", "val_energy"):

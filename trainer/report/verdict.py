@@ -57,8 +57,10 @@ def _region(figures: Figures) -> list[str]:
     said = f"Of the energy of its maps {percent(found['energy'], found.get('energy_95'))} lies where the finding is "
     said += f"expected, {100 * found['lift']:+.0f} points against a map that is alike everywhere"
     probe = figures.get("probe")
-    chance = (probe["random"] or {}).get("energy") if probe else None
-    said += f"; the same network with random weights has {percent(chance)}." if not unknown(chance) else "."
+    random = (probe["random"] or {}) if probe else {}
+    chance, dead = random.get("energy"), random.get("without_map")
+    of = f" ({dead} of its maps are zero everywhere)" if dead else ""
+    said += f"; the same network with random weights has {percent(chance)}{of}." if not unknown(chance) else "."
     if dead := found.get("without_map"):
         said += f" {dead} of {found['images']} have no map (it is zero everywhere) and are left out of that."
     return [said]

@@ -297,6 +297,13 @@ def notes(runs: dict[str, Content]) -> list[str]:
         lacking = [finding for finding, point in points.items() if point is None] if isinstance(points, dict) else []
         if lacking:
             parts.append(f"{name}: val gives no threshold for {listed(lacking)}, so nothing is ever called that")
+        scaling = content.get("calibration") or {}
+        flat = [finding for finding, of in scaling.items() if finding in content["findings"] and of and of[0] == 0]
+        if flat:
+            parts.append(
+                f"{name}: on val the probability of {listed(flat)} says nothing, or the opposite, of who has it; "
+                "calibrated, it is the share there, for every image"
+            )
         if shown_split(content) == "val" and "per_finding" in content["val"] and not content.get("foreign"):
             parts.append(
                 f"{name}: there is no test split; the best epoch and the thresholds were chosen on the images that "

@@ -67,9 +67,14 @@ def write_run(
 
 
 def _predictions(outcome: Outcome, split: Split, point: Point = None, patients: np.ndarray | None = None) -> str:
-    """One JSON line an image: key, labels, probabilities, localization, and the number of its patient in this file."""
+    """One JSON line an image: key, the file that it was packed from where that is known, labels, probabilities,
+    localization, and the number of its patient in this file.
+    """
     said = outcome.task.lines(outcome.logits, outcome.target, point)
-    lines: list[dict[str, Any]] = [{"key": split.key(i), **line} for i, line in enumerate(said)]
+    lines: list[dict[str, Any]] = [
+        {"key": split.key(i)} | ({"source": name} if (name := split.meta(i).get("source")) else {}) | line
+        for i, line in enumerate(said)
+    ]
     if patients is not None:
         lines = [line | {"patient": int(who)} for line, who in zip(lines, patients, strict=True)]
     one_each = not outcome.task.several and torch.equal(
