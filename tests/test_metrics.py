@@ -70,9 +70,8 @@ def test_localize_by_hand():
     assert figures["energy"] == pytest.approx(1 / 3)
     assert figures["energy_95"][0] < 1 / 3 < figures["energy_95"][1]
     assert summarize(rows[:0]) is None
-    assert all(
-        math.isnan(v) for v in summarize(rows[:1, : len(LOCALIZATION)])["energy_95"]
-    )  # one image says nothing of others
+    one = summarize(rows[:1, : len(LOCALIZATION)])
+    assert all(math.isnan(v) for v in one["energy_95"])  # one image says nothing of others
 
 
 @pytest.mark.parametrize(
