@@ -4,6 +4,7 @@ Legend: B images of a process and batch; positions are those of a `Split`.
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +18,6 @@ from shards.jpeg import decode_on, gray_jpeg_shape
 from shards.plan import Share
 
 SHM_REMEDY = "use fewer --workers (0: none) or a smaller --batch, or give the container more (docker run --shm-size 1g)"
-NOT_DECODED = "--decode device: the {device} does not decode images of {where} ({why}); train with --decode loader"
 END = b"\xff\xd9"  # of a JPEG
 LARGE = ("image", "mask", "jpegs")  # of a batch
 
@@ -142,22 +142,32 @@ class Reader(Dataset["Batch | InputError"]):
 
 
 def decoded(batch: Batch, samples: Samples, device: torch.device) -> Batch:
-    """A batch of ``samples`` with its image: on the device where it brought JPEGs.
+    """A batch of ``samples`` with its image: on the device where it brought JPEGs. InputError: see `decoded_by`."""
+    if batch.jpegs is None or batch.lengths is None:
+        return batch
+    image = decoded_by(device, samples, batch.index.tolist(), batch.jpegs.split(batch.lengths.tolist()))
+    return replace(batch, image=image, jpegs=None, lengths=None)
+
+
+def decoded_by(
+    device: torch.device, samples: Samples, positions: Sequence[int], jpegs: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """Images of ``samples`` at those positions, as stored -> uint8 [B,1,H,W] on the device.
 
     Raises:
         InputError: one of them is damaged, or the device does not decode them.
     """
-    if batch.jpegs is None or batch.lengths is None:
-        return batch
     try:
-        image = decode_on(device, batch.jpegs.split(batch.lengths.tolist()))
+        return decode_on(device, jpegs)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        for position in batch.index.tolist():
+        for position in positions:
             samples.image(position)  # one that is damaged is named
-        raise InputError(NOT_DECODED.format(device=device.type, where=samples.where, why=first_line(error))) from error
-    return replace(batch, image=image, jpegs=None, lengths=None)
+        raise InputError(
+            f"--decode device: the {device.type} does not decode images of {samples.where} ({first_line(error)}); "
+            "train with --decode loader"
+        ) from error
 
 
 class _Buffers:

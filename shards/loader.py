@@ -61,9 +61,8 @@ class Loader:
     ) -> None:
         self.timeout = STALLED if timeout is None else timeout
         self.samples, self.plan, self.decoder = samples, plan, decoder
-        if (
-            decoder is not None and decoder.type == "cuda" and decoder.index is None
-        ):  # of the thread that decodes, not here
+        # By its number: what the current one is, is a thread's own affair
+        if decoder is not None and decoder.type == "cuda" and decoder.index is None:
             self.decoder = torch.device("cuda", torch.cuda.current_device())
         self.batch, self.rank, self.world, self.workers = batch, rank, world, workers
         self.sampler = _Armed()

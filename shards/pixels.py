@@ -16,7 +16,7 @@ import tifffile
 from PIL import Image, UnidentifiedImageError
 
 from shards.dicom import decode_dicom
-from shards.errors import InputError
+from shards.errors import InputError, first_line
 from shards.gray import MAX_PIXELS, Extent, Scale, kind_of, one_channel, refuse_large, scale_of, to_gray
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".jp2", ".j2k", ".pgm", ".ppm")
@@ -113,11 +113,7 @@ def _guarded(data: bytes | bytearray, where: str, decode: Callable[[], Any]) -> 
     except InputError:
         raise
     except Exception as error:  # Pillow, tifffile and imagecodecs raise many kinds for damaged files
-        why = (
-            "no known image format"
-            if isinstance(error, UnidentifiedImageError)
-            else (str(error) or type(error).__name__).splitlines()[0]
-        )
+        why = "no known image format" if isinstance(error, UnidentifiedImageError) else first_line(error)
         raise InputError(
             f"{where}: cannot be decoded as an image ({len(data)} bytes; {why}); replace or remove it"
         ) from error

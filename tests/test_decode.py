@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from shards import jpeg
-from shards.batch import Reader
+from shards.batch import Reader, decoded
 from shards.dataset import Split
 from shards.errors import InputError
 from shards.loader import Loader
@@ -168,14 +168,15 @@ def test_without_torchvision_s_decoder_pillow_decodes(split, monkeypatch):
 
 
 def test_the_first_image_is_tried_before_the_run(split, monkeypatch):
-    assert guards.decoder(split, CPU) == "note: there is no GPU that could decode; the training process does"
+    assert guards.decoder(split, CPU) == ["note: there is no GPU that could decode; the training process does"]
     monkeypatch.setattr(split, "image_bytes", lambda _: b"\x89PNG")
-    assert "train-000000 is no gray JPEG of 8 bits" in guards.decoder(split, CPU)
+    (said,) = guards.decoder(split, CPU)
+    assert "train-000000 is no gray JPEG of 8 bits" in said
 
 
 def test_a_run_is_the_same_and_goes_on_either_way(flags, tmp_path, capsys, monkeypatch):
     run, weights, asked = str(tmp_path / "run"), [], []
-    monkeypatch.setattr("shards.batch.decode_on", lambda *a: asked.append(len(a[1])) or jpeg.decode_on(*a))
+    monkeypatch.setattr("shards.loader.decoded", lambda *a: asked.append(len(a[0].lengths)) or decoded(*a))
     for first, then in (("device", "loader"), ("loader", "device")):
         out = f"{run}_{first}"
         loop.main([*flags, "--out", out, "--epochs", "1", "--workers", "2", "--decode", first])

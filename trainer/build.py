@@ -173,13 +173,13 @@ def check(config: Config) -> Parts:
 
     def fits() -> None:
         if config.decode == "device":
-            notes.append(guards.decoder(splits["train"], accelerator.device))
+            notes.extend(guards.decoder(splits["train"], accelerator.device))
         guards.shared_memory(config, splits["train"].image(0).shape, guards.on_this_machine())
         if not (config.resume and (out / "report.json").is_file()):  # it may have nothing left to write
             guards.room(out, model, config)
 
     guards.all_of(accelerator, fits)
-    for note in filter(None, notes):
+    for note in notes:
         accelerator.print(note)
     annotations = annotated(config, splits["train"])
     attends = not config.plain and bool(rules_of(findings) or annotations)

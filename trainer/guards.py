@@ -17,10 +17,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 import trainer
-from shards.batch import NOT_DECODED, SHM_REMEDY
+from shards.batch import SHM_REMEDY, decoded_by
 from shards.dataset import Split
-from shards.errors import InputError, first_line, listed
-from shards.jpeg import decode_on, gray_jpeg_shape
+from shards.errors import InputError, listed
+from shards.jpeg import gray_jpeg_shape
 from shards.loader import PREFETCH
 from trainer.command import flat
 from trainer.config import Config
@@ -98,17 +98,15 @@ def shared_memory(config: Config, image: tuple[int, ...], processes: int) -> Non
         )
 
 
-def decoder(split: Split, device: torch.device) -> str:
-    """What is worth a note of ``--decode device``, or nothing. InputError: the first image is not decoded there."""
+def decoder(split: Split, device: torch.device) -> list[str]:
+    """What is worth a note of ``--decode device``. InputError: the first image is not decoded there."""
     first = split.image_bytes(0)
     if not any(gray_jpeg_shape(first)):
-        return f"note: {split.name(0)} is no gray JPEG of 8 bits; batches with such an image are decoded by the loader"
-    try:
-        decode_on(device, [torch.frombuffer(bytearray(first), dtype=torch.uint8)])
-    except RuntimeError as error:
-        split.image(0)  # a damaged one is named
-        raise InputError(NOT_DECODED.format(device=device.type, where=split.where, why=first_line(error))) from error
-    return "" if device.type == "cuda" else "note: there is no GPU that could decode; the training process does"
+        return [
+            f"note: {split.name(0)} is no gray JPEG of 8 bits; batches with such an image are decoded by the loader"
+        ]
+    decoded_by(device, split, [0], [torch.frombuffer(bytearray(first), dtype=torch.uint8)])
+    return [] if device.type == "cuda" else ["note: there is no GPU that could decode; the training process does"]
 
 
 def on_this_machine() -> int:
